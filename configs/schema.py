@@ -1,0 +1,148 @@
+"""Every option, its type and its default. Frozen dataclasses; no torch, so that reading a config is instant."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """What the run is called and where it writes."""
+
+    name: str = "run"
+    dir: str = ""  # "" means runs/NAME-TIME
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeConfig:
+    """Where the run computes."""
+
+    backend: Literal["inline", "ray"] = "inline"  # one process, or one Ray actor a worker
+    workers: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the processor has it fast
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """Where prompts come from, and how a row becomes one."""
+
+    source: Literal["reasoning_gym", "file", "hub"] = "reasoning_gym"
+    name: str = ""  # reasoning-gym task, path of a .jsonl or .parquet file, or hub data set id
+    split: str = "train"  # hub only
+    options: dict[str, Any] = field(default_factory=dict)  # reasoning-gym generator options
+    size: int = 10_000  # rows generated (reasoning_gym) or at most used (file, hub)
+    prompt_field: str = "prompt"
+    answer_field: str = "answer"
+    solution_field: str = "solution"  # worked solution for the warm start; optional in the rows
+    system: str = ""  # system message; "" means none
+    template: str = "{question}"
+    max_prompt_tokens: int = 1024
+    max_bad_fraction: float = 0.01  # share of quarantined rows above which the run stops with exit code 8
+
+
+@dataclass(frozen=True, slots=True)
+class RewardConfig:
+    """What is rewarded: weights by function name, summed."""
+
+    functions: dict[str, float] = field(default_factory=lambda: {"task": 1.0})
+    # "task": reasoning-gym's own scorer; "math": math-verify; "format": reward.format matches; or "module:function"
+    format: str = r"(?s).*<answer>.*</answer>\s*"  # what "format" must match in full
+    answer: str = r"(?s).*<answer>(.*?)</answer>"  # group 1 is what the scorer reads; no match: the whole text
+    timeout_s: float = 10.0
+    workers: int = 2
+    memory_mb: int = 4096
+    on_error: Literal["stop", "zero"] = "stop"  # a reward that raises, hangs or dies: exit 8, or count it and score 0
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutConfig:
+    """How rollouts are sampled."""
+
+    prompts_per_step: int = 8
+    group_size: int = 8
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0  # 0 means no limit
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_running: int = 256  # sequences decoded together
+    prefill_tokens: int = 2048  # prompt tokens forwarded in one cycle
+    block_size: int = 16  # tokens in a KV block
+    kv_tokens: int = 0  # capacity of the KV cache; 0 means what max_running sequences can need, within memory
+
+
+@dataclass(frozen=True, slots=True)
+class SpecConfig:
+    """How rollouts are drafted. No value here can change a sample, only the speed."""
+
+    source: Literal["off", "suffix"] = "suffix"
+    depth: int = 6  # levels drafted at most
+    top_k: int = 1  # children kept a node; 1 drafts a chain
+    num_verify: int = 6  # drafted tokens verified at most, a sequence and cycle
+    min_match: int = 2  # shortest suffix that may propose
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How the policy learns: GRPO and its optimiser."""
+
+    steps: int = 100
+    lr: float = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_coef: float = 0.0  # weight of the k3 estimate of KL(policy || reference); 0 keeps no reference
+    importance_cap: float = 2.0  # truncation of exp(training - rollout log-prob); 0 turns the correction off
+    advantage: Literal["std", "mean"] = "std"  # centre by the group mean, and with "std" divide by its deviation
+    updates_per_step: int = 1  # optimiser updates a batch is split into
+    micro_tokens: int = 4096  # tokens packed into one forward and backward pass
+    zero_stage: Literal[0, 1, 2] = 1
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EvalConfig:
+    """Greedy evaluation on held-out problems."""
+
+    every: int = 0  # steps between evaluations; 0 means none
+    num_prompts: int = 64
+
+
+@dataclass(frozen=True, slots=True)
+class WarmstartConfig:
+    """Supervised steps on worked solutions before the first rollout."""
+
+    steps: int = 0
+    solutions: str = "field"  # "field": data.solution_field; or "module:function" called with a Prompt
+    examples_per_step: int = 64
+    lr: float = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """When state is saved, and how much of it is kept."""
+
+    every: int = 10  # steps; the last step is always saved
+    keep: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One run."""
+
+    model: str = "smollm2-135m-instruct"  # shipped name, folder, or hub id
+    run: RunConfig = field(default_factory=RunConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    spec: SpecConfig = field(default_factory=SpecConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -1,0 +1,1 @@
+"""Drafters: whatever proposes tokens. A drafter only proposes; the policy verifies."""

@@ -1,0 +1,71 @@
+"""What a drafter is given and what it gives back: tokens and tree parents, nothing else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """How far and how widely to draft. A value: equal strategies are interchangeable."""
+
+    source: Literal["off", "suffix"]
+    depth: int  # levels below the pending token
+    top_k: int  # children kept a node; 1 drafts a chain
+    num_verify: int  # drafted tokens verified at most
+
+
+OFF = Strategy(source="off", depth=0, top_k=0, num_verify=0)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftState:
+    """One running sequence, as a drafter sees it.
+
+    token_ids: prompt and all committed tokens; the last one is pending (its successor is what a draft starts with).
+    prompt_len: how many of them are the prompt's.
+    max_tokens: how many more tokens the sequence may take; a draft never needs to be deeper.
+    """
+
+    prompt_id: str
+    sample: int
+    token_ids: Sequence[int]
+    prompt_len: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A tree of proposed tokens below the pending token; a chain is the tree whose every node has one child.
+
+    token_ids [M]; parents [M]: index of each node's parent, -1 for the pending token. Parents stand before children.
+    Siblings carry different tokens.
+    """
+
+    token_ids: list[int]
+    parents: list[int]
+
+
+EMPTY = Draft(token_ids=[], parents=[])
+
+
+class Drafter(Protocol):
+    """Proposes; never decides. Its state follows the sequences through begin, extend and finish."""
+
+    def begin(self, prompt_id: str, sample: int, prompt_ids: Sequence[int]) -> None:
+        """A sequence starts, or starts over (its worker was lost)."""
+
+    def extend(self, prompt_id: str, sample: int, token_ids: Sequence[int]) -> None:
+        """These tokens were committed to the sequence."""
+
+    def finish(self, prompt_id: str, sample: int) -> None:
+        """The sequence is complete; what it taught may serve its siblings and later epochs."""
+
+    def propose(self, states: Sequence[DraftState], strategy: Strategy) -> list[Draft]:
+        """One draft a state, EMPTY where nothing is worth proposing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to draft the same: JSON-able."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state, replacing the present one."""

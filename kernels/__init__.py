@@ -1,0 +1,1 @@
+"""Kernels: each a torch reference (the definition), and where it pays a Triton kernel behind one dispatcher."""

@@ -1,0 +1,1 @@
+"""Eyes on a run: the terminal display."""

@@ -1,0 +1,79 @@
+"""What flows through the learning half: groups, batches, statistics, and the seams around them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from rollout.types import Prompt, Rollout
+
+Reward = Callable[[Prompt, Rollout], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All rollouts of one prompt in one step, ordered by sample.
+
+    rewards [G]: weighted sums. advantages [G]. parts: each reward function's unweighted values, [G] by name.
+    """
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+    rewards: list[float]
+    advantages: list[float]
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Packed sequences, prompts and responses end to end. T tokens, N sequences.
+
+    token_ids, positions [T] int64; cu_seqlens [N + 1] int32; old_logprobs [T] float32: the rollout's log-prob of
+    token_ids[t], 0 off the response; advantages [T] float32; loss_mask [T] bool: True on response tokens.
+    Token t is predicted from token t - 1 of the same sequence.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    old_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    loss_mask: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One training step. Means are over response tokens unless said otherwise."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    entropy: float
+    kl: float  # k3 estimate against the reference; 0 without one
+    clip_fraction: float
+    importance_mean: float  # mean of the truncated rollout correction
+    prob_diff_mean: float  # mean |exp(training) - exp(rollout)| of the sampled tokens' probabilities
+    prob_diff_max: float
+    logprob_diff_mean: float
+    logprob_diff_p99: float
+    num_tokens: int  # response tokens trained on
+    num_sequences: int
+    seconds: float
+
+
+class Trainer(Protocol):
+    """Improves the policy whose parameters it shares with the engine."""
+
+    def step(self, batch: Batch) -> StepStats:
+        """One pass over the batch: updates_per_step optimiser updates. Raises DivergedError, parameters untouched."""
+
+    def supervise(self, batch: Batch, lr: float) -> StepStats:
+        """One cross-entropy update on the batch's masked tokens (the warm start)."""
+
+    def save(self, folder: Path) -> None:
+        """Write parameters, optimiser and scheduler state into an existing empty folder: safetensors and JSON."""
+
+    def load(self, folder: Path) -> None:
+        """Restore what save wrote, bit for bit."""

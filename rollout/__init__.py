@@ -1,0 +1,1 @@
+"""The rollout engine: paged KV, continuous batching, and speculation that cannot change a sample."""

@@ -1,0 +1,89 @@
+"""What flows through the rollout engine: prompts in, rollouts out. Plain values that may cross processes."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A problem, ready for the policy.
+
+    id: stable across epochs and runs; two prompts of one data set never share it.
+    token_ids: chat template applied, generation prompt included.
+    answer: the reference answer, as text. task: what the reward needs besides, JSON-able
+    ("question" always; "solution" and reasoning-gym's "metadata" and "name" where the source has them).
+    """
+
+    id: str
+    token_ids: list[int]
+    answer: str
+    task: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The transform from logits to the sampled distribution, and the identity of the noise.
+
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 filter nothing. Filters apply after the temperature, in the
+    order top_k, top_p, min_p. seed and step key the noise together with prompt, sample and position (DESIGN.md, idea 2).
+    """
+
+    num_samples: int
+    max_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+    seed: int
+    step: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SpecStats:
+    """What speculation did for one rollout.
+
+    accepted_by_depth[d] and proposed_by_depth[d] count drafted tokens d + 1 levels below the pending token.
+    The accept length, tokens committed a forward, is (tokens) / forwards.
+    """
+
+    forwards: int
+    proposed: int
+    accepted: int
+    proposed_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response.
+
+    token_ids: generated tokens, the stop token included. logprobs: float32 each, under the sampling transform.
+    version_spans: (policy version, number of tokens), in order. text: decoded without special tokens, "" until decoded.
+    """
+
+    prompt_id: str
+    sample: int
+    token_ids: list[int]
+    logprobs: list[float]
+    version_spans: list[tuple[int, int]]
+    finish: Literal["stop", "length"]
+    spec: SpecStats
+    text: str = ""
+
+
+class Engine(Protocol):
+    """Samples rollouts from the current policy."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncIterator[Rollout]:
+        """num_samples rollouts of every prompt, each as it finishes; order is not part of the contract."""
+
+    def update(self, version: int) -> None:
+        """The shared policy weights now hold this version: forget what was computed with the old ones."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to roll out at the same speed (the drafter's state): JSON-able."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
