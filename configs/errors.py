@@ -43,7 +43,7 @@ class DataError(PacelineError):
     exit_code = 8
 
 
-class Preempted(PacelineError):
+class PreemptedError(PacelineError):
     """The run was asked to stop; its state is saved and it can be resumed."""
 
     exit_code = 75

@@ -26,7 +26,8 @@ class Sampling:
     """The transform from logits to the sampled distribution, and the identity of the noise.
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 filter nothing. Filters apply after the temperature, in the
-    order top_k, top_p, min_p. seed and step key the noise together with prompt, sample and position (DESIGN.md, idea 2).
+    order top_k, top_p, min_p. seed and step key the noise together with prompt, sample and position (DESIGN.md,
+    idea 2).
     """
 
     num_samples: int
