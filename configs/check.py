@@ -1,0 +1,137 @@
+"""What a configuration's values must satisfy beyond their types."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from configs.schema import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake: the dotted key, and a line with key, value and remedy."""
+
+    key: str
+    text: str
+
+
+_AT_LEAST: dict[str, float] = {
+    "run.seed": 0,
+    "compute.workers": 1,
+    "data.size": 1,
+    "data.max_prompt_tokens": 1,
+    "data.max_bad_fraction": 0,
+    "reward.workers": 1,
+    "reward.memory_mb": 64,
+    "rollout.prompts_per_step": 1,
+    "rollout.max_new_tokens": 1,
+    "rollout.temperature": 0,
+    "rollout.top_k": 0,
+    "rollout.min_p": 0,
+    "rollout.max_running": 1,
+    "rollout.prefill_tokens": 1,
+    "rollout.block_size": 1,
+    "rollout.kv_tokens": 0,
+    "train.steps": 1,
+    "train.warmup_steps": 0,
+    "train.weight_decay": 0,
+    "train.clip_low": 0,
+    "train.clip_high": 0,
+    "train.kl_coef": 0,
+    "train.importance_cap": 0,
+    "train.updates_per_step": 1,
+    "train.micro_tokens": 1,
+    "eval.every": 0,
+    "eval.num_prompts": 1,
+    "warmstart.steps": 0,
+    "warmstart.examples_per_step": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+}
+_ABOVE_ZERO = ("reward.timeout_s", "rollout.top_p", "train.lr", "train.max_grad_norm", "warmstart.lr")
+_AT_MOST: dict[str, float] = {"rollout.top_p": 1, "data.max_bad_fraction": 1, "train.clip_low": 1}
+_BELOW: dict[str, float] = {"rollout.min_p": 1}
+_REWARDS = ("task", "math", "format")
+
+
+def check(config: Config) -> list[Problem]:
+    """Every value that cannot work, with its remedy; an empty list when all can."""
+    problems = []
+    for key, minimum in _AT_LEAST.items():
+        if value_of(config, key) < minimum:
+            problems.append((key, f"must be at least {minimum}"))
+    problems += [(key, "must be greater than 0") for key in _ABOVE_ZERO if value_of(config, key) <= 0]
+    problems += [(key, f"must be at most {limit}") for key, limit in _AT_MOST.items() if value_of(config, key) > limit]
+    problems += [(key, f"must be below {limit}") for key, limit in _BELOW.items() if value_of(config, key) >= limit]
+    problems += [*_run_and_data(config), *_reward(config), *_rollout(config), *_train(config)]
+    return [Problem(key, f"{key}={value_of(config, key)!r}: {remedy}") for key, remedy in problems]
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value under a dotted key."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _run_and_data(config: Config) -> Iterator[tuple[str, str]]:
+    if not config.model:
+        yield "model", "name a model: smollm2-135m-instruct, a folder, or a hub id"
+    if not config.run.name or "/" in config.run.name:
+        yield "run.name", "must be a plain name without '/'; set run.dir to choose the folder"
+    if config.compute.backend == "inline" and config.compute.workers > 1:
+        yield "compute.workers", "compute.backend=inline is one process; set compute.backend=ray"
+    if not config.data.name:
+        wanted = {"reasoning_gym": "a reasoning-gym task such as chain_sum", "file": "a .jsonl or .parquet file"}
+        yield "data.name", f"name {wanted.get(config.data.source, 'a hub data set')} (data.source={config.data.source})"
+    if "{question}" not in config.data.template:
+        yield "data.template", "must contain {question}, which the problem replaces"
+
+
+def _reward(config: Config) -> Iterator[tuple[str, str]]:
+    reward = config.reward
+    if not reward.functions:
+        yield "reward.functions", "name at least one, as in reward.functions.task=1"
+    for name in reward.functions:
+        if name not in _REWARDS and not re.fullmatch(r"[\w.]+:\w+", name):
+            yield "reward.functions", f"{name!r} is none of {', '.join(_REWARDS)} and not of the form module:function"
+    for key in ("reward.format", "reward.answer"):
+        try:
+            pattern = re.compile(value_of(config, key))
+        except re.error as error:
+            yield key, f"is not a regular expression ({error})"
+        else:
+            if key == "reward.answer" and pattern.groups < 1:
+                yield key, "needs a group (...) around what the scorer reads"
+
+
+def _rollout(config: Config) -> Iterator[tuple[str, str]]:
+    rollout, spec = config.rollout, config.spec
+    if rollout.group_size < 2:
+        yield "rollout.group_size", "must be at least 2: an advantage compares the rollouts of one prompt"
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    if 0 < rollout.kv_tokens < longest:
+        yield (
+            "rollout.kv_tokens",
+            f"one sequence may take {longest} (data.max_prompt_tokens + rollout.max_new_tokens); 0 means enough",
+        )
+    if spec.source != "off":
+        for name in ("depth", "top_k", "num_verify", "min_match"):
+            if getattr(spec, name) < 1:
+                yield f"spec.{name}", "must be at least 1; set spec.source=off to decode without drafts"
+
+
+def _train(config: Config) -> Iterator[tuple[str, str]]:
+    train = config.train
+    if not all(0 <= beta < 1 for beta in train.betas):
+        yield "train.betas", "both must be at least 0 and below 1"
+    if train.warmup_steps > train.steps:
+        yield "train.warmup_steps", f"exceeds train.steps={train.steps}; the learning rate would never be reached"
+    rollouts = config.rollout.prompts_per_step * config.rollout.group_size
+    if 0 < rollouts < train.updates_per_step:
+        yield "train.updates_per_step", f"exceeds the {rollouts} rollouts of a step, of which each update needs one"
+    solutions = config.warmstart.solutions
+    if solutions != "field" and not re.fullmatch(r"[\w.]+:\w+", solutions):
+        yield "warmstart.solutions", "must be field, or module:function"
