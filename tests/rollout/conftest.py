@@ -1,0 +1,164 @@
+"""Fixtures of the rollout tests: a tiny policy, engines around it, drafters of known quality, bare sequences."""
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from configs.schema import RolloutConfig
+from drafter.types import OFF, Draft, Drafter, DraftState, Strategy
+from rollout.engine import NativeEngine
+from rollout.model import load_policy
+from rollout.sequence import Sequence as RolloutSequence
+from rollout.types import Prompt, Rollout, Sampling
+
+Key = tuple[str, int]
+TREE = Strategy(source="suffix", depth=4, top_k=3, num_verify=9)
+CHAIN = Strategy(source="suffix", depth=4, top_k=1, num_verify=4)
+
+
+@dataclass
+class ScriptedDrafter:
+    """Proposes trees that hold the true continuation with a given probability a level, among wrong siblings.
+
+    truth: what each sequence will sample; hit_rate 1 is an oracle, 0 always wrong. Deterministic in the sequence's
+    state. Checks that it is told everything: begin once, every token, finish at the end.
+    """
+
+    truth: dict[Key, list[int]]
+    hit_rate: float
+    vocab_size: int
+    seed: int = 0
+    texts: dict[Key, list[int]] = field(default_factory=dict)
+    finished: set[Key] = field(default_factory=set)
+
+    def begin(self, prompt_id: str, sample: int, prompt_ids: Sequence[int]) -> None:
+        assert (prompt_id, sample) not in self.texts
+        self.texts[prompt_id, sample] = list(prompt_ids)
+
+    def extend(self, prompt_id: str, sample: int, token_ids: Sequence[int]) -> None:
+        self.texts[prompt_id, sample] += token_ids
+
+    def finish(self, prompt_id: str, sample: int) -> None:
+        assert (prompt_id, sample) not in self.finished
+        self.finished.add((prompt_id, sample))
+
+    def propose(self, states: Sequence[DraftState], strategy: Strategy) -> list[Draft]:
+        return [self._tree(state, strategy) for state in states]
+
+    def _tree(self, state: DraftState, strategy: Strategy) -> Draft:
+        assert self.texts[state.prompt_id, state.sample] == list(state.token_ids)
+        choices = random.Random(f"{self.seed}:{state.prompt_id}:{state.sample}:{len(state.token_ids)}")
+        done = len(state.token_ids) - state.prompt_len
+        future = self.truth.get((state.prompt_id, state.sample), [])[done:]
+        tokens: list[int] = []
+        parents: list[int] = []
+        levels: list[int] = []
+        on_path: dict[int, int] = {-1: 0}  # node: how much of the future it has passed
+        for _ in range(choices.randint(0, strategy.num_verify)):
+            candidates = [-1, *range(len(tokens))] if strategy.top_k > 1 else [len(tokens) - 1]
+            parent = choices.choice(candidates)
+            level = 1 if parent < 0 else levels[parent] + 1
+            siblings = [token for token, other in zip(tokens, parents, strict=True) if other == parent]
+            if level > strategy.depth or len(siblings) >= strategy.top_k:
+                continue
+            passed = on_path.get(parent, len(future))
+            right = future[passed] if passed < len(future) else None
+            wanted = right if choices.random() < self.hit_rate else None
+            token = choices.randrange(self.vocab_size) if wanted is None or wanted in siblings else wanted
+            if token in siblings or (self.hit_rate == 0 and token == right):
+                continue
+            if token == right:
+                on_path[len(tokens)] = passed + 1
+            tokens.append(token)
+            parents.append(parent)
+            levels.append(level)
+        return Draft(token_ids=tokens, parents=parents)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seed = state["seed"]
+
+
+@pytest.fixture
+def chain() -> Strategy:
+    return CHAIN
+
+
+@pytest.fixture
+def tree() -> Strategy:
+    return TREE
+
+
+@pytest.fixture
+def scripted_drafter() -> type[ScriptedDrafter]:
+    return ScriptedDrafter
+
+
+@pytest.fixture
+def make_sequence() -> Callable[..., RolloutSequence]:
+    """A sequence from a prompt id and token ids."""
+
+    def make(
+        prompt_id: str, token_ids: list[int], *, sample: int = 0, max_new_tokens: int = 8, block_size: int = 4
+    ) -> RolloutSequence:
+        prompt = Prompt(id=prompt_id, token_ids=token_ids, answer="")
+        return RolloutSequence(
+            prompt=prompt,
+            sample=sample,
+            noise_key=0,
+            max_length=len(token_ids) + max_new_tokens,
+            block_size=block_size,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def policy(tiny_model_dir: Path) -> PreTrainedModel:
+    """The tiny model in float32."""
+    return load_policy(tiny_model_dir, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def prompts() -> list[Prompt]:
+    """Four prompts: shorter than a block, longer than several, and two with a common beginning."""
+    choices = random.Random(1)
+
+    def tokens(count: int) -> list[int]:
+        return [choices.randrange(3, 259) for _ in range(count)]
+
+    common = tokens(11)
+    texts = [tokens(1), tokens(23), common + tokens(3), common + tokens(8)]
+    return [Prompt(id=f"p{number}", token_ids=text, answer="") for number, text in enumerate(texts)]
+
+
+@pytest.fixture
+def make_engine(policy: PreTrainedModel) -> Callable[..., NativeEngine]:
+    """An engine around the tiny policy; keyword arguments are RolloutConfig's."""
+
+    def make(drafter: Drafter | None = None, strategy: Strategy = OFF, **options: Any) -> NativeEngine:
+        rollout = RolloutConfig(**({"block_size": 4, "max_running": 8} | options))
+        return NativeEngine(policy, drafter=drafter, strategy=strategy, rollout=rollout)
+
+    return make
+
+
+@pytest.fixture
+def collect() -> Callable[..., dict[Key, Rollout]]:
+    """Run an engine to the end: its rollouts by (prompt id, sample)."""
+
+    def run(engine: NativeEngine, prompts: Sequence[Prompt], sampling: Sampling) -> dict[Key, Rollout]:
+        async def all_rollouts() -> dict[Key, Rollout]:
+            return {(r.prompt_id, r.sample): r async for r in engine.generate(prompts, sampling)}
+
+        return asyncio.run(all_rollouts())
+
+    return run
