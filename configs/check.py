@@ -26,7 +26,6 @@ _AT_LEAST: dict[str, float] = {
     "reward.memory_mb": 64,
     "rollout.prompts_per_step": 1,
     "rollout.max_new_tokens": 1,
-    "rollout.temperature": 0,
     "rollout.top_k": 0,
     "rollout.min_p": 0,
     "rollout.max_running": 1,
@@ -40,6 +39,7 @@ _AT_LEAST: dict[str, float] = {
     "train.clip_high": 0,
     "train.kl_coef": 0,
     "train.importance_cap": 0,
+    "train.max_grad_norm": 0,
     "train.updates_per_step": 1,
     "train.micro_tokens": 1,
     "eval.every": 0,
@@ -49,7 +49,7 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
 }
-_ABOVE_ZERO = ("reward.timeout_s", "rollout.top_p", "train.lr", "train.max_grad_norm", "warmstart.lr")
+_ABOVE_ZERO = ("reward.timeout_s", "rollout.top_p", "rollout.temperature", "train.lr", "warmstart.lr")
 _AT_MOST: dict[str, float] = {"rollout.top_p": 1, "data.max_bad_fraction": 1, "train.clip_low": 1}
 _BELOW: dict[str, float] = {"rollout.min_p": 1}
 _REWARDS = ("task", "math", "format")

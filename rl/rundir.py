@@ -47,7 +47,8 @@ class RunDir:
             self.logs.mkdir()
             (path / "EXIT.json").unlink(missing_ok=True)
         _write_json(path / "env.json", {"time": now()} | environment())
-        self.write_status(state="starting", pid=os.getpid(), host=socket.gethostname(), attempt=self.attempt)
+        begun = {"state": "starting", "pid": os.getpid(), "host": socket.gethostname(), "attempt": self.attempt}
+        _write_json(path / "STATUS.json", begun | {"updated": now()})  # nothing of an earlier attempt's end
         self.append_event("attempt")
 
     @classmethod

@@ -145,7 +145,7 @@ def test_wrong_value_is_one_line_with_key_value_and_expectation(override: str, s
         "rollout.top_p=0",
         "rollout.top_p=1.1",
         "rollout.min_p=1",
-        "rollout.temperature=-1",
+        "rollout.temperature=0",
         "rollout.kv_tokens=100",
         "train.updates_per_step=0",
         "train.updates_per_step=65",

@@ -154,6 +154,7 @@ def test_exit_is_recorded_and_a_new_attempt_clears_it(run: RunDir) -> None:
     with RunDir.open(run.path):
         assert not (run.path / "EXIT.json").exists()
         assert read_status(run.path)["state"] == "starting"
+        assert "exit_code" not in read_status(run.path)
 
 
 def test_numbers_that_are_not_finite_become_null(run: RunDir) -> None:

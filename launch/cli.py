@@ -1,0 +1,167 @@
+"""The `paceline` command. Commands import what is heavy themselves, so that help and typos cost no wait."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from configs.errors import ConfigError
+from launch.exits import TERMINATED, recorded, run_command
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from launch.plan import Plan
+    from rl.rundir import RunDir
+
+app = typer.Typer(
+    help="Reinforcement learning for reasoning language models, with speculative rollouts.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Keys to set, as train.steps=20.")]
+Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="A .yaml file, or the name of a shipped recipe.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+
+
+def main() -> None:
+    """Run the command line and exit with a code of DESIGN.md."""
+    arguments = sys.argv[1:] or ["--help"]
+    sys.exit(run_command(lambda: app(arguments, standalone_mode=False)))
+
+
+@app.command()
+def train(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A .yaml file, or a shipped recipe.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run instead.")] = None,
+) -> None:
+    """Train a policy."""
+    from configs.load import parse, read_recipe
+
+    given = list(overrides or [])
+    if config is not None and resume is not None and "=" in config:
+        given, config = [config, *given], None  # CONFIG may be left out when resuming
+    if resume is not None:
+        _resume(resume, config, given)
+        return
+    if config is None or "=" in config:
+        raise ConfigError("train needs a CONFIG before any a.b=c, as in `paceline train configs/smoke.yaml`")
+    text = read_recipe(Path(config))
+    parsed = parse(text, given, origin=config)
+    plan = _plan(parsed)  # a model that is not there is found out before anything is written
+
+    from rl.rundir import RunDir
+
+    with RunDir.create(parsed, text) as run:
+        _train(parsed, plan, run, resumed=False)
+
+
+@app.command()
+def resume(run: Run, overrides: Overrides = None) -> None:
+    """Go on with a run from its newest intact checkpoint."""
+    _resume(run, None, list(overrides or []))
+
+
+@app.command()
+def plan(config: Recipe, overrides: Overrides = None) -> None:
+    """Show every derived size, the placement and a memory estimate, without starting anything."""
+    from configs.load import load
+
+    parsed = load(Path(config), overrides or [])
+    derived = _plan(parsed)
+
+    from launch.plan import table
+
+    console = Console()
+    console.print(table(derived))
+    for warning in derived.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+
+
+@app.command()
+def export(
+    run: Run,
+    policy: Annotated[Path, typer.Option(metavar="OUT", help="Folder to write, for transformers to load.")],
+) -> None:
+    """Write the trained policy as a folder that transformers loads."""
+    from rl.rundir import require_run
+
+    require_run(run)
+    _prepare()
+    from rl.export import export_policy
+
+    export_policy(run, policy)
+    print(f"wrote {policy}")
+
+
+@app.command()
+def status(run: Run) -> None:
+    """Say where a run is, whether or not it is still going."""
+    from launch.status import describe
+    from rl.rundir import read_status
+
+    Console().print(describe(read_status(run), run), highlight=False)
+
+
+def _resume(path: Path, recipe: str | None, overrides: list[str]) -> None:
+    from configs.load import load
+    from rl.rundir import RunDir, require_run
+
+    require_run(path)
+    config = load(Path(recipe) if recipe else path / "config" / "resolved.yaml", overrides)
+    with RunDir.open(path) as run:
+        run.write_config(config)
+        with recorded(run):
+            plan = _plan(config)
+        _train(config, plan, run, resumed=True)
+
+
+def _train(config: "Config", plan: "Plan", run: "RunDir", *, resumed: bool) -> None:
+    """Train in a run directory; logs, display and exit record around it."""
+    from dataclasses import asdict
+
+    from launch.logs import log_run
+    from launch.monitor.terminal import make_progress
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    with recorded(run):
+        run.write_plan(asdict(plan))
+        progress = make_progress(config.train.steps)
+        try:
+            log_run(run.logs / "run.log", show=progress.message)
+            progress.message(f"run directory {run.path}")
+            for warning in plan.warnings:
+                progress.message(f"warning: {warning}")
+
+            from launch.cluster import train_run
+
+            train_run(config, run, resume=resumed, progress=progress)
+        finally:
+            progress.close()
+    print(f"done; `paceline export {run.path} --policy OUT` writes the policy")
+
+
+def _plan(config: "Config") -> "Plan":
+    """Find the model and derive the plan. Raises PreflightError."""
+    _prepare()
+    from launch.plan import derive
+    from rollout.model import load_config
+    from rollout.pretrained import resolve
+
+    return derive(config, load_config(resolve(config.model)))
+
+
+def _prepare() -> None:
+    """What comes before the first heavy import."""
+    from launch.logs import check_kernels, quiet_libraries
+
+    check_kernels()
+    quiet_libraries()
+
+
+# A subject with commands of its own brings them as a typer app: app.add_typer(subject.app, name="subject").

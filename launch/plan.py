@@ -1,0 +1,252 @@
+"""What a configuration comes to: batch sizes, placement and memory, derived without starting anything."""
+
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from configs.schema import Config
+from kernels.logprob import CHUNK_ELEMENTS
+from rollout.engine import CPU_FRACTION, CUDA_FRACTION
+from rollout.model import bytes_per_block, context_length, resolve_compute
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Derived sizes of one run. Bytes are estimates for one worker."""
+
+    model: str
+    parameters: int
+    backend: str
+    workers: int
+    device: str
+    dtype: str
+    rollouts_per_step: int
+    max_sequence_tokens: int
+    running_sequences: int
+    speculation: str
+    kv_blocks: int
+    kv_tokens: int
+    steps: int
+    updates_per_step: int
+    max_tokens_per_step: int
+    max_microbatches_per_step: int
+    epochs: float
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    reference_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    logits_bytes: int
+    total_bytes: int
+    available_bytes: int
+    warnings: tuple[str, ...]
+
+
+def derive(config: Config, model_config: PretrainedConfig) -> Plan:
+    """Every size that follows from a configuration and its model on this machine. Raises PreflightError."""
+    device, dtype = resolve_compute(config.compute)
+    itemsize = getattr(torch, dtype).itemsize
+    rollout, train, workers = config.rollout, config.train, config.compute.workers
+    parameters = count_parameters(model_config)
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    rollouts = rollout.prompts_per_step * rollout.group_size
+    running = min(rollout.max_running, ceil(rollout.prompts_per_step / workers) * rollout.group_size)
+
+    weights = parameters * itemsize
+    # bfloat16 gradients are added up in float32
+    gradients = parameters * (itemsize + (FLOAT32_BYTES if dtype == "bfloat16" else 0))
+    masters = 1 if dtype == "bfloat16" or train.zero_stage > 0 else 0
+    optimizer = parameters * FLOAT32_BYTES * (2 + masters) // (workers if train.zero_stage > 0 else 1)
+    reference = weights if train.kl_coef > 0 else 0
+    micro_tokens = min(max(train.micro_tokens, longest), rollouts * longest)
+    activations = micro_tokens * _activation_elements(model_config, train.gradient_checkpointing) * itemsize
+    logits = max(
+        _training_logits_bytes(model_config, micro_tokens, itemsize, device),
+        _rollout_logits_bytes(model_config, running * (1 + _num_verify(config)), itemsize),
+    )
+    available = available_bytes(device) // (1 if device == "cuda" else workers)
+
+    block_bytes = bytes_per_block(model_config, rollout.block_size, getattr(torch, dtype))
+    affordable = int(_kv_budget(device, available - weights - optimizer - reference) // block_bytes)
+    blocks_each = ceil(longest / rollout.block_size)
+    kv_blocks = rollout.kv_tokens // rollout.block_size or min(running * blocks_each, max(affordable, blocks_each))
+    kv_bytes = kv_blocks * block_bytes
+    total = weights + optimizer + reference + kv_bytes + gradients + activations + logits
+    shares = train.updates_per_step * workers
+    warnings = [
+        *_context_warnings(longest, context_length(model_config)),
+        *_kv_warnings(kv_blocks, blocks_each, running),
+        *_memory_warnings(total, available, device),
+    ]
+    return Plan(
+        model=config.model,
+        parameters=parameters,
+        backend=config.compute.backend,
+        workers=workers,
+        device=device,
+        dtype=dtype,
+        rollouts_per_step=rollouts,
+        max_sequence_tokens=longest,
+        running_sequences=running,
+        speculation=_speculation(config),
+        kv_blocks=kv_blocks,
+        kv_tokens=kv_blocks * rollout.block_size,
+        steps=train.steps,
+        updates_per_step=train.updates_per_step,
+        max_tokens_per_step=rollouts * longest,
+        # a pass takes sequences while they fit, hence at least this many of the longest
+        max_microbatches_per_step=ceil(rollouts / (micro_tokens // longest)) + shares - 1,
+        epochs=train.steps * rollout.prompts_per_step / config.data.size,
+        weight_bytes=weights,
+        gradient_bytes=gradients,
+        optimizer_bytes=optimizer,
+        reference_bytes=reference,
+        kv_bytes=kv_bytes,
+        activation_bytes=activations,
+        logits_bytes=logits,
+        total_bytes=total,
+        available_bytes=available,
+        warnings=tuple(warnings),
+    )
+
+
+def count_parameters(model_config: PretrainedConfig) -> int:
+    """Parameters of the model, tied ones once. Nothing is allocated."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def available_bytes(device: str) -> int:
+    """Memory a process may still take: of the GPU, or of the machine within its control group."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    available = _meminfo("MemAvailable")
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdecimal():
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
+
+
+def table(plan: Plan) -> Table:
+    """The plan for a person to read."""
+    view = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False, title_justify="left", title="Plan")
+    view.add_column(style="bold")
+    view.add_column(justify="right", style="cyan")
+    view.add_column(style="dim")
+
+    source, _, shape = plan.speculation.partition(": ")
+
+    def section(*rows: tuple[str, str, str]) -> None:
+        for row in rows:
+            view.add_row(*row)
+        view.add_section()
+
+    section(
+        ("model", plan.model, f"{plan.parameters / 1e6:,.1f}M parameters"),
+        ("placement", f"{plan.workers} x {plan.device}", f"{plan.backend}, {plan.dtype}"),
+    )
+    section(
+        ("rollouts a step", f"{plan.rollouts_per_step:,}", f"{plan.running_sequences:,} decoded together a worker"),
+        ("longest sequence", f"{plan.max_sequence_tokens:,}", "tokens, prompt and response"),
+        ("speculation", source, shape),
+        ("KV cache", f"{plan.kv_tokens:,}", f"tokens in {plan.kv_blocks:,} blocks"),
+    )
+    section(
+        ("steps", f"{plan.steps:,}", f"{plan.epochs:.2g} passes over the prompts"),
+        ("updates a step", f"{plan.updates_per_step:,}", ""),
+        ("tokens a step", f"{plan.max_tokens_per_step:,}", "at most"),
+        ("passes a step", f"{plan.max_microbatches_per_step:,}", "forward and backward, at most"),
+    )
+    parts = {
+        "weights": (plan.weight_bytes, plan.dtype),
+        "gradients": (plan.gradient_bytes, "with their float32 sums" if plan.dtype == "bfloat16" else ""),
+        "optimiser": (plan.optimizer_bytes, "Adam moments and float32 masters"),
+        "reference": (plan.reference_bytes, "for the KL term"),
+        "KV cache": (plan.kv_bytes, ""),
+        "activations": (plan.activation_bytes, "of one pass"),
+        "logits": (plan.logits_bytes, "peak"),
+    }
+    section(*((name, _gigabytes(size), note) for name, (size, note) in parts.items() if size))
+    available = f"estimate; {_gigabytes(plan.available_bytes)} available"
+    section(("memory a worker", _gigabytes(plan.total_bytes), available))
+    return view
+
+
+def _num_verify(config: Config) -> int:
+    return config.spec.num_verify if config.spec.source != "off" else 0
+
+
+def _speculation(config: Config) -> str:
+    """The strategy as "source: shape"."""
+    spec = config.spec
+    if spec.source == "off":
+        return "off: one token a forward"
+    shape = "chains" if spec.top_k == 1 else f"trees of {spec.top_k} children a node"
+    return f"{spec.source}: {shape}, up to {spec.depth} deep, {spec.num_verify} verified"
+
+
+def _activation_elements(model_config: PretrainedConfig, checkpointing: bool) -> int:
+    """Elements a token leaves for the backward pass: norms, projections and the gated MLP of every layer."""
+    text = model_config.get_text_config()
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    layer = 8 * hidden + 4 * (getattr(text, "intermediate_size", None) or 4 * hidden)
+    return int(layers * hidden + layer if checkpointing else layers * layer)
+
+
+def _training_logits_bytes(model_config: PretrainedConfig, tokens: int, itemsize: int, device: str) -> int:
+    """Logits and their gradient, and two float32 chunks on the way."""
+    chunks = 2 * CHUNK_ELEMENTS[device] * FLOAT32_BYTES
+    return int(2 * tokens * model_config.get_text_config().vocab_size * itemsize + chunks)
+
+
+def _rollout_logits_bytes(model_config: PretrainedConfig, rows: int, itemsize: int) -> int:
+    """Logits of one cycle and a float32 copy to sample from."""
+    return int(rows * model_config.get_text_config().vocab_size * (itemsize + FLOAT32_BYTES))
+
+
+def _kv_budget(device: str, free: int) -> float:
+    """What the engine lets a derived KV cache take (rollout/engine.py)."""
+    if device == "cuda":
+        return free * CUDA_FRACTION
+    return _meminfo("MemTotal") * CPU_FRACTION
+
+
+def _meminfo(name: str) -> int:
+    """A line of /proc/meminfo, in bytes."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
+
+
+def _context_warnings(longest: int, context: int) -> list[str]:
+    if longest <= context:
+        return []
+    sizes = f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}"
+    return [f"{sizes} exceeds the model's context of {context}; lower one of them"]
+
+
+def _kv_warnings(kv_blocks: int, blocks_each: int, running: int) -> list[str]:
+    fit = kv_blocks // blocks_each
+    if fit >= running:
+        return []
+    return [f"the KV cache holds {fit} of {running} sequences at full length; the others wait or are computed again"]
+
+
+def _memory_warnings(total: int, available: int, device: str) -> list[str]:
+    if total <= available:
+        return []
+    remedy = "lower train.micro_tokens or rollout.kv_tokens, or set train.gradient_checkpointing=true"
+    return [f"{_gigabytes(total)} may not fit in the {_gigabytes(available)} available on {device}; {remedy}"]
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,281 @@
+"""The command line as a user meets it: what it says, what it leaves behind, how it exits."""
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import DataError, DivergedError, PreemptedError
+from configs.load import load
+from launch import logs
+from launch.cli import app
+from launch.exits import run_command
+from rl.rundir import RunDir, read_status
+
+TASK = "data.name=chain_sum"
+
+
+@pytest.fixture
+def paceline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Runs a command line in this process, in an empty folder, and returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text("data: {name: chain_sum}\nrun: {dir: run}\n")
+    root, on_term, raises = logging.getLogger(), signal.getsignal(signal.SIGTERM), logging.raiseExceptions
+    handlers, level, environ = root.handlers, root.level, dict(os.environ)
+    yield lambda *arguments: run_command(lambda: app(list(arguments), standalone_mode=False))
+    root.handlers, logging.raiseExceptions = handlers, raises
+    root.setLevel(level)
+    logging.captureWarnings(False)
+    signal.signal(signal.SIGTERM, on_term)
+    os.environ.clear()
+    os.environ.update(environ)
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> Callable[..., None]:
+    """Replaces the training behind the command by a function of (config, run, resume, progress)."""
+
+    def replace(body: Callable[..., None]) -> None:
+        def train_run(config: Any, run: RunDir, *, resume: bool, progress: Any) -> None:
+            body(config, run, resume, progress)
+
+        monkeypatch.setitem(sys.modules, "launch.cluster", SimpleNamespace(train_run=train_run))
+
+    monkeypatch.setitem(sys.modules, "rollout.pretrained", SimpleNamespace(resolve=lambda name: tiny_model_dir))
+    replace(lambda *_: None)
+    return replace
+
+
+def exit_record(run: str = "run") -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((Path(run) / "EXIT.json").read_text())
+    return record
+
+
+def test_help_is_there_within_a_second() -> None:
+    start = time.monotonic()
+    code = "import sys; sys.argv[1:] = ['--help']; from launch.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert time.monotonic() - start < 5  # a second where nothing else runs
+    assert all(command in result.stdout for command in ("train", "resume", "plan", "export", "status"))
+
+
+def test_command_line_imports_nothing_heavy() -> None:
+    code = "import sys, launch.cli; print(sorted({'torch', 'transformers', 'ray', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["trian"], 2, "error: No such command 'trian'"),
+        (["train", "--bad"], 2, "error: No such option: --bad; see paceline --help"),
+        (["train"], 2, "error: train needs a CONFIG"),
+        (["train", "train.steps=3"], 2, "error: train needs a CONFIG"),
+        (["train", "nope.yaml"], 2, "error: config file nope.yaml does not exist"),
+        (["train", "tiny.yaml", "train.stepz=3"], 2, "error: unknown key train.stepz; did you mean train.steps?"),
+        (["train", "tiny.yaml", "train.steps=many"], 2, "error: train.steps='many': expected an integer"),
+        (["train", "tiny.yaml", "steps"], 2, "error: override 'steps' is not of the form a.b=c"),
+        (["plan", "tiny.yaml", "train.steps=0"], 2, "error: train.steps=0: must be at least 1"),
+        (["resume", "nowhere"], 3, "error: nowhere is not a run directory"),
+        (["train", "--resume", "nowhere", "train.steps=5"], 3, "error: nowhere is not a run directory"),
+        (["status", "nowhere"], 3, "error: nowhere is not a run directory"),
+        (["export", "nowhere", "--policy", "out"], 3, "error: nowhere is not a run directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_written(
+    paceline: Callable[..., int], capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+) -> None:
+    assert paceline(*arguments) == code
+    shown = capsys.readouterr()
+    assert shown.err.startswith(said)
+    assert len(shown.err.splitlines()) == 1
+    assert shown.out == ""
+    assert os.listdir() == ["tiny.yaml"]
+
+
+def test_two_mistakes_are_two_lines(paceline: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert paceline("train", "tiny.yaml", "train.stepz=3", "rollout.group_size=1") == 2
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == ["error", "error"]
+
+
+def test_finished_run_says_so_everywhere(
+    paceline: Callable[..., int], training: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    training(lambda config, run, resume, progress: progress.message(f"{config.train.steps} {resume}"))
+    assert paceline("train", "tiny.yaml", "train.steps=7") == 0
+    out = capsys.readouterr().out
+    assert "run directory run\n" in out and "\n7 False\n" in out
+    assert "paceline export run --policy OUT" in out
+    assert exit_record() == exit_record() | {"code": 0, "reason": "done", "attempt": 1}
+    assert json.loads(Path("run/plan.json").read_text())["steps"] == 7
+    assert Path("run/config/input.yaml").read_text() == Path("tiny.yaml").read_text()
+    assert paceline("status", "run") == 0
+    assert "done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (DataError("data.jsonl is empty"), 8, "data.jsonl is empty"),
+        (DivergedError("loss is nan"), 5, "loss is nan"),
+        (PreemptedError("asked to stop"), 75, "asked to stop; `paceline resume run` goes on"),
+        (KeyboardInterrupt(), 130, "interrupted; `paceline resume run` goes on"),
+        (MemoryError(), 4, "out of memory (MemoryError); lower train.micro_tokens"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 4, "out of memory (CUDA out of memory); lower"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 6, "the disk is full"),
+        (ExceptionGroup("rewards", [DataError("reward failed")]), 8, "reward failed"),
+    ],
+)
+def test_failed_run_reports_code_and_reason(
+    paceline: Callable[..., int],
+    training: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    training(fail)
+    assert paceline("train", "tiny.yaml") == code
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+    assert exit_record()["code"] == code
+    assert exit_record()["reason"].startswith(said)
+    assert not Path("run/logs/attempt_1/crash.log").exists()
+
+
+def test_bug_leaves_its_traceback_in_the_run(
+    paceline: Callable[..., int], training: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def buggy(*_: Any) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    training(buggy)
+    assert paceline("train", "tiny.yaml") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("ZeroDivisionError: division by zero; the traceback is in run/logs/attempt_1/crash.log")
+    assert "in buggy" in Path("run/logs/attempt_1/crash.log").read_text()
+    assert exit_record()["code"] == 1
+
+
+def test_terminated_process_exits_143(paceline: Callable[..., int], training: Callable[..., None]) -> None:
+    training(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert paceline("train", "tiny.yaml") == 143
+    assert exit_record()["code"] == 143
+
+
+def test_existing_run_directory_is_left_alone(
+    paceline: Callable[..., int], training: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert paceline("train", "tiny.yaml") == 0
+    assert paceline("train", "tiny.yaml") == 3
+    assert "`paceline resume run` goes on with it" in capsys.readouterr().err
+    assert exit_record()["code"] == 0
+
+
+def test_directory_in_use_is_refused(
+    paceline: Callable[..., int], training: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunDir.create(load(Path("tiny.yaml")), ""):
+        assert paceline("resume", "run") == 3
+        assert paceline("train", "tiny.yaml") == 3
+    assert capsys.readouterr().err.count(f"in use by process {os.getpid()}") == 2
+    assert not Path("run/EXIT.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["resume", "run", "train.steps=9"],
+        ["train", "--resume", "run", "train.steps=9"],
+        ["train", "tiny.yaml", "train.steps=9", "--resume", "run"],
+    ],
+)
+def test_resume_goes_on_with_the_overrides(
+    paceline: Callable[..., int], training: Callable[..., None], arguments: list[str]
+) -> None:
+    seen: list[tuple[int, bool, int]] = []
+    assert paceline("train", "tiny.yaml") == 0
+    training(lambda config, run, resume, progress: seen.append((config.train.steps, resume, run.attempt)))
+    assert paceline(*arguments) == 0
+    assert paceline("resume", "run") == 0
+    assert seen == [(9, True, 2), (9, True, 3)]
+
+
+def test_missing_model_leaves_no_run_directory(
+    paceline: Callable[..., int], training: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from configs.errors import PreflightError
+
+    def missing(name: str) -> Path:
+        raise PreflightError(f"no model {name}")
+
+    monkeypatch.setattr(sys.modules["rollout.pretrained"], "resolve", missing)
+    assert paceline("train", "tiny.yaml") == 3
+    assert os.listdir() == ["tiny.yaml"]
+
+
+def test_libraries_write_to_the_log_and_our_warnings_are_shown_too(
+    paceline: Callable[..., int], training: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noisy(*_: Any) -> None:
+        warnings.warn("a library sighs", stacklevel=1)
+        logging.getLogger("DeepSpeed").warning("accelerator chatter")
+        logging.getLogger("rollout.engine").warning("graph capture failed")
+        logging.getLogger("rl.data").info("10 rows")
+
+    training(noisy)
+    assert paceline("train", "tiny.yaml") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "warning: graph capture failed\n" in shown.out
+    assert "sighs" not in shown.out and "chatter" not in shown.out
+    log = Path("run/logs/attempt_1/run.log").read_text()
+    assert all(text in log for text in ("a library sighs", "accelerator chatter", "graph capture failed", "10 rows"))
+
+
+def test_status_of_a_killed_run_says_so(paceline: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDir.create(load(Path("tiny.yaml")), "")
+    run.write_status(state="running", step=3, total_steps=9, record={"reward_mean": 0.5, "loss": None})
+    assert paceline("status", "run") == 0
+    assert f"running (process {os.getpid()}" in capsys.readouterr().out
+    run.close()  # as the kernel does for a killed process
+    assert read_status(Path("run"))["alive"] is False
+    assert paceline("status", "run") == 0
+    out = capsys.readouterr().out
+    assert "died before it could say why; `paceline resume run` goes on" in out
+    assert "3 of 9" in out
+
+
+def test_plan_shows_sizes_and_writes_nothing(
+    paceline: Callable[..., int], training: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert paceline("plan", "tiny.yaml", "rollout.max_new_tokens=600") == 0
+    out = capsys.readouterr().out
+    assert "rollouts a step" in out and "64" in out
+    assert "warning: data.max_prompt_tokens + rollout.max_new_tokens = 1624 exceeds" in " ".join(out.split())
+    assert os.listdir() == ["tiny.yaml"]
+
+
+def test_hugging_faces_kernels_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from configs.errors import PreflightError
+
+    logs.check_kernels()
+    spec = SimpleNamespace(origin=str(tmp_path / "site-packages" / "kernels" / "__init__.py"))
+    monkeypatch.setattr(logs, "find_spec", lambda name: spec)
+    with pytest.raises(PreflightError, match="Hugging Face's package `kernels` .*site-packages.*`pip uninstall"):
+        logs.check_kernels()

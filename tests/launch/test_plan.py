@@ -1,0 +1,90 @@
+"""The plan: sizes that follow from a configuration."""
+
+from dataclasses import asdict, replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+import launch.plan
+from configs.load import parse
+from launch.plan import Plan, count_parameters, derive, table
+from rl.rundir import RunDir
+
+
+@pytest.fixture
+def model_config(tiny_model_dir: Path) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(tiny_model_dir)
+
+
+def plan_for(model_config: PretrainedConfig, *overrides: str) -> Plan:
+    small = ["data.max_prompt_tokens=100", "rollout.max_new_tokens=28", "compute.device=cpu", "compute.dtype=float32"]
+    return derive(parse("data: {name: chain_sum}", [*small, *overrides]), model_config)
+
+
+def test_parameters_are_counted_without_allocating(model_config: PretrainedConfig) -> None:
+    model = AutoModelForCausalLM.from_config(model_config)
+    assert model_config.tie_word_embeddings
+    assert count_parameters(model_config) == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_sizes_follow_from_the_configuration(model_config: PretrainedConfig) -> None:
+    plan = plan_for(model_config, "rollout.prompts_per_step=3", "rollout.group_size=5", "train.micro_tokens=256")
+    assert (plan.rollouts_per_step, plan.max_sequence_tokens, plan.max_tokens_per_step) == (15, 128, 15 * 128)
+    assert plan.max_microbatches_per_step == 8  # two of the longest in each pass
+    assert plan.kv_blocks == 15 * 8
+    # 2 layers, keys and values, 16 tokens, 2 heads of 16, float32
+    assert plan.kv_bytes == 120 * 2 * 2 * 16 * 2 * 16 * 4
+    assert plan.weight_bytes == plan.parameters * 4
+    assert plan.warnings == ()
+
+
+def test_bfloat16_keeps_float32_masters_and_gradient_sums(model_config: PretrainedConfig) -> None:
+    plan = plan_for(model_config, "compute.dtype=bfloat16")
+    assert plan.weight_bytes == 2 * plan.parameters
+    assert plan.gradient_bytes == 6 * plan.parameters
+    assert plan.optimizer_bytes == 12 * plan.parameters
+
+
+def test_workers_share_prompts_and_optimiser(model_config: PretrainedConfig) -> None:
+    one, two = plan_for(model_config), plan_for(model_config, "compute.backend=ray", "compute.workers=2")
+    assert two.running_sequences * 2 == one.running_sequences
+    assert two.optimizer_bytes * 2 == one.optimizer_bytes
+
+
+def test_reference_is_counted_only_for_a_kl_term(model_config: PretrainedConfig) -> None:
+    assert plan_for(model_config).reference_bytes == 0
+    assert plan_for(model_config, "train.kl_coef=0.1").reference_bytes == plan_for(model_config).weight_bytes
+
+
+def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> None:
+    assert plan_for(model_config, "spec.source=off").speculation.startswith("off")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["rollout.max_new_tokens=500"], "exceeds the model's context of 512"),
+        (["rollout.kv_tokens=256"], "holds 2 of 64 sequences at full length"),
+    ],
+)
+def test_what_will_hurt_is_warned_about(model_config: PretrainedConfig, overrides: list[str], said: str) -> None:
+    assert any(said in warning for warning in plan_for(model_config, *overrides).warnings)
+
+
+def test_too_little_memory_is_warned_about(model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.plan, "available_bytes", lambda device: 1_000_000)
+    (warning,) = plan_for(model_config).warnings
+    assert "may not fit in the 0.00 GB available" in warning
+
+
+def test_plan_is_json_and_a_table(model_config: PretrainedConfig, tmp_path: Path) -> None:
+    plan = plan_for(model_config)
+    with RunDir.create(parse("data: {name: x}", [f"run.dir={tmp_path / 'run'}"]), "") as run:
+        run.write_plan(asdict(plan))
+    out = StringIO()
+    Console(file=out, width=80).print(table(replace(plan, reference_bytes=10**9)))
+    assert "1.00 GB" in out.getvalue()
+    assert all(len(line) <= 80 for line in out.getvalue().splitlines())
