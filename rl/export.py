@@ -1,0 +1,128 @@
+"""A trained policy leaves a run as a plain transformers folder."""
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from configs.errors import PreflightError, StorageError
+from configs.load import load
+from configs.schema import Config
+from rl.checkpoint import is_sound, step_of
+from rl.rundir import require_run
+from rl.trainer import PARAMS
+from rollout.pretrained import SHIPPED, load_tokenizer, resolve
+
+CARD = """\
+---
+base_model: {base}
+library_name: transformers
+tags: [paceline, grpo]
+---
+# {run}, step {step}
+
+`{base}` trained by reinforcement learning (GRPO) with Paceline on {task}, {prompts} prompts of {group} rollouts a step.
+{rewards}
+The weights derive from `{base}` and stay under its licence: {licence}.
+"""
+
+
+def export_policy(run_path: Path, out: Path) -> None:
+    """Write the policy of a run's newest intact checkpoint to a folder that transformers loads and generates from.
+
+    Config, weights in the run's dtype, tokenizer, chat template, generation config and a model card. OUT appears whole
+    or not at all, and nothing in the run changes, so that a live run can be exported. Raises PreflightError when OUT is
+    taken or the base model is gone, StorageError when no checkpoint is intact or the disk refuses.
+    """
+    require_run(run_path)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PreflightError(f"{out} already exists and is not empty; export to another folder")
+    config = load(run_path / "config" / "resolved.yaml")
+    base = resolve(config.model)
+    staging = out.with_name(f".staging-{out.name}")
+    checkpoint = newest_intact(run_path)
+    try:
+        params = load_file(checkpoint / "trainer" / PARAMS)
+        policy = trained(base, params)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            policy.save_pretrained(staging)
+            load_tokenizer(base).save_pretrained(staging)
+            (staging / "README.md").write_text(model_card(run_path, config, step_of(checkpoint)), encoding="utf-8")
+            check_export(staging, params)
+            staging.rename(out)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot export {checkpoint} to {out}: {error}; check the disk and try again") from error
+
+
+def newest_intact(run_path: Path) -> Path:
+    """The newest checkpoint folder of a run whose files match their hashes. Changes nothing; raises StorageError."""
+    found = [path for path in (run_path / "checkpoints").glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+    for path in sorted(found, key=step_of, reverse=True):
+        if is_sound(path):
+            return path
+    raise StorageError(f"{run_path} has no intact checkpoint ({len(found)} broken); let the run reach its first one")
+
+
+def trained(base: Path, params: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """The base model with trained parameters in place of its own. Raises StorageError when they do not fit it."""
+    (dtype,) = {tensor.dtype for tensor in params.values()}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        base, dtype=dtype, trust_remote_code=False, local_files_only=True
+    )
+    own = dict(model.named_parameters())
+    for name, tensor in params.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise StorageError(f"the checkpoint's {name} {list(tensor.shape)} has no place in {base}; was it replaced?")
+        own[name].data = tensor
+    model.tie_weights()
+    return model
+
+
+def check_export(folder: Path, params: dict[str, torch.Tensor]) -> None:
+    """Load the folder as a user would and compare every parameter, bit for bit. Raises StorageError."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    own = dict(model.named_parameters())
+    for name, tensor in params.items():
+        if own[name].dtype != tensor.dtype or not torch.equal(own[name], tensor):
+            raise StorageError(f"{folder} came back with another {name} than was written; check the disk")
+
+
+def model_card(run_path: Path, config: Config, step: int) -> str:
+    """What the folder holds, where it comes from, and how well it did."""
+    shipped = SHIPPED.get(config.model.lower())
+    lines = []
+    if (reward := recorded(run_path, "steps", step, "reward_mean")) is not None:
+        lines.append(f"Mean reward of the rollouts of step {step}: {reward:.3f}.")
+    if (reward := recorded(run_path, "eval", step, "reward_mean")) is not None:
+        lines.append(f"Mean greedy reward on held-out problems: {reward:.3f}.")
+    return CARD.format(
+        base=shipped.hub_id if shipped else config.model,
+        run=config.run.name,
+        step=step,
+        task=f"`{config.data.name}` ({config.data.source})",
+        prompts=config.rollout.prompts_per_step,
+        group=config.rollout.group_size,
+        rewards="".join(f"{line}\n" for line in lines),
+        licence=f"{shipped.licence}, https://huggingface.co/{shipped.hub_id}" if shipped else "see the base model",
+    )
+
+
+def recorded(run_path: Path, name: str, step: int, key: str) -> float | None:
+    """A number that metrics/NAME.jsonl holds for a step, the last if several; None without one."""
+    value: Any = None
+    with suppress(FileNotFoundError):
+        for line in (run_path / "metrics" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):  # a live run may be in the middle of its last line
+                record = json.loads(line)
+                value = record.get(key) if record.get("step") == step else value
+    return value
