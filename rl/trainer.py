@@ -1,0 +1,404 @@
+"""DeepSpeed trains the policy in place: the parameters it updates are the ones the engine samples with."""
+
+import atexit
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from math import cos, inf, pi
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from configs.errors import DivergedError, StorageError
+from configs.schema import TrainConfig
+from kernels.attention import PackedSequences
+from kernels.logprob import selected_logprobs
+from rl.batch import microbatches, split, to_device
+from rl.checkpoint import write_tensors
+from rl.loss import RECORD, clipped_policy_loss, importance_weights, k3_divergence, step_stats
+from rl.types import Batch, StepStats
+from rollout.model import forward_packed
+
+PARAMS, OPTIMIZER, REFERENCE, STATE = (
+    "params.safetensors",
+    "optimizer.safetensors",
+    "reference.safetensors",
+    "state.json",
+)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+log = logging.getLogger(__name__)
+
+
+class PackedPolicy(nn.Module):
+    """The policy as DeepSpeed sees it: a batch in, log-probs and entropies of its R response tokens out."""
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns logprobs [R] and entropy [R], float32; only tokens that predict a response reach the vocabulary."""
+        (targets,) = batch.loss_mask.nonzero(as_tuple=True)
+        seqs = PackedSequences(cu_seqlens=batch.cu_seqlens, max_seqlen=int(batch.cu_seqlens.diff().max()))
+        logits = forward_packed(self.policy, batch.token_ids, batch.positions, seqs, targets - 1)
+        return selected_logprobs(logits, batch.token_ids[targets], temperature=temperature)
+
+
+@dataclass(slots=True)
+class Round:
+    """One forward and backward pass of one rank.
+
+    weight 0 makes it a filler: a rank that runs out of micro-batches still takes part in every reduction.
+    old_logprobs [R]: of the policy before the step; None while the policy still is that one.
+    """
+
+    batch: Batch
+    weight: float
+    old_logprobs: torch.Tensor | None = None
+
+
+# (round, logprobs [R], entropy [R]) -> record [len(RECORD), R], whose first row carries the gradient
+Objective = Callable[[Round, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class DeepSpeedTrainer:
+    """rl.types.Trainer on DeepSpeed's ZeRO 0, 1 and 2.
+
+    Every rank is given the same whole batch and takes its share of it, so that all know every denominator. Parameters
+    keep their storage from here on. In bfloat16 the optimiser works on float32 masters and gradients add up in
+    float32; ZeRO 0, for which DeepSpeed has no float32 accumulator, then runs as ZeRO 1: equal results, less memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: TrainConfig,
+        *,
+        total_steps: int,
+        temperature: float,
+        device: torch.device | str,
+    ) -> None:
+        self.config = config
+        self.total_steps = total_steps
+        self.temperature = temperature
+        self.device = torch.device(device)
+        self.steps = 0  # reinforcement steps done; the schedule's position
+        self.params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        (self.dtype,) = {param.dtype for param in self.params.values()}
+        assert self.dtype in (torch.float32, torch.bfloat16), self.dtype
+        self.stage = 1 if config.zero_stage == 0 and self.dtype == torch.bfloat16 else config.zero_stage
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # rollouts are sampled without
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.policy = PackedPolicy(model)
+        self.reference: dict[str, torch.Tensor] | None = None
+        self.adam = torch.optim.AdamW(
+            self.params.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        deepspeed = start_deepspeed(self.device)
+        self.fragments = deepspeed.utils
+        num_params = sum(param.numel() for param in self.params.values())
+        with redirect_stdout(StringIO()) as chatter:  # its bfloat16 optimiser prints memory reports
+            self.engine, *_ = deepspeed.initialize(
+                model=self.policy,
+                optimizer=self.adam,
+                config=deepspeed_config(config, self.stage, self.dtype, num_params),
+                dist_init_required=False,
+            )
+        log.debug("%s", chatter.getvalue())
+        self.engine.eval()
+        self._prime_adam()
+
+    def step(self, batch: Batch) -> StepStats:
+        """One pass over the batch in updates_per_step updates, each of as many passes as its tokens need.
+
+        Raises DivergedError, the update that failed not applied, when a loss or a gradient is not finite.
+        """
+        start = perf_counter()
+        config, lr = self.config, learning_rate(self.config, self.steps, self.total_steps)
+        if config.kl_coef > 0 and self.reference is None:
+            self.reference = {name: param.detach().clone() for name, param in self.params.items()}
+        updates = [update for update in split(batch, config.updates_per_step) if update.loss_mask.any()]
+        rounds = [self._rounds(update) for update in updates]
+        if len(updates) > 1:
+            for each in (each for group in rounds for each in group):
+                with torch.no_grad():
+                    each.old_logprobs, _ = self.policy(each.batch, self.temperature)
+        records, norms = zip(
+            *(
+                self._update(group, update, self._policy_objective, lr=lr, temperature=self.temperature)
+                for group, update in zip(rounds, updates, strict=True)
+            ),
+            strict=True,
+        )
+        self.steps += 1
+        return step_stats(torch.cat(records, dim=1), batch, sum(norms) / len(norms), lr, perf_counter() - start)
+
+    def supervise(self, batch: Batch, lr: float) -> StepStats:
+        """One cross-entropy update on the batch's masked tokens; the schedule does not move. Raises DivergedError."""
+        start = perf_counter()
+        record, norm = self._update(self._rounds(batch), batch, self._cross_entropy, lr=lr, temperature=1.0)
+        return step_stats(record, batch, norm, lr, perf_counter() - start)
+
+    def _rounds(self, batch: Batch) -> list[Round]:
+        """This rank's passes over its share of an update; every rank has the same number of them."""
+        shares = [microbatches(share, self.config.micro_tokens) for share in split(batch, dist.get_world_size())]
+        own = shares[dist.get_rank()]
+        filler = (own or max(shares, key=len))[0]
+        missing = max(map(len, shares)) - len(own)
+        return [
+            Round(to_device(batch, self.device), weight)
+            for batch, weight in [*((batch, 1.0) for batch in own), *[(filler, 0.0)] * missing]
+        ]
+
+    def _update(
+        self, rounds: list[Round], batch: Batch, objective: Objective, *, lr: float, temperature: float
+    ) -> tuple[torch.Tensor, float]:
+        """One optimiser update from the rounds of a batch. Returns all ranks' records [len(RECORD), R] and the norm."""
+        # DeepSpeed averages gradients over ranks; the mean meant here is over all tokens of the update
+        scale = dist.get_world_size() / int(batch.loss_mask.sum())
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.engine.train(self.config.gradient_checkpointing)
+        kept = [torch.zeros(len(RECORD), 0, device=self.device)]
+        for index, each in enumerate(rounds):
+            self.engine.set_gradient_accumulation_boundary(index == len(rounds) - 1)
+            record = objective(each, *self.engine(each.batch, temperature))
+            loss = record[0].sum() * (each.weight * scale)
+            # a gradient that is not finite is what every rank sees, and what no optimiser applies
+            self.engine.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
+            if each.weight:
+                kept.append(record.detach())
+        self.engine.eval()
+        norm, applied = self._apply()
+        record = all_ranks(torch.cat(kept, dim=1)).cpu()
+        if not applied:
+            culprit = "gradient" if record[0].isfinite().all() else "loss"
+            raise DivergedError(
+                f"the {culprit} of step {self.steps + 1} is not finite and was not applied; "
+                f"lower the learning rate ({lr:g}) and start again from the last checkpoint"
+            )
+        return record, norm
+
+    def _apply(self) -> tuple[float, bool]:
+        """Clip and step. Returns the gradient's norm before clipping, and whether it was finite and thus applied."""
+        if self.stage > 0:
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm()), bool(self.engine.was_step_applied())
+        # plain AdamW would take a step along NaN, so at stage 0 the clipping and the check are ours
+        norm = float(nn.utils.clip_grad_norm_(self.params.values(), self.config.max_grad_norm or inf))
+        if not norm < inf:
+            self.engine.zero_grad()
+            return norm, False
+        self.engine.step()
+        return norm, True
+
+    def _policy_objective(self, each: Round, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        """The policy loss of GRPO with its corrections."""
+        config, mask = self.config, each.batch.loss_mask
+        sampled, advantages = each.batch.old_logprobs[mask], each.batch.advantages[mask]
+        old = logprobs.detach() if each.old_logprobs is None else each.old_logprobs
+        weights = importance_weights(old, sampled, config.importance_cap)
+        loss, clipped = clipped_policy_loss(
+            logprobs, old, advantages, clip_low=config.clip_low, clip_high=config.clip_high
+        )
+        loss, kl = weights * loss, torch.zeros_like(loss)
+        if self.reference is not None:
+            named = {f"policy.{name}": tensor for name, tensor in self.reference.items()}
+            with torch.no_grad():
+                reference, _ = torch.func.functional_call(self.policy, named, (each.batch, self.temperature))
+            kl = k3_divergence(logprobs, reference)
+            loss = loss + config.kl_coef * kl
+        prob_diff, logprob_diff = (old.exp() - sampled.exp()).abs(), (old - sampled).abs()
+        return torch.stack([loss, entropy, kl, clipped.float(), weights, prob_diff, logprob_diff])
+
+    def _cross_entropy(self, each: Round, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+        """The supervised loss: nothing was sampled, so nothing is corrected."""
+        zero = torch.zeros_like(logprobs)
+        return torch.stack([-logprobs, entropy, zero, zero, torch.ones_like(zero), zero, zero])
+
+    def _prime_adam(self) -> None:
+        """Give Adam its state before the first step, so that loading never depends on what ran before."""
+        for group in self.adam.param_groups:
+            for param in group["params"]:  # under ZeRO, this rank's flat float32 share
+                self.adam.state[param] = {"step": torch.zeros((), device=param.device)}
+                self.adam.state[param] |= {key: torch.zeros_like(param) for key in MOMENTS}
+        if self.stage > 0:
+            # DeepSpeed does this after the first step; until then its accessors do not find the moments
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def save(self, folder: Path) -> None:
+        """Write whole parameters and optimiser state, by parameter name; every rank takes part, rank 0 writes.
+
+        params.safetensors: the policy's dtype. optimizer.safetensors: "exp_avg.NAME", "exp_avg_sq.NAME" and, where
+        the policy is bfloat16, "master.NAME", float32. reference.safetensors where there is one. state.json.
+        Raises OSError.
+        """
+        writes = dist.get_rank() == 0
+        optimizer: dict[str, torch.Tensor] = {}
+        for name, param in self.params.items():
+            whole = {f"{key}.{name}": self._moment(param, key) for key in MOMENTS}
+            if self.dtype == torch.bfloat16:
+                whole[f"master.{name}"] = self.fragments.safe_get_full_fp32_param(param)
+            if writes:
+                optimizer |= {key: tensor.cpu() for key, tensor in whole.items()}
+        if not writes:
+            return
+        write_tensors(folder / PARAMS, {name: param.detach() for name, param in self.params.items()})
+        write_tensors(folder / OPTIMIZER, optimizer)
+        if self.reference is not None:
+            write_tensors(folder / REFERENCE, self.reference)
+        adam_steps = int(next(iter(self.adam.state.values()))["step"])
+        state = {"steps": self.steps, "adam_steps": adam_steps, "dtype": str(self.dtype).removeprefix("torch.")}
+        (folder / STATE).write_text(json.dumps(state) + "\n")
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Restore what save wrote, whatever number of ranks and ZeRO stage wrote it. Raises StorageError."""
+        state = json.loads((folder / STATE).read_text())
+        saved = load_file(folder / PARAMS)
+        self._check_fits(folder, state["dtype"], {name: list(tensor.shape) for name, tensor in saved.items()})
+        with safe_open(folder / OPTIMIZER, "pt") as optimizer:
+            for name, param in self.params.items():
+                param.copy_(saved[name])
+                if self.stage > 0:
+                    master = saved[name] if self.dtype == torch.float32 else optimizer.get_tensor(f"master.{name}")
+                    self.fragments.safe_set_full_fp32_param(param, master.to(self.device))
+                for key in MOMENTS:
+                    self._set_moment(param, key, optimizer.get_tensor(f"{key}.{name}").to(self.device))
+        for each in self.adam.state.values():
+            each["step"].fill_(state["adam_steps"])
+        reference = folder / REFERENCE
+        self.reference = load_file(reference, device=str(self.device)) if reference.exists() else None
+        self.steps = state["steps"]
+
+    def _moment(self, param: nn.Parameter, key: str) -> torch.Tensor:
+        """One of Adam's moments of a parameter, whole, float32; a collective under ZeRO."""
+        if self.stage == 0:
+            return self.adam.state[param][key]
+        return self.fragments.safe_get_full_optimizer_state(param, key)
+
+    def _set_moment(self, param: nn.Parameter, key: str, value: torch.Tensor) -> None:
+        """Put a whole moment where this rank keeps its share of it."""
+        if self.stage == 0:
+            self.adam.state[param][key].copy_(value)
+        else:
+            self.fragments.safe_set_full_optimizer_state(param, value, key)
+
+    def _check_fits(self, folder: Path, dtype: str, shapes: dict[str, list[int]]) -> None:
+        """Refuse the checkpoint of another model or dtype. Raises StorageError."""
+        own = str(self.dtype).removeprefix("torch.")
+        if dtype != own:
+            raise StorageError(
+                f"{folder} holds {dtype} parameters, this run trains in {own}; set compute.dtype={dtype}"
+            )
+        for name in shapes.keys() | self.params.keys():
+            saved, wanted = shapes.get(name), list(self.params[name].shape) if name in self.params else None
+            if saved != wanted:
+                raise StorageError(f"{folder} has {name} as {saved}, the model as {wanted}; resume with the same model")
+
+
+def start_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed, join or found the process group, and return the module.
+
+    Ranks come from RANK and WORLD_SIZE as launchers set them; a process alone needs no port. DeepSpeed's log goes to
+    stderr, warnings only.
+    """
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    import deepspeed  # here: it looks for accelerators while it is imported
+    import deepspeed.ops
+
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(sys.stderr)
+    if not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        else:
+            dist.init_process_group(backend)
+        atexit.register(dist.destroy_process_group)
+    if device.type == "cpu":
+        _forgo_compiled_collectives(deepspeed)
+    deepspeed.init_distributed(dist_init_required=False)
+    return deepspeed
+
+
+def _forgo_compiled_collectives(deepspeed: Any) -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs at start.
+
+    It takes 20 to 100 s and a C++ compiler, and gloo serves. DeepSpeed has no option for it, but asks this table
+    whether the extension can be built (seen in 0.19.8, comm/torch.py build_shm_op); nothing else asks it, and left
+    alone it is made by running compilers.
+    """
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+
+
+def deepspeed_config(config: TrainConfig, stage: int, dtype: torch.dtype, num_params: int) -> dict[str, Any]:
+    """DeepSpeed's options for a stage and dtype. It counts one micro-batch a step; the boundary is set by hand."""
+    options: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm if stage > 0 else 0.0,
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,  # its list of tested ones lacks torch's own AdamW
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": min(num_params, 50_000_000),  # elements; it allocates that many
+        },
+        "steps_per_print": sys.maxsize,
+    }
+    if dtype == torch.bfloat16:
+        options["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
+        options["data_types"] = {"grad_accum_dtype": "fp32"}
+    return options
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """The rate of a step, counted from 0: a linear warm-up, then constant, or falling to 0 after the last step."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "linear":
+            return config.lr * (1 - done)
+        case "cosine":
+            return config.lr * (1 + cos(pi * done)) / 2
+
+
+def all_ranks(record: torch.Tensor) -> torch.Tensor:
+    """Every rank's columns [K, R of that rank] side by side, in rank order, on every rank."""
+    world = dist.get_world_size()
+    if world == 1:
+        return record
+    widths = [torch.zeros(1, dtype=torch.int64, device=record.device) for _ in range(world)]
+    dist.all_gather(widths, torch.tensor([record.shape[1]], device=record.device))
+    widest = max(int(width) for width in widths)
+    padded = nn.functional.pad(record, (0, widest - record.shape[1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:, : int(width)] for part, width in zip(parts, widths, strict=True)], dim=1)
