@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}  # of each float32 temporary: what caches hold, and 256 MB
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of each float32 temporary: what caches hold, and 256 MB
 
 
 def noise_key(*, seed: int, step: int, prompt_id: str, sample: int) -> int:
@@ -22,9 +22,10 @@ def noise_key(*, seed: int, step: int, prompt_id: str, sample: int) -> int:
 def gumbel_noise(keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Standard Gumbel noise, a pure function of (key, position, token).
 
+    The uniform it is made from has the same bits on every device; logarithms may differ in the last place.
     Shapes: keys, positions [N] int64. Returns [N, vocab_size] float32.
     """
-    return _exponential_noise(keys, positions, vocab_size).log_().neg_()
+    return _negative_exponential(keys, positions, vocab_size).neg_().log_().neg_()
 
 
 def sample(
@@ -55,58 +56,58 @@ def sample(
     chunk = max(1, CHUNK_ELEMENTS[logits.device.type] // vocab_size)
     for start in range(0, num_rows, chunk):
         rows = slice(start, start + chunk)
-        scaled = logits[rows].to(torch.float32, copy=True)
-        scaled.div_(temperature).sub_(scaled.amax(dim=1, keepdim=True))
+        scaled = logits[rows].float() / temperature
         if top_k > 0 or top_p < 1 or min_p > 0:
             _filter(scaled, top_k=top_k, top_p=top_p, min_p=min_p)
-        weights = scaled.exp()
-        total = weights.sum(dim=1)
-        # p / E and log p + G have the same argmax; the quotient spares two logarithms an element
-        chosen = weights.div_(_exponential_noise(keys[rows], positions[rows], vocab_size)).argmax(dim=1)
+        probs = torch.softmax(scaled, dim=1)
+        # p / E has the argmax of log p + G and spares two logarithms an element
+        race = probs / _negative_exponential(keys[rows], positions[rows], vocab_size)
+        chosen = race.argmin(dim=1)
         token_ids[rows] = chosen
-        logprobs[rows] = scaled.gather(1, chosen[:, None]).squeeze(1) - total.log()
+        logprobs[rows] = probs.gather(1, chosen[:, None]).squeeze(1).log()
     return token_ids, logprobs
 
 
 def _filter(scaled: torch.Tensor, *, top_k: int, top_p: float, min_p: float) -> None:
-    """Set what the filters drop to -inf, in place. scaled [N, V]: logits over temperature, their maximum 0."""
-    vocab_size = scaled.shape[1]
+    """Set what the filters drop to -inf, in place. scaled [N, V] float32: logits over temperature."""
     largest = None
-    if 0 < top_k < vocab_size:
+    if 0 < top_k < scaled.shape[1]:
         largest = scaled.topk(top_k, dim=1).values
         scaled.masked_fill_(scaled < largest[:, -1:], -torch.inf)
     if top_p < 1:
         if largest is None:
             largest = scaled.sort(dim=1, descending=True).values
-        # tokens tied with the k-th are in the total, though not among the k values
-        mass = scaled.exp().sum(dim=1, keepdim=True)
-        before = largest.exp().cumsum(dim=1).roll(1, dims=1)
-        before[:, 0] = 0
-        threshold = largest.masked_fill(before >= top_p * mass, torch.inf).amin(dim=1, keepdim=True)
+        # over all that is left: tokens tied with the k-th count, though they are not among the k values
+        probs = (largest - scaled.logsumexp(dim=1, keepdim=True)).exp_()
+        preceding = probs.cumsum(dim=1).roll(1, dims=1)
+        preceding[:, 0] = 0
+        threshold = largest.masked_fill(preceding >= top_p, torch.inf).amin(dim=1, keepdim=True)
         scaled.masked_fill_(scaled < threshold, -torch.inf)
     if min_p > 0:
-        scaled.masked_fill_(scaled < math.log(min_p), -torch.inf)
+        threshold = scaled.amax(dim=1, keepdim=True) + math.log(min_p)
+        scaled.masked_fill_(scaled < threshold, -torch.inf)
 
 
-def _exponential_noise(keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Exponential noise of rate 1. keys, positions [N] int64. Returns [N, vocab_size] float32 in (0, 16.7).
+def _negative_exponential(keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """-E of exponential noise E with rate 1. keys, positions [N] int64. Returns [N, vocab_size] float32 in (-16.7, 0).
 
-    Each row's 64 mixed bits enter the hash as two words between multiplications that finish like murmur3's.
+    The two words of a row's mixed 64 bits enter a hash of the token before its first and second multiplication of
+    three; shifts and multiplications are those of a murmur3-like finaliser.
     """
     row = _mix64(_mix64(keys) + positions * _signed(0x9E3779B97F4A7C15, 64))
     low, high = row.to(torch.int32)[:, None], (row >> 32).to(torch.int32)[:, None]
     bits = _token_hash(vocab_size, keys.device) ^ low
     shifted = torch.empty_like(bits)
-    bits.mul_(_signed(0x21F0AAAD, 32))
-    _xor_shift(bits, 16, shifted)
-    bits.bitwise_xor_(high).mul_(_signed(0xD35A2D97, 32))
-    _xor_shift(bits, 15, shifted)
-    bits.mul_(_signed(0x735A2D97, 32))
-    # an arithmetic shift clears the sign bit here, and maps 32 uniform bits two to one on 31
-    bits.bitwise_xor_(torch.bitwise_right_shift(bits, 16, out=shifted))
-    # u = (bits + 1/2) 2^-31, kept below 1 where float32 would round it up; small u, the likely winners, stay exact
-    uniform = bits.to(torch.float32).mul_((1 - 2.0**-24) * 2.0**-31).add_(2.0**-32)
-    return uniform.neg_().log1p_().neg_()
+    bits.mul_(_signed(0xED5AD4BB, 32))
+    _xor_shift(bits, 17, shifted)
+    bits.bitwise_xor_(high).mul_(_signed(0xAC4C1B51, 32))
+    _xor_shift(bits, 11, shifted)
+    bits.mul_(_signed(0x31848BAB, 32))
+    # unmasked: an arithmetic shift clears the sign bit here and maps 32 uniform bits two to one on 31
+    bits.bitwise_xor_(torch.bitwise_right_shift(bits, 14, out=shifted))
+    # -u = -(bits + 1/2) 2^-31, kept above -1 where float32 would round; small u, the likely winners, keep every bit
+    negative_uniform = bits.to(torch.float32).mul_(-(1 - 2.0**-24) * 2.0**-31).sub_(2.0**-32)
+    return negative_uniform.log1p_()
 
 
 @lru_cache(maxsize=8)

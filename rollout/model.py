@@ -1,11 +1,13 @@
 """The policy: a transformers causal LM whose attention is ours, in training and in rollout alike."""
 
 import inspect
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -15,12 +17,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from configs.errors import PreflightError
+from configs.errors import PreflightError, ResourceError
 from configs.schema import ComputeConfig
-from kernels.attention import PackedSequences, PagedSequences, packed_attention, paged_attention
+from kernels.attention import PackedSequences, PagedSequences, packed_attention, paged_attention, paged_sequences
 from kernels.cache import move_kv, write_kv
 
-ATTENTION = "paceline"
+ATTENTION = "paceline"  # also the keyword that carries the AttentionContext down to the layers
 
 
 class PagedCache:
@@ -58,8 +60,13 @@ def bytes_per_block(config: PretrainedConfig, block_size: int, dtype: torch.dtyp
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """The most tokens, prompt and response together, that the model has positions for."""
-    return int(config.get_text_config().max_position_embeddings)
+    """The most tokens, prompt and response together, that the model has positions for. Raises PreflightError."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        raise PreflightError(
+            f"model type {config.model_type!r} states no max_position_embeddings; add it to config.json"
+        )
+    return int(limit)
 
 
 def resolve_compute(compute: ComputeConfig) -> tuple[str, str]:
@@ -77,21 +84,116 @@ def resolve_compute(compute: ComputeConfig) -> tuple[str, str]:
     return device, "bfloat16" if fast else "float32"
 
 
+def load_config(path: Path) -> PretrainedConfig:
+    """The model config of a transformers folder, without its weights. Raises PreflightError."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PreflightError(
+            f"{path}/config.json is not a model config that transformers can read: {reason}"
+        ) from error
+
+
 def load_policy(path: Path, *, device: str, dtype: str) -> PreTrainedModel:
-    """The model in a transformers folder, without dropout, its attention ours. Raises PreflightError."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=getattr(torch, dtype),
-        attn_implementation=ATTENTION,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    """The model in a transformers folder, without dropout, its attention ours.
+
+    Raises PreflightError, naming the file or tensor, for weights that are missing, damaged or do not fit the
+    architecture and for an architecture our attention cannot serve; ResourceError when the device cannot hold it.
+    """
+    if not (path / "config.json").is_file():
+        raise PreflightError(f"{path}: no config.json; a model folder is one that save_pretrained wrote")
+    _check_weight_files(path)
+    try:
+        config = load_config(path)
+        _drop_dropout(config)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=ATTENTION,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise PreflightError(f"{path}: transformers cannot load a causal LM from it: {reason}") from error
     if info["missing_keys"]:
-        raise PreflightError(f"{path}: the weights lack {sorted(info['missing_keys'])[0]}")
-    return model.to(device).eval()
+        raise PreflightError(f"{path}: the weights lack {_first(info['missing_keys'])}; fetch the model again")
+    if info["mismatched_keys"]:
+        name, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise PreflightError(f"{path}: {name} has shape {list(found)} where config.json means {list(wanted)}")
+    try:
+        model = model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        gigabytes = model.get_memory_footprint() / 1e9
+        raise ResourceError(f"{path}: {gigabytes:.1f} GB of {dtype} weights do not fit on {device}") from error
+    try:
+        _prove(model)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(f"{path}: {device} has no memory left for activations beside the weights") from error
+    except (PreflightError, RuntimeError, TypeError, AttributeError) as error:  # whatever a foreign architecture does
+        raise PreflightError(f"{path}: {config.model_type!r} cannot run on paged attention: {error}") from error
+    return model
+
+
+def _check_weight_files(path: Path) -> None:
+    """Name the file that is missing, truncated or not safetensors, which a loader deep below would not."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise PreflightError(f"{index}: not an index of weights; fetch the model again") from error
+        if absent := sorted(name for name in shards if not (path / name).is_file()):
+            raise PreflightError(f"{path / absent[0]}: missing, {len(absent)} of {len(shards)} shards are")
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise PreflightError(f"{path}: no .safetensors weights; convert the model with save_pretrained")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):  # reads the header and compares the file's length with it
+                pass
+        except SafetensorError as error:
+            raise PreflightError(f"{file}: damaged weights ({error}); fetch the model again") from error
+
+
+def _drop_dropout(config: PretrainedConfig) -> None:
+    """Set every dropout probability to 0 in place: rollouts are sampled without, so training scores them without."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+def _first(names: set[str]) -> str:
+    return sorted(names)[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+@torch.inference_mode()
+def _prove(model: PreTrainedModel) -> None:
+    """Run two tokens and see that every layer attends through our cache; what cannot is refused before the run."""
+    text = model.config.get_text_config()
+    if other := set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise PreflightError(f"its layers include {_first(other)}")
+    if getattr(text, "use_bidirectional_attention", None):
+        raise PreflightError("its attention is not causal")
+    cache = PagedCache(model.config, num_blocks=1, block_size=2, device=str(model.device), dtype=model.dtype)
+    index = torch.arange(2, device=model.device)
+    seqs = paged_sequences(
+        cu_seqlens_q=index.int() * 2,
+        max_seqlen_q=2,
+        context_lens=torch.zeros_like(index[:1], dtype=torch.int32),
+        max_context=0,
+        block_tables=torch.zeros_like(index[:1, None], dtype=torch.int32),
+        slots=index,
+        block_size=2,
+    )
+    forward_paged(model, index, index, seqs, cache, index)
+    if silent := [layer for layer, entries in enumerate(cache.storage) if not entries[0].any()]:
+        raise PreflightError(f"layer {silent[0]} keeps no keys in the cache")
 
 
 def forward_packed(
@@ -149,6 +251,10 @@ def _kv_shape(config: PretrainedConfig) -> tuple[int, int, int]:
     return text.num_hidden_layers, heads, head_dim
 
 
+class MissingContextError(RuntimeError):
+    """Our attention was reached without an AttentionContext."""
+
+
 def _attention(
     module: Any,
     query: torch.Tensor,
@@ -167,7 +273,11 @@ def _attention(
     Returns ([1, T, Hq, D], None).
     """
     if paceline is None:
-        raise RuntimeError("the model did not hand paceline=AttentionContext(...) down to its attention")
+        raise MissingContextError(
+            "no paceline=AttentionContext(...) reached the attention; call the policy through forward_packed or "
+            "forward_paged, or load it with attn_implementation='sdpa'"
+        )
+    _refuse_what_it_ignores(module, attention_mask, sliding_window, kwargs)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     seqs = paceline.seqs
     options: dict[str, Any] = {"scale": scaling, "sliding_window": sliding_window, "softcap": softcap}
@@ -175,8 +285,31 @@ def _attention(
         return packed_attention(query, key, value, seqs, **options)[None], None
     assert paceline.cache is not None
     key_cache, value_cache = paceline.cache.layer(module.layer_idx)
+    if not key.shape[1:] == value.shape[1:] == key_cache.shape[2:]:
+        shapes = f"keys {list(key.shape[1:])} and values {list(value.shape[1:])}"
+        raise PreflightError(f"layer {module.layer_idx} has {shapes} where the others have {list(key_cache.shape[2:])}")
     write_kv(key, value, key_cache, value_cache, seqs.slots)
     return paged_attention(query, key_cache, value_cache, seqs, **options)[None], None
+
+
+def _refuse_what_it_ignores(
+    module: Any, attention_mask: torch.Tensor | None, sliding_window: int | None, kwargs: dict[str, Any]
+) -> None:
+    """Raise PreflightError where a model means more by its attention than ours computes."""
+    if attention_mask is not None or not getattr(module, "is_causal", True):
+        raise PreflightError("it brings an attention mask of its own, or is not causal")
+    if kwargs.get("dropout"):
+        raise PreflightError(f"its attention drops out with probability {kwargs['dropout']}")
+    for name, value in kwargs.items():
+        # positions are in the keys already; attention sinks, biases and the like would be lost
+        if isinstance(value, torch.Tensor) and name not in ("position_ids", "cache_position"):
+            raise PreflightError(f"its attention takes {name}")
+    if sliding_window is None:
+        config, layer = module.config, module.layer_idx
+        types = getattr(config, "layer_types", None)
+        window = getattr(config, "sliding_window", None)
+        if types[layer] == "sliding_attention" if types else window is not None:
+            raise PreflightError(f"layer {layer} has a window it does not hand to its attention")
 
 
 def _no_mask(**kwargs: Any) -> None:
