@@ -44,7 +44,7 @@ class NativeEngine:
         self._pool = BlockPool(0, rollout.block_size)
         self._scheduler: Scheduler | None = None
 
-    async def generate(self, prompts: abc.Sequence[Prompt], sampling: Sampling) -> abc.AsyncIterator[Rollout]:
+    async def generate(self, prompts: abc.Sequence[Prompt], sampling: Sampling) -> abc.AsyncGenerator[Rollout, None]:
         """num_samples rollouts of every prompt, each as it finishes.
 
         Raises DataError where a prompt is empty, given twice or too long for the model, and ResourceError where the

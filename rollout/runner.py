@@ -148,7 +148,7 @@ def pack(works: Sequence[Work], *, block_size: int, device: torch.device) -> Pac
 
 def _tree_mask(works: Sequence[Work], max_new: int) -> np.ndarray | None:
     """Which new tokens see which, [B, max_new, max_new] bool; None where causal order says it, for chains."""
-    trees = [index for index, work in enumerate(works) if not is_chain(work.draft.parents)]
+    trees = [index for index, work in enumerate(works) if not is_chain(work.depths)]
     if not trees:
         return None
     parents = np.full((len(trees), max(len(works[index].draft.parents) for index in trees)), -1)

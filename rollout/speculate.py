@@ -15,9 +15,10 @@ def depths(parents: Sequence[int]) -> list[int]:
     return levels
 
 
-def is_chain(parents: Sequence[int]) -> bool:
-    """Whether every node continues the one before it, so that causal order masks it rightly."""
-    return all(parent == node - 1 for node, parent in enumerate(parents))
+def is_chain(levels: Sequence[int]) -> bool:
+    """Whether nodes of these depths each continue the one before, so that causal order masks them rightly."""
+    # m nodes reach level m in a line only
+    return not levels or levels[-1] == len(levels)
 
 
 def ancestry(parents: np.ndarray) -> np.ndarray:
@@ -35,9 +36,9 @@ def ancestry(parents: np.ndarray) -> np.ndarray:
 
 def prune(draft: Draft, *, max_depth: int, max_nodes: int) -> Draft:
     """The first max_nodes nodes at most max_depth levels below the pending token. Never loses a kept node's parent."""
-    levels = depths(draft.parents)
-    if len(levels) <= max_nodes and max(levels, default=0) <= max_depth:
+    if len(draft.parents) <= min(max_depth, max_nodes):  # no tree is deeper than it has nodes
         return draft
+    levels = depths(draft.parents)
     kept = [node for node, level in enumerate(levels) if level <= max_depth][:max_nodes]
     place = {node: index for index, node in enumerate(kept)} | {-1: -1}
     return Draft(

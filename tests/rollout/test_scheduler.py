@@ -71,6 +71,7 @@ def drive(scheduler: Scheduler, pool: BlockPool, choices: random.Random, *, max_
                 cache.accept(sequence, length, accepted)
                 scheduler.advance(sequence, length + accepted)
         assert_every_block_is_accounted_for(scheduler, pool)
+        assert all(s.num_blocks == pool.num_blocks_for(s.num_cached) for s in scheduler.running)
     raise AssertionError(
         f"{len(scheduler.running)} running, {len(scheduler.waiting)} waiting after {max_cycles} cycles"
     )

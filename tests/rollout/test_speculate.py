@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drafter.types import Draft
-from rollout.speculate import ancestry, is_chain, prune, verify
+from rollout.speculate import ancestry, depths, is_chain, prune, verify
 
 
 @st.composite
@@ -75,6 +75,7 @@ def test_a_node_attends_exactly_its_ancestors_and_itself(drafts: list[Draft]) ->
             assert set(np.flatnonzero(attends[node]).tolist()) == line
 
 
-def test_only_a_line_of_nodes_is_a_chain() -> None:
-    assert is_chain([]) and is_chain([-1, 0, 1])
-    assert not is_chain([-1, -1]) and not is_chain([-1, 0, 0])
+@given(trees())
+def test_only_a_line_of_nodes_is_a_chain(draft: Draft) -> None:
+    in_line = all(parent == node - 1 for node, parent in enumerate(draft.parents))
+    assert is_chain(depths(draft.parents)) == in_line
