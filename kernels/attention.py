@@ -62,8 +62,8 @@ def paged_sequences(
     """
     device = slots.device
     num_sequences, num_tokens = context_lens.shape[0], slots.shape[0]
-    num_blocks = -(-(max_context + max_seqlen_q) // block_size)
-    assert num_blocks <= block_tables.shape[1], "a block table is shorter than its sequence"
+    # the longest context and the most new tokens may be of different sequences: at most this many keys
+    num_blocks = min(-(-(max_context + max_seqlen_q) // block_size), block_tables.shape[1])
     query_lens = cu_seqlens_q.diff()
     context = context_lens[:, None, None]
     query_index = torch.arange(max_seqlen_q, dtype=torch.int32, device=device)

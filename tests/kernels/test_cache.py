@@ -1,0 +1,31 @@
+"""KV entries land in their slots and nowhere else, and overlapping moves read before they write."""
+
+import torch
+
+from kernels.cache import move_kv, write_kv
+
+
+def test_written_entries_land_in_their_slots_alone() -> None:
+    caches = [torch.full((4, 3, 2, 5), torch.nan) for _ in range(2)]
+    slots = torch.tensor([7, 0, 11, 2])
+    key, value = torch.randn(2, 4, 2, 5)
+    write_kv(key, value, *caches, slots)
+    for cache, written in zip(caches, (key, value), strict=True):
+        for slot, entry in zip(slots.tolist(), written, strict=True):
+            assert torch.equal(cache[slot // 3, slot % 3], entry)
+        assert cache.isnan().sum() == (12 - 4) * 2 * 5
+
+
+def test_overlapping_moves_act_as_if_all_reads_came_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count in (0, 1, 7, 12):
+        caches = [torch.randn(4, 3, 2, 5) for _ in range(2)]
+        before = [cache.clone().view(12, 2, 5) for cache in caches]
+        src = torch.randint(12, (count,), generator=generator)
+        dst = torch.randperm(12, generator=generator)[:count]
+        move_kv(*caches, src, dst)
+        for cache, old in zip(caches, before, strict=True):
+            wanted = old.clone()
+            for source, target in zip(src.tolist(), dst.tolist(), strict=True):
+                wanted[target] = old[source]
+            assert torch.equal(cache.view(12, 2, 5), wanted)
