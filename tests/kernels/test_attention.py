@@ -1,5 +1,7 @@
 """Packed and paged attention against attention written out in float64, one query token at a time."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -48,16 +50,17 @@ def test_packed_attention_and_its_gradients_equal_the_definition(
 ) -> None:
     torch.manual_seed(sum(lengths))
     shapes = [(sum(lengths), heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    query, key, value = inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     seqs = PackedSequences(cumulative(lengths), max(lengths))
-    output = packed_attention(*inputs, seqs, scale=SCALE, sliding_window=window, softcap=softcap)
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    wanted = packed_reference(*exact, lengths, window, softcap)
+    output = packed_attention(query, key, value, seqs, scale=SCALE, sliding_window=window, softcap=softcap)
+    q, k, v = exact = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = packed_reference(q, k, v, lengths, window, softcap)
     torch.testing.assert_close(output, wanted.float(), atol=1e-5, rtol=1e-5)
     weight = torch.randn_like(output)
     (output * weight).sum().backward()
     (wanted * weight).sum().backward()
     for ours, theirs in zip(inputs, exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -67,16 +70,18 @@ def test_packed_attention_in_bfloat16_on_the_gpu_equals_the_definition(window: i
     lengths = [7, 1, 130]
     torch.manual_seed(0)
     shapes = [(sum(lengths), heads, 64) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    query, key, value = inputs = [torch.randn(shape, **options) for shape in shapes]
     seqs = PackedSequences(cumulative(lengths).cuda(), max(lengths))
-    output = packed_attention(*inputs, seqs, scale=SCALE, sliding_window=window, softcap=None)
-    exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
-    wanted = packed_reference(*exact, lengths, window, None)
+    output = packed_attention(query, key, value, seqs, scale=SCALE, sliding_window=window, softcap=None)
+    q, k, v = exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    wanted = packed_reference(q, k, v, lengths, window, None)
     torch.testing.assert_close(output.cpu().double(), wanted, atol=3e-2, rtol=3e-2)
     weight = torch.randn_like(wanted)
     (output * weight.to(output)).sum().backward()
     (wanted * weight).sum().backward()
     for ours, theirs in zip(inputs, exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad.cpu().double(), theirs.grad, atol=1e-1, rtol=5e-2)
 
 
@@ -95,7 +100,8 @@ class PagedCase:
             self.tables[row, :width] = blocks
             index = torch.arange(context + new)
             self.all_slots.append(blocks[index // block_size] * block_size + index % block_size)
-        self.caches = [torch.randn(sum(widths) + 3, block_size, KV_HEADS, DIM) for _ in range(2)]
+        shape = (sum(widths) + 3, block_size, KV_HEADS, DIM)
+        self.caches = torch.randn(shape), torch.randn(shape)
         self.new_slots = torch.cat([s[c:] for s, c in zip(self.all_slots, contexts, strict=True)])
         total = sum(news)
         self.query, key, value = (torch.randn(total, heads, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
@@ -176,13 +182,13 @@ def test_a_chain_as_a_tree_equals_the_causal_mask() -> None:
         paged_attention(case.query, *case.caches, seqs, scale=SCALE, sliding_window=3, softcap=None)
         for seqs in (case.sequences(), case.sequences(mask))
     ]
-    assert torch.equal(*outputs)
+    assert torch.equal(outputs[0], outputs[1])
 
 
 def test_slots_of_other_sequences_do_not_leak() -> None:
     case = PagedCase([5, 2], [2, 3], block_size=4)
     seqs = case.sequences()
-    options = {"scale": SCALE, "sliding_window": None, "softcap": None}
+    options: dict[str, Any] = {"scale": SCALE, "sliding_window": None, "softcap": None}
     before = paged_attention(case.query, *case.caches, seqs, **options)
     mine = torch.cat(case.all_slots)
     others = torch.ones(case.caches[0].shape[0] * 4, dtype=torch.bool)

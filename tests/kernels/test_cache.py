@@ -6,7 +6,7 @@ from kernels.cache import move_kv, write_kv
 
 
 def test_written_entries_land_in_their_slots_alone() -> None:
-    caches = [torch.full((4, 3, 2, 5), torch.nan) for _ in range(2)]
+    caches = torch.full((4, 3, 2, 5), torch.nan), torch.full((4, 3, 2, 5), torch.nan)
     slots = torch.tensor([7, 0, 11, 2])
     key, value = torch.randn(2, 4, 2, 5)
     write_kv(key, value, *caches, slots)
@@ -19,7 +19,7 @@ def test_written_entries_land_in_their_slots_alone() -> None:
 def test_overlapping_moves_act_as_if_all_reads_came_first() -> None:
     generator = torch.Generator().manual_seed(0)
     for count in (0, 1, 7, 12):
-        caches = [torch.randn(4, 3, 2, 5) for _ in range(2)]
+        caches = torch.randn(4, 3, 2, 5), torch.randn(4, 3, 2, 5)
         before = [cache.clone().view(12, 2, 5) for cache in caches]
         src = torch.randint(12, (count,), generator=generator)
         dst = torch.randperm(12, generator=generator)[:count]

@@ -2,14 +2,15 @@
 
 import math
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 
 from kernels.sample import gumbel_noise, noise_key, sample
 
-UNFILTERED = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-FILTERS = [
+UNFILTERED: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+FILTERS: list[dict[str, Any]] = [
     UNFILTERED,
     {"temperature": 0.6, "top_k": 0, "top_p": 1.0, "min_p": 0.0},
     {"temperature": 1.7, "top_k": 5, "top_p": 1.0, "min_p": 0.0},
@@ -50,7 +51,7 @@ def random_keys(count: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("filters", FILTERS)
-def test_samples_follow_the_filtered_distribution(filters: dict) -> None:
+def test_samples_follow_the_filtered_distribution(filters: dict[str, Any]) -> None:
     logits = torch.randn(24, generator=torch.Generator().manual_seed(1)) * 1.5
     keys = random_keys(50_000)
     token_ids, logprobs = sample(logits.expand(len(keys), -1), keys, torch.arange(len(keys)) % 7, **filters)
@@ -89,7 +90,7 @@ def test_greedy_takes_the_largest_logit_with_logprob_zero() -> None:
 
 def test_logprobs_are_those_of_the_filtered_distribution_at_real_size() -> None:
     logits = (torch.randn(4, 49152, generator=torch.Generator().manual_seed(3)) * 3).bfloat16()
-    filters = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.02}
+    filters: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.9, "min_p": 0.02}
     token_ids, logprobs = sample(logits, random_keys(4), torch.arange(4), **filters)
     for row, token, logprob in zip(logits, token_ids.tolist(), logprobs.tolist(), strict=True):
         assert logprob == pytest.approx(math.log(filtered_probs(row.double().tolist(), **filters)[token]), abs=1e-5)
@@ -97,7 +98,8 @@ def test_logprobs_are_those_of_the_filtered_distribution_at_real_size() -> None:
 
 def test_tied_logits_stay_or_go_together() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]]).expand(2000, -1)
-    for filters in ({"top_k": 2}, {"top_p": 0.5}, {"top_k": 2, "top_p": 0.5}):
+    tied: list[dict[str, Any]] = [{"top_k": 2}, {"top_p": 0.5}, {"top_k": 2, "top_p": 0.5}]
+    for filters in tied:
         token_ids, _ = sample(logits, random_keys(2000), torch.arange(2000), **{**UNFILTERED, **filters})
         assert set(token_ids.tolist()) == {0, 1, 2, 3}
 
@@ -112,7 +114,7 @@ def test_a_masked_logit_is_never_drawn() -> None:
 
 @pytest.mark.parametrize("vocab", [1, 3, 259, 50_257])
 @pytest.mark.parametrize("filters", [UNFILTERED, {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.01}])
-def test_no_batch_or_order_changes_a_sample(vocab: int, filters: dict) -> None:
+def test_no_batch_or_order_changes_a_sample(vocab: int, filters: dict[str, Any]) -> None:
     rows = 33  # more than one chunk at the largest vocabulary
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(4))
     keys, positions = random_keys(rows), torch.arange(rows)
@@ -144,8 +146,15 @@ def test_noise_has_pinned_values() -> None:
 
 
 def test_every_part_of_the_identity_changes_the_key() -> None:
-    identity = {"seed": 1, "step": 2, "prompt_id": "3", "sample": 4}
-    changes = [{}, {"seed": 2}, {"step": 1}, {"prompt_id": "4:3"}, {"sample": 3}, {"seed": 2, "step": 1}]
+    identity: dict[str, Any] = {"seed": 1, "step": 2, "prompt_id": "3", "sample": 4}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"seed": 2},
+        {"step": 1},
+        {"prompt_id": "4:3"},
+        {"sample": 3},
+        {"seed": 2, "step": 1},
+    ]
     keys = {noise_key(**{**identity, **change}) for change in changes}
     assert len(keys) == len(changes)
     assert all(-(2**63) <= key < 2**63 for key in keys)
