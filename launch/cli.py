@@ -165,3 +165,7 @@ def _prepare() -> None:
 
 
 # A subject with commands of its own brings them as a typer app: app.add_typer(subject.app, name="subject").
+
+
+if __name__ == "__main__":
+    main()
