@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from configs.errors import ConfigError
+from launch import bench
 from launch.exits import TERMINATED, recorded, run_command
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _prepare() -> None:
     quiet_libraries()
 
 
-# A subject with commands of its own brings them as a typer app: app.add_typer(subject.app, name="subject").
+app.add_typer(bench.app, name="bench")
 
 
 if __name__ == "__main__":
