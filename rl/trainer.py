@@ -332,7 +332,7 @@ def start_deepspeed(device: torch.device) -> Any:
             handler.setStream(sys.stderr)
     if not dist.is_initialized():
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device.index or 0)
         backend = "gloo" if device.type == "cpu" else "nccl"
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
