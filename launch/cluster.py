@@ -1,0 +1,142 @@
+"""Put a run together from its config: the parts in this process, or behind Ray actors."""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from configs.errors import PreflightError
+from configs.schema import Config
+from drafter.suffix import SuffixDrafter
+from drafter.types import OFF, Drafter, Strategy
+from rl.checkpoint import CheckpointStore
+from rl.data import load_data
+from rl.loop import Loop
+from rl.metrics import Progress
+from rl.reward import check_rewards
+from rl.rundir import RunDir
+from rl.sandbox import RewardPool
+from rl.trainer import DeepSpeedTrainer
+from rl.types import Trainer
+from rollout.engine import NativeEngine
+from rollout.model import context_length, load_config, load_policy, resolve_compute
+from rollout.pretrained import load_tokenizer, resolve
+from rollout.types import Engine
+
+# How many tokens' time a forward takes before its first: about 32 measured on two CPU cores; an H100 does some 300
+# bfloat16 operations in the time of reading a byte
+OVERHEAD_TOKENS = {"cpu": 32.0, "cuda": 300.0}
+
+
+def train_run(config: Config, run: RunDir, *, resume: bool, progress: Progress) -> None:
+    """Train to the last step, in a new run directory or from the newest intact checkpoint of an old one."""
+    device, dtype = resolve_compute(config.compute)
+    path = resolve(config.model)
+    tokenizer = load_tokenizer(path)
+    check_rewards(config.reward)
+    data = load_data(
+        config.data,
+        tokenizer,
+        seed=config.run.seed,
+        context_length=context_length(load_config(path)),
+        max_new_tokens=config.rollout.max_new_tokens,
+        num_heldout=config.eval.num_prompts if config.eval.every else 0,
+        quarantine=run.path / "quarantine.jsonl",
+    )
+    store = CheckpointStore(run.path / "checkpoints", keep=config.checkpoint.keep)
+    store.clean()
+    checkpoint = store.latest() if resume else None
+    if resume and checkpoint is None:
+        progress.message("no intact checkpoint yet: starting from step 0")
+    engine: Engine
+    trainer: Trainer
+    with ExitStack() as stack:
+        if config.compute.backend == "ray":
+            from launch.actors import start_workers  # Ray takes a second to import; one process does not need it
+
+            engine, trainer = stack.enter_context(start_workers(config, path, device=device, dtype=dtype))
+        else:
+            engine, trainer = build_worker(config, path, device=device, dtype=dtype)
+        asyncio.run(
+            run_loop(
+                config,
+                run,
+                checkpoint,
+                data=data,
+                engine=engine,
+                trainer=trainer,
+                tokenizer=tokenizer,
+                stop_token_ids=stop_token_ids(path, tokenizer),
+                store=store,
+                progress=progress,
+            )
+        )
+
+
+async def run_loop(config: Config, run: RunDir, checkpoint: Path | None, **parts: Any) -> None:
+    """Start the reward workers, take up the checkpoint, train; SIGTERM asks the loop to stop."""
+    async with RewardPool(config.reward) as rewards:
+        stop = asyncio.Event()
+        loop = Loop(config=config, run=run, rewards=rewards, stop_requested=stop, **parts)
+        if checkpoint is not None:
+            loop.restore(checkpoint)
+        run.truncate_after(loop.step)
+        with on_sigterm(stop):
+            await loop.train()
+
+
+def build_worker(config: Config, path: Path, *, device: str, dtype: str) -> tuple[Engine, Trainer]:
+    """One policy module, the trainer that updates it and the engine that samples from the very same weights."""
+    policy = load_policy(path, device=device, dtype=dtype)
+    trainer = DeepSpeedTrainer(
+        policy,
+        config.train,
+        total_steps=config.train.steps,
+        temperature=config.rollout.temperature,
+        device=device,
+    )
+    engine = NativeEngine(
+        policy, drafter=make_drafter(config, device), strategy=make_strategy(config), rollout=config.rollout
+    )
+    return engine, trainer
+
+
+def make_strategy(config: Config) -> Strategy:
+    """The fixed strategy the config asks for."""
+    spec = config.spec
+    if spec.source == "off":
+        return OFF
+    return Strategy(source=spec.source, depth=spec.depth, top_k=spec.top_k, num_verify=spec.num_verify)
+
+
+def make_drafter(config: Config, device: str) -> Drafter | None:
+    """The drafter behind the strategy; None when speculation is off."""
+    if config.spec.source == "off":
+        return None
+    return SuffixDrafter(min_match=config.spec.min_match, overhead_tokens=OVERHEAD_TOKENS[device])
+
+
+def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's and those of the model's generation config."""
+    stops: set[int] = {tokenizer.eos_token_id} - {None}
+    if (path / "generation_config.json").exists():
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+        stops |= {ends} - {None} if not isinstance(ends, list) else set(ends)
+    if not stops:
+        raise PreflightError(f"{path} names no end-of-sequence token; set eos_token in its tokenizer_config.json")
+    return tuple(sorted(stops))
+
+
+@contextmanager
+def on_sigterm(stop: asyncio.Event) -> Iterator[None]:
+    """While inside, SIGTERM sets the event instead of ending the process."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)

@@ -1,0 +1,205 @@
+"""Group-relative policy optimisation, from prompt to policy, with plain objects.
+
+One step: draw prompts, sample a group of rollouts for each, score them while others are still being sampled, take
+advantages within each group, update the policy, tell the engine. Nothing here knows whether engine and trainer live
+in this process or behind Ray actors.
+
+Everything random is keyed by (seed, step): the data order and the sampling noise are pure functions of them, so the
+step number is the whole data position and random state, and a step that is lost is done again, identical.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from configs.errors import DataError, PreemptedError
+from configs.schema import Config
+from rl.advantage import group_advantages
+from rl.batch import pack
+from rl.checkpoint import CheckpointStore, step_of
+from rl.data import DataSet
+from rl.metrics import Progress, Stopwatch, rollout_record, sample_rows, step_record
+from rl.rundir import RunDir
+from rl.sandbox import RewardPool
+from rl.types import Group, Trainer
+from rl.warmstart import warm_start
+from rollout.types import Engine, Prompt, Rollout, Sampling
+
+# Evaluation noise is never drawn (temperature 0); the step only has to differ from training steps.
+EVAL_STEP = -1
+
+
+@dataclass
+class Loop:
+    """A run: its parts, and the step it has reached."""
+
+    config: Config
+    run: RunDir
+    data: DataSet
+    engine: Engine
+    trainer: Trainer
+    rewards: RewardPool
+    tokenizer: Any  # transformers tokenizer
+    stop_token_ids: tuple[int, ...]
+    store: CheckpointStore
+    progress: Progress
+    stop_requested: asyncio.Event
+    step: int = 0
+
+    async def train(self) -> None:
+        """Run from self.step to the last step. Raises PreemptedError, state saved, when asked to stop."""
+        total = self.config.train.steps
+        if self.step == 0:
+            await self.prepare()
+        while self.step < total:
+            engine_state = self.engine.state_dict()  # at the boundary: what a checkpoint of this step must hold
+            try:
+                await self.train_step()
+            except PreemptedError:
+                self.save(engine_state)
+                raise
+            if self.step % self.config.checkpoint.every == 0 and self.step < total:
+                self.save(self.engine.state_dict())
+        self.save(self.engine.state_dict())
+
+    async def prepare(self) -> None:
+        """Before the first step: measure the model as it came, then warm it up if asked to."""
+        warmstart = self.config.warmstart
+        await self.evaluate("base")
+        if warmstart.steps == 0:
+            return
+        self.progress.phase("warmstart")
+        warm_start(
+            self.trainer,
+            self.data,
+            self.tokenizer,
+            warmstart,
+            report=lambda step, stats: self.run.append_metrics(
+                "warmstart", {"step": step, "loss": stats.loss, "grad_norm": stats.grad_norm, "seconds": stats.seconds}
+            ),
+        )
+        self.engine.update(0)
+        await self.evaluate("warmstart")
+
+    async def train_step(self) -> None:
+        """One step of GRPO."""
+        config, watch = self.config, Stopwatch()
+        prompts = self.data.prompts(self.step, config.rollout.prompts_per_step)
+        stream = self.until_stopped(self.engine.generate(prompts, self.sampling(self.step)))
+        groups = await self.collect(prompts, stream, watch, total=len(prompts) * config.rollout.group_size)
+        self.progress.phase("train")
+        with watch.phase("train"):
+            stats = self.trainer.step(pack(groups))
+        self.step += 1
+        with watch.phase("sync"):
+            self.engine.update(self.step)
+        record = step_record(self.step, config.train.steps, groups, stats, watch)
+        if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.train.steps):
+            with watch.phase("eval"):
+                record["eval_reward"] = await self.evaluate("rl")
+        record |= watch.record()
+        self.run.append_metrics("steps", record)
+        self.run.write_samples(self.step, sample_rows(groups))
+        self.run.write_status(state="running", step=self.step, total_steps=config.train.steps, record=record)
+        self.progress.step(record)
+
+    async def until_stopped(self, rollouts: AsyncIterator[Rollout]) -> AsyncIterator[Rollout]:
+        """The same rollouts, until someone asks the run to stop. Raises PreemptedError then."""
+        async for rollout in rollouts:
+            yield rollout
+            if self.stop_requested.is_set():
+                raise PreemptedError(f"asked to stop during the rollouts of step {self.step + 1}")
+
+    async def collect(
+        self, prompts: Sequence[Prompt], rollouts: AsyncIterator[Rollout], watch: Stopwatch, *, total: int
+    ) -> list[Group]:
+        """Score the rollouts of every prompt while others are still being sampled, and put them into groups."""
+        by_id = {prompt.id: prompt for prompt in prompts}
+        groups: dict[str, list[tuple[Rollout, asyncio.Task[dict[str, float]]]]] = {prompt.id: [] for prompt in prompts}
+        scores: list[asyncio.Task[dict[str, float]]] = []
+        self.progress.phase("rollout")
+        try:
+            with watch.phase("rollout"):
+                async for rollout in rollouts:
+                    rollout = replace(rollout, text=self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
+                    score = asyncio.create_task(self.rewards.score(by_id[rollout.prompt_id], rollout))
+                    scores.append(score)
+                    groups[rollout.prompt_id].append((rollout, score))
+                    self.progress.rollouts(len(scores), total)
+            self.progress.phase("reward")
+            with watch.phase("reward"):
+                await asyncio.gather(*scores)
+        finally:
+            for score in scores:
+                score.cancel()
+        return [self.group(prompt, groups[prompt.id]) for prompt in prompts]
+
+    def group(self, prompt: Prompt, scored: list[tuple[Rollout, asyncio.Task[dict[str, float]]]]) -> Group:
+        """Order a prompt's rollouts, weigh the reward functions' values and take advantages within the group."""
+        scored = sorted(scored, key=lambda pair: pair[0].sample)
+        values = [score.result() for _, score in scored]
+        weights = self.config.reward.functions
+        rewards = [sum(weights[name] * value[name] for name in weights) for value in values]
+        return Group(
+            prompt=prompt,
+            rollouts=[rollout for rollout, _ in scored],
+            rewards=rewards,
+            advantages=group_advantages(rewards, self.config.train.advantage),
+            parts={name: [value[name] for value in values] for name in weights},
+        )
+
+    async def evaluate(self, stage: str) -> float:
+        """Mean greedy reward on held-out problems; 0 prompts when evaluation is off."""
+        if not self.config.eval.every:
+            return float("nan")
+        self.progress.phase("eval")
+        prompts = self.data.heldout(self.config.eval.num_prompts)
+        if not prompts:
+            raise DataError("no held-out problems to evaluate on; set eval.every=0 or give more data")
+        greedy = replace(self.sampling(EVAL_STEP), num_samples=1, temperature=0.0)
+        watch = Stopwatch()
+        groups = await self.collect(prompts, self.engine.generate(prompts, greedy), watch, total=len(prompts))
+        record = rollout_record(groups, seconds=watch.seconds["rollout"])
+        self.run.append_metrics("eval", {"step": self.step, "stage": stage} | record | watch.record())
+        self.progress.message(f"held-out greedy reward after {stage} step {self.step}: {record['reward_mean']:.3f}")
+        return float(record["reward_mean"])
+
+    def sampling(self, step: int) -> Sampling:
+        """The configured transform, with this step's noise."""
+        rollout = self.config.rollout
+        return Sampling(
+            num_samples=rollout.group_size,
+            max_new_tokens=rollout.max_new_tokens,
+            stop_token_ids=self.stop_token_ids,
+            seed=self.config.run.seed,
+            step=step,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            min_p=rollout.min_p,
+        )
+
+    def save(self, engine_state: dict[str, Any]) -> None:
+        """Checkpoint the boundary after self.step steps; a boundary already saved is left as it is."""
+        self.progress.phase("checkpoint")
+
+        def fill(folder: Path) -> None:
+            (folder / "trainer").mkdir()
+            self.trainer.save(folder / "trainer")
+            (folder / "loop.json").write_text(json.dumps({"step": self.step, "engine": engine_state}))
+
+        path = self.store.write(self.step, fill)
+        self.run.append_event("checkpoint", step=self.step, path=str(path))
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take up the state a checkpoint holds."""
+        state = json.loads((checkpoint / "loop.json").read_text())
+        assert state["step"] == step_of(checkpoint), f"{checkpoint} says it is step {state['step']}"
+        self.trainer.load(checkpoint / "trainer")
+        self.engine.load_state_dict(state["engine"])
+        self.step = state["step"]
+        self.engine.update(self.step)
+        self.run.append_event("resume", step=self.step, path=str(checkpoint))

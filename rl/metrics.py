@@ -1,0 +1,111 @@
+"""What a step measured: one flat record a step, for the terminal, metrics/steps.jsonl and whoever plots it."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any, Protocol
+
+from rl.types import Group, StepStats
+
+
+class Progress(Protocol):
+    """Shows a person where the run is. Implementations: launch/monitor/terminal.py."""
+
+    def phase(self, name: str) -> None:
+        """The step enters this phase: rollout, reward, train, checkpoint, eval, warmstart."""
+
+    def rollouts(self, done: int, total: int) -> None:
+        """So many of the step's rollouts are finished."""
+
+    def step(self, record: dict[str, float | int]) -> None:
+        """A step is complete; record as step_record makes it."""
+
+    def message(self, text: str) -> None:
+        """Something worth a line."""
+
+    def close(self) -> None:
+        """The run is over; leave the terminal as it was."""
+
+
+class Stopwatch:
+    """Seconds spent in each named phase of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.start = perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to the phase."""
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += perf_counter() - begin
+
+    def record(self) -> dict[str, float]:
+        """seconds_PHASE for every phase, and seconds since the stopwatch was made."""
+        phases = {f"seconds_{name}": value for name, value in self.seconds.items()}
+        return phases | {"seconds": perf_counter() - self.start}
+
+
+def rollout_record(groups: Sequence[Group], *, seconds: float) -> dict[str, float | int]:
+    """Reward, length and speculation over all rollouts of a step; seconds: what sampling them took."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rewards = [reward for group in groups for reward in group.rewards]
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    tokens = sum(lengths)
+    forwards = sum(rollout.spec.forwards for rollout in rollouts)
+    proposed = sum(rollout.spec.proposed for rollout in rollouts)
+    accepted = sum(rollout.spec.accepted for rollout in rollouts)
+    record: dict[str, float | int] = {
+        "reward_mean": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "solved_all_or_none": sum(len(set(group.rewards)) == 1 for group in groups) / len(groups),
+        "response_len_mean": tokens / len(rollouts),
+        "response_len_max": max(lengths),
+        "truncated_fraction": sum(rollout.finish == "length" for rollout in rollouts) / len(rollouts),
+        "num_rollouts": len(rollouts),
+        "tokens": tokens,
+        "tokens_per_s": tokens / max(seconds, 1e-9),
+        "accept_length": tokens / max(forwards, 1),
+        "draft_tokens": proposed,
+        "draft_accept_rate": accepted / max(proposed, 1),
+    }
+    for name in groups[0].parts:
+        record[f"reward_{name}"] = statistics.fmean(value for group in groups for value in group.parts[name])
+    return record
+
+
+def step_record(
+    step: int, total_steps: int, groups: Sequence[Group], stats: StepStats, watch: Stopwatch
+) -> dict[str, Any]:
+    """The record of one finished training step; step counts from 1."""
+    record: dict[str, Any] = {"step": step, "total_steps": total_steps}
+    record |= rollout_record(groups, seconds=watch.seconds["rollout"])
+    record |= {name: value for name, value in asdict(stats).items() if name != "seconds"}
+    return record | watch.record()
+
+
+def sample_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """One row a rollout, for samples/step_N.parquet."""
+    return [
+        {
+            "prompt_id": group.prompt.id,
+            "sample": rollout.sample,
+            "question": str(group.prompt.task.get("question", "")),
+            "answer": group.prompt.answer,
+            "text": rollout.text,
+            "reward": reward,
+            "advantage": advantage,
+            "num_tokens": len(rollout.token_ids),
+            "finish": rollout.finish,
+            "forwards": rollout.spec.forwards,
+            "accepted": rollout.spec.accepted,
+        }
+        for group in groups
+        for rollout, reward, advantage in zip(group.rollouts, group.rewards, group.advantages, strict=True)
+    ]
