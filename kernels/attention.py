@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
+
+# without cuDNN's: it plans every new shape anew, a millisecond of the host's time a layer, and every cycle's is new
+SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,9 +210,12 @@ def _attend(
 ) -> torch.Tensor:
     """Attention under a mask (True is visible), causal without one. query [B, Hq, Q, D]; key, value [B, Hkv, L, D]."""
     if softcap is None:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
+        # some of torch's kernels refuse the flag even where it changes nothing
+        grouped = query.shape[1] != key.shape[1]
+        with sdpa_kernel(SDPA_KERNELS):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+            )
     assert mask is not None
     groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, dim=1).transpose(2, 3) * scale
