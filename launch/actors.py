@@ -156,8 +156,6 @@ class RayTrainer:
 def start_workers(config: Config, path: Path, *, device: str, dtype: str) -> Iterator[tuple[RayEngine, RayTrainer]]:
     """Start one actor a worker, on the cluster RAY_ADDRESS names or on a local one, and stop them at the end."""
     count = config.compute.workers
-    # Ray 2.60 expects authenticated jobs; a cluster's own setting wins.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     ray.init(
         address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False, configure_logging=False
     )

@@ -1,6 +1,8 @@
 """Put a run together from its config: the parts in this process, or behind Ray actors."""
 
 import asyncio
+import os
+import secrets
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,6 +58,7 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Progress) 
     trainer: Trainer
     with ExitStack() as stack:
         if config.compute.backend == "ray":
+            protect_local_ray()
             from launch.actors import start_workers  # Ray takes a second to import; one process does not need it
 
             engine, trainer = stack.enter_context(start_workers(config, path, device=device, dtype=dtype))
@@ -129,6 +132,13 @@ def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
     if not stops:
         raise PreflightError(f"{path} names no end-of-sequence token; set eos_token in its tokenizer_config.json")
     return tuple(sorted(stops))
+
+
+def protect_local_ray() -> None:
+    """Make a cluster of our own answer to this run alone. Before Ray is imported: it reads these once."""
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @contextmanager
