@@ -37,6 +37,7 @@ FIXED = (
     "eval.every=0",
     "warmstart.steps=0",
     "checkpoint.every=1000000",
+    "train.schedule=constant",
 )
 REWARD = "launch.bench_trl:reward"
 TIMES = ("seconds", "seconds_rollout", "seconds_train")
@@ -57,6 +58,20 @@ class Arm:
 @app.callback()
 def bench() -> None:
     """Measure Paceline against its peers."""
+
+
+@app.command()
+def curve(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Writes OUT.json and OUT.png.")],
+) -> None:
+    """Keep a run's learning curve: every step and evaluation as JSON, and a picture."""
+    from launch import curve as learning
+
+    result = {"command": f"paceline bench curve {run} {out}"} | learning.curve(run)
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    learning.draw(result, out.with_suffix(".png"))
+    print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.png')}")
 
 
 @app.command()
