@@ -76,7 +76,7 @@ def draw(result: dict[str, Any], picture: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.2))
     figure.tight_layout()
     figure.savefig(picture)
     pyplot.close(figure)
