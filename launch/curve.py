@@ -1,4 +1,4 @@
-"""A finished run as a result to keep: its steps and evaluations in one JSON file, and its learning curve as a picture."""
+"""A finished run as a result to keep: steps and evaluations in one JSON file, the learning curve as a picture."""
 
 import json
 from pathlib import Path

@@ -48,11 +48,12 @@ class Loop:
     progress: Progress
     stop_requested: asyncio.Event
     step: int = 0
+    prepared: bool = False  # the warm start, if any, is in the weights
 
     async def train(self) -> None:
         """Run from self.step to the last step. Raises PreemptedError, state saved, when asked to stop."""
         total = self.config.train.steps
-        if self.step == 0:
+        if not self.prepared:
             await self.prepare()
         while self.step < total:
             engine_state = self.engine.state_dict()  # at the boundary: what a checkpoint of this step must hold
@@ -100,7 +101,7 @@ class Loop:
         if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.train.steps):
             with watch.phase("eval"):
                 record["eval_reward"] = await self.evaluate("rl")
-        record |= watch.record()
+        record |= watch.record() | {"reward_failures": self.rewards.failures.total()}
         self.run.append_metrics("steps", record)
         self.run.write_samples(self.step, sample_rows(groups))
         self.run.write_status(state="running", step=self.step, total_steps=config.train.steps, record=record)
@@ -200,6 +201,6 @@ class Loop:
         assert state["step"] == step_of(checkpoint), f"{checkpoint} says it is step {state['step']}"
         self.trainer.load(checkpoint / "trainer")
         self.engine.load_state_dict(state["engine"])
-        self.step = state["step"]
+        self.step, self.prepared = state["step"], True
         self.engine.update(self.step)
         self.run.append_event("resume", step=self.step, path=str(checkpoint))

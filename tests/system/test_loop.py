@@ -2,60 +2,16 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
-PACELINE = [sys.executable, "-m", "launch.cli"]
-
-REWARD = '''
-def vowels(prompt, rollout):
-    """Share of lower-case vowels: a reward that any model can move."""
-    return sum(character in "aeiou" for character in rollout.text) / max(len(rollout.text), 1)
-'''
-
-
-@pytest.fixture
-def recipe(tiny_model_dir: Path, tmp_path: Path) -> Path:
-    """A config of six quick steps with everything on: drafts, evaluation, warm start, checkpoints."""
-    rows = [{"prompt": f"say {index}", "answer": "a", "solution": "aeiou " * 3} for index in range(40)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "tiny_reward.py").write_text(REWARD)
-    config = {
-        "model": str(tiny_model_dir),
-        "run": {"name": "tiny", "dir": str(tmp_path / "run"), "seed": 3},
-        "compute": {"dtype": "float32", "device": "cpu"},
-        "data": {"source": "file", "name": str(tmp_path / "rows.jsonl")},
-        "reward": {"functions": {"tiny_reward:vowels": 1.0}, "workers": 1},
-        "rollout": {"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 24},
-        "spec": {"source": "suffix", "depth": 4, "top_k": 2, "num_verify": 6},
-        "train": {"steps": 6, "lr": 1e-3, "micro_tokens": 512},
-        "eval": {"every": 3, "num_prompts": 4},
-        "warmstart": {"steps": 2, "examples_per_step": 4},
-        "checkpoint": {"every": 2, "keep": 3},
-    }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def paceline(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command; the reward's module is found through PYTHONPATH, as a user's would be."""
-    return subprocess.run(
-        [*PACELINE, *map(str, args)], env=environment(cwd), cwd=cwd, capture_output=True, text=True, timeout=400
-    )
-
-
-def environment(folder: Path) -> dict[str, str]:
-    root = Path(__file__).parents[2]
-    return os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
+Paceline = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def records(run: Path, name: str = "steps") -> list[dict[str, float]]:
@@ -68,8 +24,8 @@ def trainer_hashes(run: Path, step: int) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_run_learns_and_leaves_a_complete_run_directory(recipe: Path, tmp_path: Path) -> None:
-    result = paceline("train", recipe, cwd=tmp_path)
+def test_a_run_learns_and_leaves_a_complete_run_directory(recipe: Path, tmp_path: Path, paceline: Paceline) -> None:
+    result = paceline("train", recipe)
     assert result.returncode == 0, result.stderr
     run = tmp_path / "run"
     steps = records(run)
@@ -83,18 +39,20 @@ def test_a_run_learns_and_leaves_a_complete_run_directory(recipe: Path, tmp_path
     for name in ("config/input.yaml", "config/resolved.yaml", "env.json", "plan.json", "events.jsonl"):
         assert (run / name).exists(), name
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_2", "step_4", "step_6"]
-    status = paceline("status", run, cwd=tmp_path)
+    status = paceline("status", run)
     assert status.returncode == 0 and "6" in status.stdout
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_to_the_parameters_of_an_uninterrupted_one(recipe: Path, tmp_path: Path) -> None:
-    whole = paceline("train", recipe, f"run.dir={tmp_path / 'whole'}", cwd=tmp_path)
+def test_a_killed_run_resumes_to_the_parameters_of_an_uninterrupted_one(
+    recipe: Path, tmp_path: Path, paceline: Paceline, command: list[str], environment: dict[str, str]
+) -> None:
+    whole = paceline("train", recipe, f"run.dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     run = tmp_path / "run"
     process = subprocess.Popen(
-        [*PACELINE, "train", str(recipe)],
-        env=environment(tmp_path),
+        [*command, "train", str(recipe)],
+        env=environment,
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -107,7 +65,7 @@ def test_a_killed_run_resumes_to_the_parameters_of_an_uninterrupted_one(recipe: 
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "checkpoints" / "step_6").exists(), "the kill came too late to prove anything"
-    resumed = paceline("resume", run, cwd=tmp_path)
+    resumed = paceline("resume", run)
     assert resumed.returncode == 0, resumed.stderr
     assert trainer_hashes(run, 6) == trainer_hashes(tmp_path / "whole", 6)
     assert [record["step"] for record in records(run)] == [1, 2, 3, 4, 5, 6]
@@ -117,11 +75,13 @@ def test_a_killed_run_resumes_to_the_parameters_of_an_uninterrupted_one(recipe: 
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_75_and_the_run_goes_on_from_there(recipe: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_exits_75_and_the_run_goes_on_from_there(
+    recipe: Path, tmp_path: Path, paceline: Paceline, command: list[str], environment: dict[str, str]
+) -> None:
     run = tmp_path / "run"
     process = subprocess.Popen(
-        [*PACELINE, "train", str(recipe), "train.steps=500", "checkpoint.every=1000", "eval.every=0"],
-        env=environment(tmp_path),
+        [*command, "train", str(recipe), "train.steps=500", "checkpoint.every=1000", "eval.every=0"],
+        env=environment,
         cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -137,28 +97,28 @@ def test_sigterm_saves_and_exits_75_and_the_run_goes_on_from_there(recipe: Path,
     [checkpoint] = (run / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step_"))
     assert step >= 2
-    resumed = paceline("resume", run, f"train.steps={step + 1}", cwd=tmp_path)
+    resumed = paceline("resume", run, f"train.steps={step + 1}")
     assert resumed.returncode == 0, resumed.stderr
     assert records(run)[-1]["step"] == step + 1
 
 
 @pytest.mark.slow
-def test_speculation_changes_no_token_of_a_run(recipe: Path, tmp_path: Path) -> None:
+def test_speculation_changes_no_token_of_a_run(recipe: Path, tmp_path: Path, paceline: Paceline) -> None:
     texts = {}
     for source in ("suffix", "off"):
         run = tmp_path / source
-        result = paceline("train", recipe, f"run.dir={run}", f"spec.source={source}", "train.steps=2", cwd=tmp_path)
+        result = paceline("train", recipe, f"run.dir={run}", f"spec.source={source}", "train.steps=2")
         assert result.returncode == 0, result.stderr
         texts[source] = [pq.read_table(run / "samples" / f"step_{step}.parquet")["text"].to_pylist() for step in (1, 2)]
     assert texts["suffix"] == texts["off"]
 
 
 @pytest.mark.slow
-def test_two_ray_workers_sample_the_rollouts_of_one_process(recipe: Path, tmp_path: Path) -> None:
+def test_two_ray_workers_sample_the_rollouts_of_one_process(recipe: Path, tmp_path: Path, paceline: Paceline) -> None:
     texts = {}
     for name, overrides in {"inline": [], "ray": ["compute.backend=ray", "compute.workers=2"]}.items():
         run = tmp_path / name
-        result = paceline("train", recipe, f"run.dir={run}", "train.steps=2", *overrides, cwd=tmp_path)
+        result = paceline("train", recipe, f"run.dir={run}", "train.steps=2", *overrides)
         assert result.returncode == 0, result.stderr
         texts[name] = [pq.read_table(run / "samples" / f"step_{step}.parquet")["text"].to_pylist() for step in (1, 2)]
     assert texts["ray"] == texts["inline"]
