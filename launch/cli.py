@@ -103,8 +103,12 @@ def export(
     from rl.rundir import require_run
 
     require_run(run)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving a model imports DeepSpeed, which would look for one aloud
     _prepare()
+    from launch.logs import disable_progress_bars
     from rl.export import export_policy
+
+    disable_progress_bars()
 
     export_policy(run, policy)
     print(f"wrote {policy}")

@@ -38,7 +38,7 @@ def log_run(path: Path, *, show: Callable[[str], None]) -> None:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.handlers = [to_file, _Shown(show)]
-    _disable_progress_bars()
+    disable_progress_bars()
 
 
 def check_kernels() -> None:
@@ -76,10 +76,10 @@ def _to_root(record: logging.LogRecord) -> bool:
     return False
 
 
-def _disable_progress_bars() -> None:
+def disable_progress_bars() -> None:
     """From here on the display is the only thing that redraws."""
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-    from transformers.utils.logging import disable_progress_bar
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging as transformers_logging
 
-    disable_progress_bars()
-    disable_progress_bar()
+    hub.disable_progress_bars()  # type: ignore[attr-defined]
+    transformers_logging.disable_progress_bar()
