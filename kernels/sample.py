@@ -48,8 +48,8 @@ def sample(
     the largest logit, with log-prob 0.
     """
     if temperature == 0:
-        token_ids = logits.argmax(dim=1)
-        return token_ids, torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
+        largest, token_ids = logits.max(dim=1)
+        return token_ids, largest.float() * 0  # 0, and NaN where the logits are not numbers
     num_rows, vocab_size = logits.shape
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)

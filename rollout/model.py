@@ -172,6 +172,13 @@ def _first(names: set[str]) -> str:
     return sorted(names)[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
+def _rope_types(config: PretrainedConfig) -> set[str]:
+    """The kinds of rotary embedding a model uses; its parameters may stand once, or once a layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return {part["rope_type"] for part in parts if "rope_type" in part}
+
+
 @torch.inference_mode()
 def _prove(model: PreTrainedModel) -> None:
     """Run two tokens and see that every layer attends through our cache; what cannot is refused before the run."""
@@ -180,6 +187,11 @@ def _prove(model: PreTrainedModel) -> None:
         raise PreflightError(f"its layers include {_first(other)}")
     if getattr(text, "use_bidirectional_attention", None):
         raise PreflightError("its attention is not causal")
+    if adaptive := _rope_types(text) & {"dynamic", "longrope"}:
+        # their frequencies follow the longest position of the whole forward: a token would depend on its neighbours
+        raise PreflightError(
+            f"its rotary embedding is {_first(adaptive)}, which changes with what else is in the batch"
+        )
     cache = PagedCache(model.config, num_blocks=1, block_size=2, device=str(model.device), dtype=model.dtype)
     index = torch.arange(2, device=model.device)
     seqs = paged_sequences(
@@ -191,7 +203,9 @@ def _prove(model: PreTrainedModel) -> None:
         slots=index,
         block_size=2,
     )
-    forward_paged(model, index, index, seqs, cache, index)
+    logits = forward_paged(model, index, index, seqs, cache, index)
+    if not logits.isfinite().all():
+        raise PreflightError("its logits are not finite: the weights are damaged, or overflow in this dtype")
     if silent := [layer for layer, entries in enumerate(cache.storage) if not entries[0].any()]:
         raise PreflightError(f"layer {silent[0]} keeps no keys in the cache")
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 import torch
 
+from configs.errors import DivergedError
 from kernels.attention import PagedSequences, paged_sequences
 from kernels.sample import sample
 from rollout.model import PagedCache, forward_paged
@@ -46,7 +48,8 @@ def draw(
 ) -> list[Drawn]:
     """Forward the works' tokens and drafts, and sample after each row that may be committed.
 
-    The cache is mutated. Works that do not reach their pending token draw nothing. In the order of the works.
+    The cache is mutated. Works that do not reach their pending token draw nothing. In the order of the works. Raises
+    DivergedError when the policy's logits are not finite.
     """
     drawn: list[Drawn] = [Drawn([], [])] * len(works)
     for group in group_by_length(works):
@@ -65,6 +68,10 @@ def draw(
             min_p=sampling.min_p,
         )
         token_list, logprob_list = tokens.tolist(), logprobs.tolist()
+        if not all(map(isfinite, logprob_list)):
+            raise DivergedError(
+                "the policy's logits are not finite; resume from the last checkpoint with a lower train.lr"
+            )
         start = 0
         for index, rows in zip(group, packed.rows, strict=True):
             drawn[index] = Drawn(token_list[start : start + rows], logprob_list[start : start + rows])

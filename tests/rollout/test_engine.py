@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from configs.errors import DataError, ResourceError
+from configs.errors import DataError, DivergedError, ResourceError
 from configs.schema import RolloutConfig
 from drafter.types import OFF, Strategy
 from kernels.attention import paged_sequences
@@ -231,3 +231,15 @@ def test_an_empty_and_a_repeated_prompt_are_refused(
         collect(make_engine(), [Prompt(id="e", token_ids=[], answer="")], SAMPLING)
     with pytest.raises(DataError, match="'p0' is given twice"):
         collect(make_engine(), [prompts[0], prompts[0]], SAMPLING)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_policy_that_turned_to_nan_stops_the_rollouts(
+    temperature: float, tiny_model_dir: Path, collect: Collect, prompts: list[Prompt]
+) -> None:
+    broken = load_policy(tiny_model_dir, device="cpu", dtype="float32")
+    with torch.no_grad():
+        broken.get_input_embeddings().weight.fill_(torch.nan)
+    engine = NativeEngine(broken, drafter=None, strategy=OFF, rollout=RolloutConfig(block_size=4))
+    with pytest.raises(DivergedError, match="not finite"):
+        collect(engine, prompts, replace(SAMPLING, temperature=temperature))

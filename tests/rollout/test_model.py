@@ -328,6 +328,11 @@ def test_what_is_not_a_causal_lm_is_refused(tiny_model_dir: Path, tmp_path: Path
         ("llama4_text", {"num_local_experts": 4}, "its layers include chunked_attention"),
         ("mamba", {}, "'mamba' cannot run on paged attention"),
         ("bloom", {}, "'bloom' cannot run on paged attention"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "its rotary embedding is dynamic",
+        ),
     ],
 )
 def test_attention_beyond_ours_is_refused_before_the_run(
@@ -336,6 +341,15 @@ def test_attention_beyond_ours_is_refused_before_the_run(
     config = AutoConfig.for_model(family, **TINY, **options)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert reason in refusal(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = altered(tiny_model_dir, tmp_path)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "logits are not finite" in refusal(folder)
 
 
 def test_a_call_without_context_says_how_to_call() -> None:
