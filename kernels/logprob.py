@@ -44,21 +44,27 @@ class _SelectedLogprobs(torch.autograd.Function):
             entropy[rows] = torch.special.entr(logp.exp_()).sum(dim=1)
         ctx.save_for_backward(logits, token_ids, entropy)
         ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(
+        ctx: Any, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor, None, None]:
         logits, token_ids, entropy = ctx.saved_tensors
-        grad = torch.empty_like(logits)
+        grad = torch.zeros_like(logits)
         for rows in _row_chunks(logits):
             logp = _log_softmax(logits[rows], ctx.temperature)
             probs = logp.exp()
-            # a masked logit has probability 0 and log-probability -inf, whose product must be 0
-            logp.clamp_(min=torch.finfo(torch.float32).min)
-            weight = logp.add_(entropy[rows, None]).mul_(grad_entropy[rows, None]).add_(grad_logprobs[rows, None])
-            row_grad = probs.mul_(weight).neg_()
-            row_grad.scatter_add_(1, token_ids[rows, None], grad_logprobs[rows, None])
+            row_grad = torch.zeros_like(probs)
+            if grad_entropy is not None:
+                # a masked logit has probability 0 and log-probability -inf, whose product must be 0
+                logp.clamp_(min=torch.finfo(torch.float32).min)
+                row_grad -= logp.add_(entropy[rows, None]).mul_(probs).mul_(grad_entropy[rows, None])
+            if grad_logprobs is not None:
+                row_grad -= probs.mul_(grad_logprobs[rows, None])
+                row_grad.scatter_add_(1, token_ids[rows, None], grad_logprobs[rows, None])
             grad[rows] = row_grad.div_(ctx.temperature)
         return grad, None, None
 

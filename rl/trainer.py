@@ -225,12 +225,12 @@ class DeepSpeedTrainer:
             kl = k3_divergence(logprobs, reference)
             loss = loss + config.kl_coef * kl
         prob_diff, logprob_diff = (old.exp() - sampled.exp()).abs(), (old - sampled).abs()
-        return torch.stack([loss, entropy, kl, clipped.float(), weights, prob_diff, logprob_diff])
+        return torch.stack([loss, entropy.detach(), kl, clipped.float(), weights, prob_diff, logprob_diff])
 
     def _cross_entropy(self, each: Round, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
         """The supervised loss: nothing was sampled, so nothing is corrected."""
         zero = torch.zeros_like(logprobs)
-        return torch.stack([-logprobs, entropy, zero, zero, torch.ones_like(zero), zero, zero])
+        return torch.stack([-logprobs, entropy.detach(), zero, zero, torch.ones_like(zero), zero, zero])
 
     def _prime_adam(self) -> None:
         """Give Adam its state before the first step, so that loading never depends on what ran before."""

@@ -63,13 +63,14 @@ def test_bfloat16_logits_get_bfloat16_gradients_from_float32_arithmetic() -> Non
     torch.testing.assert_close(gradient(logits), gradient(exact).bfloat16(), atol=1e-6, rtol=1e-2)
 
 
-def test_masked_logits_have_zero_gradient() -> None:
+@pytest.mark.parametrize("weight", [1.0, 2.0, -2.0])
+def test_masked_logits_have_zero_gradient(weight: float) -> None:
     logits = torch.tensor([[0.5, -torch.inf, 1.5, -torch.inf]], requires_grad=True)
     logprobs, entropy = selected_logprobs(logits, torch.tensor([2]), temperature=1.0)
-    (logprobs + entropy).sum().backward()
+    (logprobs + weight * entropy).sum().backward()
     reduced = torch.tensor([[0.5, 1.5]], dtype=torch.float64, requires_grad=True)
     exact_logprobs, exact_entropy = expected(reduced, torch.tensor([1]), 1.0)
-    (exact_logprobs + exact_entropy).sum().backward()
+    (exact_logprobs + weight * exact_entropy).sum().backward()
     assert gradient(logits)[0, [1, 3]].tolist() == [0.0, 0.0]
     torch.testing.assert_close(gradient(logits)[0, [0, 2]], gradient(reduced)[0].float())
 
