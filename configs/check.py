@@ -112,10 +112,14 @@ def _rollout(config: Config) -> Iterator[tuple[str, str]]:
     if rollout.group_size < 2:
         yield "rollout.group_size", "must be at least 2: an advantage compares the rollouts of one prompt"
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
-    if 0 < rollout.kv_tokens < longest:
+    block_size = max(rollout.block_size, 1)  # a smaller one is refused by its own check
+    needed = -(-longest // block_size) * block_size
+    # the cache has whole blocks only: kv_tokens is rounded down to them, a sequence up
+    if 0 < rollout.kv_tokens < needed:
         yield (
             "rollout.kv_tokens",
-            f"one sequence may take {longest} (data.max_prompt_tokens + rollout.max_new_tokens); 0 means enough",
+            f"one sequence may take {longest} (data.max_prompt_tokens + rollout.max_new_tokens), {needed} in blocks of"
+            f" {block_size}; 0 means enough",
         )
     if spec.source != "off":
         for name in ("depth", "top_k", "num_verify", "min_match"):

@@ -172,6 +172,14 @@ def test_value_that_cannot_work_is_named(override: str) -> None:
     assert line.startswith(override.split("=")[0].rpartition(".nope")[0] or override.split("=")[0])
 
 
+def test_cache_that_holds_one_sequence_only_without_its_last_block_is_refused() -> None:
+    sizes = ["data.max_prompt_tokens=20", "rollout.max_new_tokens=10", "rollout.block_size=16"]
+    (line,) = complaint(BASE, *sizes, "rollout.kv_tokens=31")
+    assert line.startswith("rollout.kv_tokens=31: one sequence may take 30")
+    assert "32 in blocks of 16" in line
+    assert parse(BASE, [*sizes, "rollout.kv_tokens=32"]).rollout.kv_tokens == 32
+
+
 def test_draft_lengths_do_not_matter_when_speculation_is_off() -> None:
     assert parse(BASE, ["spec.source=off", "spec.num_verify=0"]).spec.num_verify == 0
 
