@@ -125,7 +125,7 @@ class SuffixDrafter:
     the same prompt from earlier epochs. After SuffixDecoding (Oliaro et al., arXiv 2411.04975), with hash chains for
     its suffix trees. The same calls give the same drafts in every process.
 
-    min_match: shortest agreement that may propose. max_match: longest that is told apart.
+    min_match: shortest agreement that may propose. max_match: longest that is told apart, at least min_match.
     max_history: finished response tokens kept over all prompts, 4 bytes each; the oldest rollouts go first.
     max_rollouts: finished rollouts kept of one prompt, so that a stale policy's words give way to the present one's.
     overhead_tokens: how many tokens' worth of time a forward takes before its first token. With B sequences drafted for
@@ -144,11 +144,11 @@ class SuffixDrafter:
         max_rollouts: int = 32,
         overhead_tokens: float = 32.0,
     ) -> None:
-        assert 1 <= min_match <= max_match
+        assert min_match >= 1
         assert max_rollouts > 0
         assert overhead_tokens > 0
         self._min_match = min_match
-        self._max_match = max_match
+        self._max_match = max(max_match, min_match)
         self._max_history = max_history
         self._max_rollouts = max_rollouts
         self._overhead_tokens = overhead_tokens

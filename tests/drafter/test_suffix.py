@@ -159,6 +159,16 @@ def test_a_restarted_sequence_is_drafted_from_what_was_lost() -> None:
     drafter.finish("a", 0)
 
 
+def test_a_shortest_match_beyond_the_usual_longest_one_drafts_from_it_on() -> None:
+    drafter = SuffixDrafter(min_match=20, overhead_tokens=math.inf)
+    text = list(range(100, 130))
+    say(drafter, "a", 0, text)
+    for length, drafted in ((19, []), (20, text[20:24])):
+        response = [7, *text[:length]]  # 7 parts it from its sibling: length tokens agree
+        say(drafter, "a", length, response)
+        assert draft_for(drafter, "a", length, response).token_ids[:4] == drafted
+
+
 def test_earlier_epochs_survive_finish_and_a_saved_state() -> None:
     drafter = sure_drafter()
     say(drafter, "a", 0, [10, 11, 12, 13, 14])
