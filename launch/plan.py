@@ -37,7 +37,7 @@ class Plan:
     updates_per_step: int
     max_tokens_per_step: int
     max_microbatches_per_step: int
-    epochs: float
+    epochs: float | None  # None where the data's size is known only once it is read
     weight_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
@@ -104,7 +104,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         max_tokens_per_step=rollouts * longest,
         # a pass takes sequences while they fit, hence at least this many of the longest
         max_microbatches_per_step=ceil(rollouts / (micro_tokens // longest)) + shares - 1,
-        epochs=train.steps * rollout.prompts_per_step / config.data.size,
+        epochs=_epochs(config),
         weight_bytes=weights,
         gradient_bytes=gradients,
         optimizer_bytes=optimizer,
@@ -162,7 +162,7 @@ def table(plan: Plan) -> Table:
         ("KV cache", f"{plan.kv_tokens:,}", f"tokens in {plan.kv_blocks:,} blocks"),
     )
     section(
-        ("steps", f"{plan.steps:,}", f"{plan.epochs:.2g} passes over the prompts"),
+        ("steps", f"{plan.steps:,}", "" if plan.epochs is None else f"{plan.epochs:.2g} passes over the prompts"),
         ("updates a step", f"{plan.updates_per_step:,}", ""),
         ("tokens a step", f"{plan.max_tokens_per_step:,}", "at most"),
         ("passes a step", f"{plan.max_microbatches_per_step:,}", "forward and backward, at most"),
@@ -180,6 +180,13 @@ def table(plan: Plan) -> Table:
     available = f"estimate; {_gigabytes(plan.available_bytes)} available"
     section(("memory a worker", _gigabytes(plan.total_bytes), available))
     return view
+
+
+def _epochs(config: Config) -> float | None:
+    """Passes over the prompts. Of files and hub sets, data.size is only the most that are read."""
+    if config.data.source != "reasoning_gym":
+        return None
+    return config.train.steps * config.rollout.prompts_per_step / config.data.size
 
 
 def _num_verify(config: Config) -> int:

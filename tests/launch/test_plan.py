@@ -80,6 +80,16 @@ def test_too_little_memory_is_warned_about(model_config: PretrainedConfig, monke
     assert "may not fit in the 0.00 GB available" in warning
 
 
+def test_passes_over_the_prompts_are_told_where_their_number_is_known(model_config: PretrainedConfig) -> None:
+    sizes = ["train.steps=20", "rollout.prompts_per_step=8", "data.size=40"]
+    for source, passes in (("reasoning_gym", 4), ("file", None), ("hub", None)):
+        plan = plan_for(model_config, f"data.source={source}", *sizes)
+        assert plan.epochs == passes
+        out = StringIO()
+        Console(file=out, width=80).print(table(plan))
+        assert ("passes over the prompts" in out.getvalue()) == (passes is not None)
+
+
 def test_plan_is_json_and_a_table(model_config: PretrainedConfig, tmp_path: Path) -> None:
     plan = plan_for(model_config)
     with RunDir.create(parse("data: {name: x}", [f"run.dir={tmp_path / 'run'}"]), "") as run:
