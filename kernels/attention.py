@@ -25,22 +25,18 @@ class PagedSequences:
 
     Made by paged_sequences, once a forward; all layers share it. T new tokens, at most Q of one sequence. Keys stand in
     block-table order ("slot order"): the context, then the new tokens.
-    cu_seqlens_q [B + 1] int32; context_lens [B] int32: tokens in the cache before this forward; slots [T] int64: where
-    each new token's key and value are written.
-    tree_mask [B, Q, Q] bool: which new tokens of its sequence each new token sees, itself included; None is causal.
+    context_lens [B] int32: tokens in the cache before this forward; slots [T] int64: where each new token's key and
+    value are written.
     blocks [B * K] int64: the block of every run of block_size keys. pad [B * Q] and unpad [T] int64: packed index of
     each padded row and back; None where no sequence is padded. visible [B, 1, Q, K * block_size] bool, without any
     window. query_positions [B, 1, Q, 1] and key_positions [B, 1, 1, K * block_size] int32: distances in the sequence,
     by depth inside a tree, so that a window cuts a drafted path where it cuts the same tokens decoded one by one.
     """
 
-    cu_seqlens_q: torch.Tensor
     max_seqlen_q: int
     context_lens: torch.Tensor
     max_context: int
-    block_tables: torch.Tensor
     slots: torch.Tensor
-    tree_mask: torch.Tensor | None
     blocks: torch.Tensor
     pad: torch.Tensor | None
     unpad: torch.Tensor | None
@@ -62,7 +58,9 @@ def paged_sequences(
 ) -> PagedSequences:
     """Compute what all layers share. Entries of block_tables past a sequence's last block may hold anything.
 
-    Shapes: block_tables [B, max_blocks] int32; the rest as in PagedSequences.
+    tree_mask: which new tokens of its sequence each new token sees, itself included; None is causal.
+    Shapes: cu_seqlens_q [B + 1] int32; block_tables [B, max_blocks] int32; tree_mask [B, Q, Q] bool; the rest as in
+    PagedSequences.
     """
     device = slots.device
     num_sequences, num_tokens = context_lens.shape[0], slots.shape[0]
@@ -98,13 +96,10 @@ def paged_sequences(
     used = torch.arange(num_blocks, device=device) * block_size < (context_lens + query_lens)[:, None]
     blocks = torch.where(used, block_tables[:, :num_blocks], 0).long().flatten()
     return PagedSequences(
-        cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
         context_lens=context_lens,
         max_context=max_context,
-        block_tables=block_tables,
         slots=slots,
-        tree_mask=tree_mask,
         blocks=blocks,
         pad=pad,
         unpad=unpad,
