@@ -14,14 +14,12 @@ def write_kv(
     value_cache.flatten(0, 1).index_copy_(0, slots, value)
 
 
-def move_kv(
-    key_cache: torch.Tensor, value_cache: torch.Tensor, src_slots: torch.Tensor, dst_slots: torch.Tensor
-) -> None:
-    """Copy the entries at src_slots to dst_slots; the caches are mutated.
+def move_kv(storage: torch.Tensor, src_slots: torch.Tensor, dst_slots: torch.Tensor) -> None:
+    """Copy the entries at src_slots to dst_slots in every layer; the storage is mutated.
 
     Every read comes before the first write, so sources and destinations may overlap.
-    Shapes: key_cache, value_cache [num_blocks, block_size, Hkv, D]; src_slots, dst_slots [M] int64, dst_slots distinct.
+    Shapes: storage [layers, 2, num_blocks, block_size, Hkv, D], contiguous; src_slots, dst_slots [M] int64, dst_slots
+    distinct.
     """
-    for cache in (key_cache, value_cache):
-        entries = cache.flatten(0, 1)
-        entries.index_copy_(0, dst_slots, entries.index_select(0, src_slots))
+    entries = storage.flatten(2, 3)
+    entries.index_copy_(2, dst_slots, entries.index_select(2, src_slots))

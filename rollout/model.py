@@ -41,8 +41,7 @@ class PagedCache:
 
     def move(self, src_slots: torch.Tensor, dst_slots: torch.Tensor) -> None:
         """Copy entries between slots in every layer, all reads before all writes. [M] int64 each."""
-        for index in range(len(self.storage)):
-            move_kv(*self.layer(index), src_slots, dst_slots)
+        move_kv(self.storage, src_slots, dst_slots)
 
 
 @dataclass(frozen=True, slots=True)
