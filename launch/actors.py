@@ -7,7 +7,7 @@ prompts over the workers' engines and hands each batch to all trainers, which sh
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from configs.errors import PacelineError, ResourceError
+from configs.errors import PreflightError, ResourceError
 from configs.schema import Config
 from rl.types import Batch, StepStats
 from rollout.types import Prompt, Rollout, Sampling
@@ -43,7 +43,7 @@ class Worker:
         os.environ |= {"MASTER_ADDR": meet[0], "MASTER_PORT": str(meet[1])}
         self.engine, self.trainer = build_worker(config, path, device=device, dtype=dtype)
 
-    async def generate(self, prompts: list[Prompt], sampling: Sampling) -> AsyncIterator[Rollout]:
+    async def generate(self, prompts: list[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
         """Engine.generate on this worker's policy."""
         async for rollout in self.engine.generate(prompts, sampling):
             yield rollout
@@ -83,7 +83,7 @@ class RayEngine:
     def __init__(self, workers: list[Any]) -> None:
         self.workers = workers
 
-    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncIterator[Rollout]:
+    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
         """Merge the workers' streams as rollouts finish."""
         finished: asyncio.Queue[Rollout | BaseException | None] = asyncio.Queue()
 
@@ -124,9 +124,13 @@ class RayEngine:
         return {"workers": on_all(self.workers, "engine_state")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give the saved states back; with another number of workers, drafters start with the states there are."""
-        for worker, saved in zip(self.workers, state["workers"], strict=False):
-            get(worker.load_engine_state.remote(saved))
+        """Give every worker the state it saved."""
+        get(
+            [
+                worker.load_engine_state.remote(saved)
+                for worker, saved in zip(self.workers, state["workers"], strict=True)
+            ]
+        )
 
 
 class RayTrainer:
@@ -145,20 +149,24 @@ class RayTrainer:
 
     def save(self, folder: Path) -> None:
         """All ranks gather, rank 0 writes: folder must be on storage that rank 0's node shares with the driver."""
-        on_all(self.workers, "save", folder)
+        on_all(self.workers, "save", folder.absolute())
 
     def load(self, folder: Path) -> None:
         """All ranks read the same folder."""
-        on_all(self.workers, "load", folder)
+        on_all(self.workers, "load", folder.absolute())
 
 
 @contextmanager
 def start_workers(config: Config, path: Path, *, device: str, dtype: str) -> Iterator[tuple[RayEngine, RayTrainer]]:
     """Start one actor a worker, on the cluster RAY_ADDRESS names or on a local one, and stop them at the end."""
     count = config.compute.workers
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False, configure_logging=False
-    )
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    except ConnectionError as error:
+        raise PreflightError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it, or unset it"
+        ) from error
     bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
     group = placement_group([bundle] * count, strategy="PACK")
     try:
@@ -193,11 +201,16 @@ def get(refs: Any) -> Any:
     """ray.get, with a user's error as itself instead of wrapped in Ray's."""
     try:
         return ray.get(refs)
-    except ray.exceptions.RayTaskError as error:
+    except ray.exceptions.RayError as error:
         raise first_cause(error) from error
 
 
 def first_cause(error: Exception) -> Exception:
-    """The user's error inside a RayTaskError, else the error as it is."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, PacelineError) else error
+    """What went wrong in a worker, as itself instead of wrapped in Ray's error."""
+    match error:
+        case ray.exceptions.RayTaskError():
+            return error.cause
+        case ray.exceptions.RayActorError():
+            reason = str(error).strip().splitlines()[0]
+            return ResourceError(f"a worker died ({reason}); it may have run out of memory; resume the run")
+    return error
