@@ -129,10 +129,8 @@ def _resume(path: Path, recipe: str | None, overrides: list[str]) -> None:
 
     require_run(path)
     config = load(Path(recipe) if recipe else path / "config" / "resolved.yaml", overrides)
+    plan = _plan(config)
     with RunDir.open(path) as run:
-        run.write_config(config)
-        with recorded(run):
-            plan = _plan(config)
         _train(config, plan, run, resumed=True)
 
 

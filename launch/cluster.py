@@ -4,6 +4,7 @@ import asyncio
 import os
 import secrets
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from configs.errors import PreflightError
+from configs.errors import ConfigError, PreflightError
 from configs.schema import Config
 from drafter.suffix import SuffixDrafter
 from drafter.types import OFF, Drafter, Strategy
 from rl.checkpoint import CheckpointStore
-from rl.data import load_data
+from rl.data import DataSet, load_data
 from rl.loop import Loop
 from rl.metrics import Progress
 from rl.reward import check_rewards
@@ -24,6 +25,7 @@ from rl.rundir import RunDir
 from rl.sandbox import RewardPool
 from rl.trainer import DeepSpeedTrainer
 from rl.types import Trainer
+from rl.warmstart import solver
 from rollout.engine import NativeEngine
 from rollout.model import context_length, load_config, load_policy, resolve_compute
 from rollout.pretrained import load_tokenizer, resolve
@@ -37,7 +39,7 @@ OVERHEAD_TOKENS = {"cpu": 32.0, "cuda": 300.0}
 def train_run(config: Config, run: RunDir, *, resume: bool, progress: Progress) -> None:
     """Train to the last step, in a new run directory or from the newest intact checkpoint of an old one."""
     device, dtype = resolve_compute(config.compute)
-    path = resolve(config.model)
+    path = resolve(config.model).absolute()  # workers start elsewhere
     tokenizer = load_tokenizer(path)
     check_rewards(config.reward)
     data = load_data(
@@ -49,6 +51,7 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Progress) 
         num_heldout=config.eval.num_prompts if config.eval.every else 0,
         quarantine=run.path / "quarantine.jsonl",
     )
+    check_counts(config, data)
     store = CheckpointStore(run.path / "checkpoints", keep=config.checkpoint.keep)
     store.clean()
     checkpoint = store.latest() if resume else None
@@ -83,11 +86,12 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Progress) 
 async def run_loop(config: Config, run: RunDir, checkpoint: Path | None, **parts: Any) -> None:
     """Start the reward workers, take up the checkpoint, train; SIGTERM asks the loop to stop."""
     async with RewardPool(config.reward) as rewards:
-        stop = asyncio.Event()
+        stop = threading.Event()
         loop = Loop(config=config, run=run, rewards=rewards, stop_requested=stop, **parts)
         if checkpoint is not None:
             loop.restore(checkpoint)
-        run.truncate_after(loop.step)
+        run.truncate_after(None if checkpoint is None else loop.step)
+        run.write_config(config)  # once what it asks for has been taken up
         with on_sigterm(stop):
             await loop.train()
 
@@ -142,11 +146,21 @@ def protect_local_ray() -> None:
 
 
 @contextmanager
-def on_sigterm(stop: asyncio.Event) -> Iterator[None]:
+def on_sigterm(stop: threading.Event) -> Iterator[None]:
     """While inside, SIGTERM sets the event instead of ending the process."""
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
     try:
         yield
     finally:
-        loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, before)
+
+
+def check_counts(config: Config, data: DataSet) -> None:
+    """Find out before the model is loaded what would stop the run after it. Raises ConfigError."""
+    counts = {"rollout.prompts_per_step": config.rollout.prompts_per_step}
+    if config.warmstart.steps:
+        solver(config.warmstart.solutions)
+        counts["warmstart.examples_per_step"] = config.warmstart.examples_per_step
+    for key, count in counts.items():
+        if count > len(data):
+            raise ConfigError(f"{key}={count} exceeds the {len(data)} training rows; lower it, or add rows")

@@ -10,12 +10,14 @@ step number is the whole data position and random state, and a step that is lost
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from configs.errors import DataError, PreemptedError
+from configs.errors import ConfigError, DataError, PreemptedError
 from configs.schema import Config
 from rl.advantage import group_advantages
 from rl.batch import pack
@@ -24,12 +26,13 @@ from rl.data import DataSet
 from rl.metrics import Progress, Stopwatch, rollout_record, sample_rows, step_record
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
-from rl.types import Group, Trainer
+from rl.types import Group, StepStats, Trainer
 from rl.warmstart import warm_start
 from rollout.types import Engine, Prompt, Rollout, Sampling
 
 # Evaluation noise is never drawn (temperature 0); the step only has to differ from training steps.
 EVAL_STEP = -1
+STOP_POLL_S = 0.5  # how often a request to stop is looked for while no rollout finishes
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Loop:
     stop_token_ids: tuple[int, ...]
     store: CheckpointStore
     progress: Progress
-    stop_requested: asyncio.Event
+    stop_requested: threading.Event  # set by a signal handler, also in the middle of synchronous work
     step: int = 0
     prepared: bool = False  # the warm start, if any, is in the weights
 
@@ -73,17 +76,17 @@ class Loop:
         if warmstart.steps == 0:
             return
         self.progress.phase("warmstart")
-        warm_start(
-            self.trainer,
-            self.data,
-            self.tokenizer,
-            warmstart,
-            report=lambda step, stats: self.run.append_metrics(
-                "warmstart", {"step": step, "loss": stats.loss, "grad_norm": stats.grad_norm, "seconds": stats.seconds}
-            ),
-        )
+        warm_start(self.trainer, self.data, self.tokenizer, warmstart, report=self.report_warmstart)
         self.engine.update(0)
         await self.evaluate("warmstart")
+        self.save(self.engine.state_dict())
+
+    def report_warmstart(self, step: int, stats: StepStats) -> None:
+        """Keep a supervised step's figures. Raises PreemptedError when asked to stop: there is nothing to save yet."""
+        figures = {"loss": stats.loss, "grad_norm": stats.grad_norm, "seconds": stats.seconds}
+        self.run.append_metrics("warmstart", {"step": step} | figures)
+        if self.stop_requested.is_set():
+            raise PreemptedError(f"asked to stop after step {step} of the warm start")
 
     async def train_step(self) -> None:
         """One step of GRPO."""
@@ -107,29 +110,47 @@ class Loop:
         self.run.write_status(state="running", step=self.step, total_steps=config.train.steps, record=record)
         self.progress.step(record)
 
-    async def until_stopped(self, rollouts: AsyncIterator[Rollout]) -> AsyncIterator[Rollout]:
+    async def until_stopped(self, rollouts: AsyncGenerator[Rollout]) -> AsyncGenerator[Rollout]:
         """The same rollouts, until someone asks the run to stop. Raises PreemptedError then."""
-        async for rollout in rollouts:
-            yield rollout
-            if self.stop_requested.is_set():
-                raise PreemptedError(f"asked to stop during the rollouts of step {self.step + 1}")
+        async with aclosing(rollouts):
+            while True:
+                following = asyncio.ensure_future(anext(rollouts))
+                while not following.done() and not self.stop_requested.is_set():
+                    await asyncio.wait({following}, timeout=STOP_POLL_S)
+                if self.stop_requested.is_set():
+                    following.cancel()
+                    await asyncio.wait({following})
+                    raise PreemptedError(f"asked to stop while sampling after step {self.step}")
+                try:
+                    yield following.result()
+                except StopAsyncIteration:
+                    return
 
     async def collect(
-        self, prompts: Sequence[Prompt], rollouts: AsyncIterator[Rollout], watch: Stopwatch, *, total: int
+        self, prompts: Sequence[Prompt], rollouts: AsyncGenerator[Rollout], watch: Stopwatch, *, total: int
     ) -> list[Group]:
         """Score the rollouts of every prompt while others are still being sampled, and put them into groups."""
         by_id = {prompt.id: prompt for prompt in prompts}
         groups: dict[str, list[tuple[Rollout, asyncio.Task[dict[str, float]]]]] = {prompt.id: [] for prompt in prompts}
         scores: list[asyncio.Task[dict[str, float]]] = []
+        failed: list[asyncio.Task[dict[str, float]]] = []
+
+        def settle(score: asyncio.Task[dict[str, float]]) -> None:
+            if not score.cancelled() and score.exception() is not None:
+                failed.append(score)
+
         self.progress.phase("rollout")
         try:
             with watch.phase("rollout"):
                 async for rollout in rollouts:
                     rollout = replace(rollout, text=self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
                     score = asyncio.create_task(self.rewards.score(by_id[rollout.prompt_id], rollout))
+                    score.add_done_callback(settle)
                     scores.append(score)
                     groups[rollout.prompt_id].append((rollout, score))
                     self.progress.rollouts(len(scores), total)
+                    if failed:  # before the rest is sampled for nothing
+                        failed[0].result()
             self.progress.phase("reward")
             with watch.phase("reward"):
                 await asyncio.gather(*scores)
@@ -162,7 +183,11 @@ class Loop:
             raise DataError("no held-out problems to evaluate on; set eval.every=0 or give more data")
         greedy = replace(self.sampling(EVAL_STEP), num_samples=1, temperature=0.0)
         watch = Stopwatch()
-        groups = await self.collect(prompts, self.engine.generate(prompts, greedy), watch, total=len(prompts))
+        rollouts = self.engine.generate(prompts, greedy)
+        if stage != "rl":  # after a step, a request to stop waits until its evaluation and record are complete
+            rollouts = self.until_stopped(rollouts)
+        groups = await self.collect(prompts, rollouts, watch, total=len(prompts))
+        self.engine.update(self.step)  # a resumed run will not find what this has cached
         record = rollout_record(groups, seconds=watch.seconds["rollout"])
         self.run.append_metrics("eval", {"step": self.step, "stage": stage} | record | watch.record())
         self.progress.message(f"held-out greedy reward after {stage} step {self.step}: {record['reward_mean']:.3f}")
@@ -183,6 +208,12 @@ class Loop:
             min_p=rollout.min_p,
         )
 
+    @property
+    def engines(self) -> str:
+        """Which engines sample: their states belong to them alone."""
+        compute = self.config.compute
+        return f"compute.backend={compute.backend} compute.workers={compute.workers}"
+
     def save(self, engine_state: dict[str, Any]) -> None:
         """Checkpoint the boundary after self.step steps; a boundary already saved is left as it is."""
         self.progress.phase("checkpoint")
@@ -190,7 +221,8 @@ class Loop:
         def fill(folder: Path) -> None:
             (folder / "trainer").mkdir()
             self.trainer.save(folder / "trainer")
-            (folder / "loop.json").write_text(json.dumps({"step": self.step, "engine": engine_state}))
+            state = {"step": self.step, "engines": self.engines, "engine": engine_state}
+            (folder / "loop.json").write_text(json.dumps(state, default=list))
 
         path = self.store.write(self.step, fill)
         self.run.append_event("checkpoint", step=self.step, path=str(path))
@@ -199,6 +231,10 @@ class Loop:
         """Take up the state a checkpoint holds."""
         state = json.loads((checkpoint / "loop.json").read_text())
         assert state["step"] == step_of(checkpoint), f"{checkpoint} says it is step {state['step']}"
+        if state["engines"] != self.engines:
+            raise ConfigError(
+                f"{checkpoint} was written under {state['engines']}, not {self.engines}; resume as it was"
+            )
         self.trainer.load(checkpoint / "trainer")
         self.engine.load_state_dict(state["engine"])
         self.step, self.prepared = state["step"], True

@@ -120,8 +120,11 @@ class RunDir:
         pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), buffer)
         _write(self.path / "samples" / f"step_{step}.parquet", buffer.getvalue().to_pybytes())
 
-    def truncate_after(self, step: int) -> None:
-        """Cut metrics and samples of later steps, and lines a crash tore, so that each step stands there once."""
+    def truncate_after(self, step: int | None) -> None:
+        """Cut metrics and samples of later steps, and lines a crash tore, so that each step stands there once.
+
+        None: of all steps, and what came before the first; the run starts over.
+        """
         for path in (self.path / "metrics").glob("*.jsonl"):
             with storing(path):
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -129,7 +132,7 @@ class RunDir:
             if kept != lines:
                 _write(path, "".join(kept).encode())
         for path in (self.path / "samples").glob("step_*.parquet"):
-            if int(path.stem.removeprefix("step_")) > step:
+            if step is None or int(path.stem.removeprefix("step_")) > step:
                 with storing(path):
                     path.unlink()
 
@@ -228,13 +231,13 @@ def _take_lock(path: Path) -> int:
     return lock
 
 
-def _is_up_to(line: str, step: int, *, name: str) -> bool:
+def _is_up_to(line: str, step: int | None, *, name: str) -> bool:
     """Whether a metrics line belongs to a step that is not done again."""
     try:
         own_step = json.loads(line)["step"]
     except json.JSONDecodeError:
         return False
-    return step > 0 and (name in _BEFORE_TRAINING or own_step <= step)
+    return step is not None and (name in _BEFORE_TRAINING or own_step <= step)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -283,9 +283,11 @@ class DeepSpeedTrainer:
                     self._set_moment(param, key, optimizer.get_tensor(f"{key}.{name}").to(self.device))
         for each in self.adam.state.values():
             each["step"].fill_(state["adam_steps"])
-        reference = folder / REFERENCE
-        self.reference = load_file(reference, device=str(self.device)) if reference.exists() else None
         self.steps = state["steps"]
+        if self.config.kl_coef > 0 and self.steps > 0:
+            if not (folder / REFERENCE).exists():
+                raise StorageError(f"{folder} holds no reference policy: its run had train.kl_coef=0; keep it at 0")
+            self.reference = load_file(folder / REFERENCE, device=str(self.device))
 
     def _moment(self, param: nn.Parameter, key: str) -> torch.Tensor:
         """One of Adam's moments of a parameter, whole, float32; a collective under ZeRO."""

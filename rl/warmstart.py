@@ -52,6 +52,8 @@ def solver(source: str) -> Solver:
             f'warmstart.solutions="{source}" cannot be imported ({type(error).__name__}: {error}); '
             'give "field" or "module:function"'
         ) from error
+    if not callable(function):
+        raise ConfigError(f'warmstart.solutions="{source}" is not a function; give "field" or "module:function"')
     return function
 
 

@@ -1,6 +1,6 @@
 """What flows through the rollout engine: prompts in, rollouts out. Plain values that may cross processes."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -77,7 +77,7 @@ class Rollout:
 class Engine(Protocol):
     """Samples rollouts from the current policy."""
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncIterator[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
         """num_samples rollouts of every prompt, each as it finishes; order is not part of the contract."""
 
     def update(self, version: int) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from configs.errors import DataError, DivergedError, PreemptedError
 from configs.load import load
+from configs.schema import Config
 from launch import logs
 from launch.cli import app
 from launch.exits import run_command
@@ -210,7 +211,12 @@ def test_resume_goes_on_with_the_overrides(
 ) -> None:
     seen: list[tuple[int, bool, int]] = []
     assert paceline("train", "tiny.yaml") == 0
-    training(lambda config, run, resume, progress: seen.append((config.train.steps, resume, run.attempt)))
+
+    def take_up(config: Config, run: RunDir, resume: bool, progress: object) -> None:
+        run.write_config(config)
+        seen.append((config.train.steps, resume, run.attempt))
+
+    training(take_up)
     assert paceline(*arguments) == 0
     assert paceline("resume", "run") == 0
     assert seen == [(9, True, 2), (9, True, 3)]

@@ -178,7 +178,9 @@ def test_resumed_run_holds_each_step_once(run: RunDir) -> None:
 def test_run_that_starts_over_keeps_no_metrics(run: RunDir) -> None:
     run.append_metrics("eval", {"step": 0})
     run.append_metrics("warmstart", {"step": 1})
-    run.truncate_after(0)
+    run.truncate_after(0)  # resumed from the boundary before the first step
+    assert lines_of(run.path / "metrics" / "eval.jsonl") and lines_of(run.path / "metrics" / "warmstart.jsonl")
+    run.truncate_after(None)
     assert lines_of(run.path / "metrics" / "eval.jsonl") == lines_of(run.path / "metrics" / "warmstart.jsonl") == []
 
 

@@ -39,6 +39,7 @@ def test_a_run_learns_and_leaves_a_complete_run_directory(recipe: Path, tmp_path
     for name in ("config/input.yaml", "config/resolved.yaml", "env.json", "plan.json", "events.jsonl"):
         assert (run / name).exists(), name
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_2", "step_4", "step_6"]
+    assert not list((run / "checkpoints").glob(".*"))
     status = paceline("status", run)
     assert status.returncode == 0 and "6" in status.stdout
 
@@ -94,8 +95,7 @@ def test_sigterm_saves_and_exits_75_and_the_run_goes_on_from_there(
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 75, stderr
-    [checkpoint] = (run / "checkpoints").iterdir()
-    step = int(checkpoint.name.removeprefix("step_"))
+    step = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").iterdir())
     assert step >= 2
     resumed = paceline("resume", run, f"train.steps={step + 1}")
     assert resumed.returncode == 0, resumed.stderr
@@ -122,3 +122,41 @@ def test_two_ray_workers_sample_the_rollouts_of_one_process(recipe: Path, tmp_pa
         assert result.returncode == 0, result.stderr
         texts[name] = [pq.read_table(run / "samples" / f"step_{step}.parquet")["text"].to_pylist() for step in (1, 2)]
     assert texts["ray"] == texts["inline"]
+
+
+@pytest.mark.slow
+def test_a_resume_that_cannot_start_leaves_the_run_as_it_was(recipe: Path, tmp_path: Path, paceline: Paceline) -> None:
+    run = tmp_path / "run"
+    assert paceline("train", recipe, "train.steps=2", "eval.every=0", "warmstart.steps=0").returncode == 0
+    before = (run / "config" / "resolved.yaml").read_bytes()
+    assert paceline("resume", run, "model=/no/such/model").returncode == 3
+    assert paceline("resume", run, "compute.backend=ray", "compute.workers=2").returncode == 2
+    assert (run / "config" / "resolved.yaml").read_bytes() == before
+    assert paceline("resume", run, "train.steps=3").returncode == 0
+    assert [record["step"] for record in records(run)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_sigterm_during_the_warm_start_ends_at_once_and_the_run_starts_over(
+    recipe: Path, tmp_path: Path, paceline: Paceline, command: list[str], environment: dict[str, str]
+) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command, "train", str(recipe), "warmstart.steps=100000"],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    supervised = run / "metrics" / "warmstart.jsonl"
+    deadline = time.monotonic() + 300
+    while not supervised.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    resumed = paceline("resume", run, "warmstart.steps=2", "train.steps=1")
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(records(run, "warmstart")) == 2
+    assert [record["stage"] for record in records(run, "eval")] == ["base", "warmstart", "rl"]
