@@ -23,14 +23,12 @@ class DraftState:
     """One running sequence, as a drafter sees it.
 
     token_ids: prompt and all committed tokens; the last one is pending (its successor is what a draft starts with).
-    prompt_len: how many of them are the prompt's.
     max_tokens: how many more tokens the sequence may take; a draft never needs to be deeper.
     """
 
     prompt_id: str
     sample: int
     token_ids: Sequence[int]
-    prompt_len: int
     max_tokens: int
 
 

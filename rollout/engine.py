@@ -139,7 +139,6 @@ class NativeEngine:
                     prompt_id=sequence.prompt.id,
                     sample=sequence.sample,
                     token_ids=sequence.tokens,
-                    prompt_len=len(sequence.prompt.token_ids),
                     max_tokens=sequence.num_remaining,
                 )
             )

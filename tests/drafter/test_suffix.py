@@ -27,7 +27,7 @@ def sure_drafter(**options: int) -> SuffixDrafter:
 
 
 def state(prompt_id: str, sample: int, response: list[int], *, max_tokens: int = 100) -> DraftState:
-    return DraftState(prompt_id, sample, PROMPT + response, len(PROMPT), max_tokens)
+    return DraftState(prompt_id, sample, PROMPT + response, max_tokens)
 
 
 def draft_for(drafter: SuffixDrafter, prompt_id: str, sample: int, response: list[int], **limits: int) -> Draft:
@@ -260,7 +260,7 @@ def test_drafts_do_not_depend_on_the_hash_seed() -> None:
         "rng = random.Random(1); drafter = SuffixDrafter(min_match=1, overhead_tokens=1e9)\n"
         "texts = [[rng.randrange(5) for _ in range(80)] for _ in range(6)]\n"
         "for s, t in enumerate(texts): drafter.begin('p', s, [1]); drafter.extend('p', s, t)\n"
-        "states = [DraftState('p', s, [1] + t, 1, 50) for s, t in enumerate(texts)]\n"
+        "states = [DraftState('p', s, [1] + t, 50) for s, t in enumerate(texts)]\n"
         "print(drafter.propose(states, Strategy('suffix', 5, 3, 12)))"
     )
     root = Path(__file__).parents[2]

@@ -35,11 +35,13 @@ class ScriptedDrafter:
     vocab_size: int
     seed: int = 0
     texts: dict[Key, list[int]] = field(default_factory=dict)
+    prompt_lens: dict[Key, int] = field(default_factory=dict)
     finished: set[Key] = field(default_factory=set)
 
     def begin(self, prompt_id: str, sample: int, prompt_ids: Sequence[int]) -> None:
         assert (prompt_id, sample) not in self.texts
         self.texts[prompt_id, sample] = list(prompt_ids)
+        self.prompt_lens[prompt_id, sample] = len(prompt_ids)
 
     def extend(self, prompt_id: str, sample: int, token_ids: Sequence[int]) -> None:
         self.texts[prompt_id, sample] += token_ids
@@ -54,7 +56,7 @@ class ScriptedDrafter:
     def _tree(self, state: DraftState, strategy: Strategy) -> Draft:
         assert self.texts[state.prompt_id, state.sample] == list(state.token_ids)
         choices = random.Random(f"{self.seed}:{state.prompt_id}:{state.sample}:{len(state.token_ids)}")
-        done = len(state.token_ids) - state.prompt_len
+        done = len(state.token_ids) - self.prompt_lens[state.prompt_id, state.sample]
         future = self.truth.get((state.prompt_id, state.sample), [])[done:]
         tokens: list[int] = []
         parents: list[int] = []
