@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 
 import torch
 from rich import box
@@ -11,7 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from configs.schema import Config
 from kernels.logprob import CHUNK_ELEMENTS
-from rollout.engine import CPU_FRACTION, CUDA_FRACTION
+from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, resolve_compute
 
 FLOAT32_BYTES = 4
@@ -75,9 +74,9 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     available = available_bytes(device) // (1 if device == "cuda" else workers)
 
     block_bytes = bytes_per_block(model_config, rollout.block_size, getattr(torch, dtype))
-    affordable = int(_kv_budget(device, available - weights - optimizer - reference) // block_bytes)
+    affordable = cache_budget(device, reserved=weights + optimizer + reference) // block_bytes
     blocks_each = ceil(longest / rollout.block_size)
-    kv_blocks = rollout.kv_tokens // rollout.block_size or min(running * blocks_each, max(affordable, blocks_each))
+    kv_blocks = rollout.kv_tokens // rollout.block_size or min(running * blocks_each, affordable)
     kv_bytes = kv_blocks * block_bytes
     total = weights + optimizer + reference + kv_bytes + gradients + activations + logits
     shares = train.updates_per_step * workers
@@ -124,17 +123,6 @@ def count_parameters(model_config: PretrainedConfig) -> int:
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def available_bytes(device: str) -> int:
-    """Memory a process may still take: of the GPU, or of the machine within its control group."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    available = _meminfo("MemAvailable")
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdecimal():
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return available
 
 
 def table(plan: Plan) -> Table:
@@ -221,19 +209,6 @@ def _rollout_logits_bytes(model_config: PretrainedConfig, rows: int, itemsize: i
     return int(rows * model_config.get_text_config().vocab_size * (itemsize + FLOAT32_BYTES))
 
 
-def _kv_budget(device: str, free: int) -> float:
-    """What the engine lets a derived KV cache take (rollout/engine.py)."""
-    if device == "cuda":
-        return free * CUDA_FRACTION
-    return _meminfo("MemTotal") * CPU_FRACTION
-
-
-def _meminfo(name: str) -> int:
-    """A line of /proc/meminfo, in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines[name].split()[0]) * 1024
-
-
 def _context_warnings(longest: int, context: int) -> list[str]:
     if longest <= context:
         return []
@@ -245,6 +220,8 @@ def _kv_warnings(kv_blocks: int, blocks_each: int, running: int) -> list[str]:
     fit = kv_blocks // blocks_each
     if fit >= running:
         return []
+    if fit == 0:
+        return [f"the KV cache holds {kv_blocks} blocks and a sequence may take {blocks_each}; set rollout.kv_tokens"]
     return [f"the KV cache holds {fit} of {running} sequences at full length; the others wait or are computed again"]
 
 

@@ -1,7 +1,6 @@
 """The engine: sequences in, cycles of draft, verify and commit, rollouts out."""
 
 import asyncio
-import os
 from collections import abc
 from typing import Any
 
@@ -13,15 +12,13 @@ from configs.schema import RolloutConfig
 from drafter.types import Drafter, DraftState, Strategy
 from kernels.sample import noise_key
 from rollout.blocks import BlockPool
+from rollout.memory import cache_budget
 from rollout.model import PagedCache, bytes_per_block, context_length
 from rollout.runner import Drawn, draw
 from rollout.scheduler import Scheduler, Work
 from rollout.sequence import Sequence
 from rollout.speculate import verify
 from rollout.types import Prompt, Rollout, Sampling
-
-CUDA_FRACTION = 0.5  # of free GPU memory that a derived KV cache may take; training needs the rest
-CPU_FRACTION = 0.25  # of physical memory
 
 
 class NativeEngine:
@@ -250,8 +247,4 @@ class NativeEngine:
 
     def _affordable_blocks(self) -> int:
         """Blocks that the device's memory has room for beside everything else."""
-        if self._model.device.type == "cuda":
-            num_bytes = torch.cuda.mem_get_info(self._model.device)[0] * CUDA_FRACTION
-        else:
-            num_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * CPU_FRACTION
-        return int(num_bytes // self._bytes_per_block())
+        return cache_budget(str(self._model.device)) // self._bytes_per_block()

@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import launch.plan
+import rollout.memory
 from configs.load import parse
 from launch.plan import Plan, count_parameters, derive, table
 from rl.rundir import RunDir
@@ -72,6 +73,18 @@ def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> Non
 )
 def test_what_will_hurt_is_warned_about(model_config: PretrainedConfig, overrides: list[str], said: str) -> None:
     assert any(said in warning for warning in plan_for(model_config, *overrides).warnings)
+
+
+def test_a_control_group_bounds_the_cache_as_it_bounds_the_engines(
+    model_config: PretrainedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout.memory, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("0\n")
+    # a block is 2 layers, keys and values, 16 tokens, 2 heads of 16, float32
+    (tmp_path / "memory.max").write_text(f"{4 * 20 * 2 * 2 * 16 * 2 * 16 * 4}\n")
+    assert plan_for(model_config).kv_blocks == 20
+    (tmp_path / "memory.max").write_text(f"{4 * 7 * 2 * 2 * 16 * 2 * 16 * 4}\n")
+    assert "the KV cache holds 7 blocks and a sequence may take 8" in plan_for(model_config).warnings[0]
 
 
 def test_too_little_memory_is_warned_about(model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
