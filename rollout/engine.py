@@ -25,7 +25,8 @@ class NativeEngine:
     """Samples rollouts from a policy whose weights it shares with whoever trains it.
 
     drafter None, or a strategy whose source is "off", decodes token by token; what is sampled is the same.
-    One generate at a time. The KV cache is allocated by the first one and grows when a later one can use more.
+    One generate at a time. The KV cache is allocated by the first one and grows when a later one can use more, up to
+    what the device could afford when the first one asked.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class NativeEngine:
         self._strategy = strategy
         self._config = rollout
         self._kv_blocks = rollout.kv_tokens // rollout.block_size
+        self._max_kv_blocks = 0  # 0: not measured yet
         self._cache: PagedCache | None = None
         self._pool = BlockPool(0, rollout.block_size)
         self._scheduler: Scheduler | None = None
@@ -80,9 +82,13 @@ class NativeEngine:
         self._pool.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """The drafter's state, and the cache's size: derived from other free memory, it could change the batches."""
+        """The drafter's state, and the cache's size and bound: from other free memory, they could change the batches.
+
+        JSON-able with default=list.
+        """
         return {
             "kv_blocks": self._kv_blocks,
+            "max_kv_blocks": self._max_kv_blocks,
             "drafter": {} if self._drafter is None else self._drafter.state_dict(),
         }
 
@@ -90,6 +96,7 @@ class NativeEngine:
         """Take up a saved state. A configured rollout.kv_tokens goes before the saved cache size."""
         if not self._config.kv_tokens:
             self._kv_blocks = state["kv_blocks"]
+            self._max_kv_blocks = state["max_kv_blocks"]
         if self._drafter is not None and state["drafter"]:
             self._drafter.load_state_dict(state["drafter"])
 
@@ -217,7 +224,9 @@ class NativeEngine:
         blocks_each = -(-longest // block_size)
         if not self._config.kv_tokens:
             num_running = min(self._config.max_running, len(prompts) * sampling.num_samples)
-            self._kv_blocks = max(self._kv_blocks, min(num_running * blocks_each, self._affordable_blocks()))
+            # once: a run that was resumed would measure another number at another time
+            self._max_kv_blocks = self._max_kv_blocks or self._affordable_blocks()
+            self._kv_blocks = max(self._kv_blocks, min(num_running * blocks_each, self._max_kv_blocks))
         if blocks_each > self._kv_blocks:
             raise ResourceError(
                 f"the KV cache holds {self._kv_blocks * block_size} tokens and the longest sequence needs"

@@ -1,6 +1,7 @@
 """The engine around its cycles: caches after rejections, early exits, weight updates, errors, statistics."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,22 @@ def test_saved_state_brings_back_the_drafter_and_the_size_of_the_cache(
     assert resumed.state_dict() == engine.state_dict()
     collect(resumed, prompts[:1], SAMPLING)
     assert resumed._pool.num_blocks == engine._pool.num_blocks
+
+
+def test_a_resumed_cache_grows_no_further_than_the_uninterrupted_one(
+    make_engine: MakeEngine, collect: Collect, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    affordable = 15
+    monkeypatch.setattr(NativeEngine, "_affordable_blocks", lambda engine: affordable)
+    engine = make_engine()
+    collect(engine, prompts[:1], replace(SAMPLING, num_samples=1))
+    assert engine._pool.num_blocks < affordable
+    resumed = make_engine()
+    resumed.load_state_dict(json.loads(json.dumps(engine.state_dict())))
+    affordable = 1000
+    for either in (engine, resumed):
+        collect(either, prompts, SAMPLING)
+        assert either._pool.num_blocks == 15
 
 
 def test_no_prompts_give_no_rollouts(make_engine: MakeEngine, collect: Collect) -> None:
