@@ -190,11 +190,14 @@ class SuffixDrafter:
         return [self._propose(state, strategy, min_probability) for state in states]
 
     def state_dict(self) -> dict[str, Any]:
-        """Finished rollouts, oldest first. Sequences in flight are not part of it: a resumed run begins them again."""
-        return {"finished": [[prompt_id, response.tolist()] for prompt_id, response in self._finished.values()]}
+        """Finished rollouts, oldest first. Sequences in flight are not part of it: a resumed run begins them again.
+
+        The responses are this drafter's own arrays, never mutated and not copied; JSON-able with default=list.
+        """
+        return {"finished": [[prompt_id, response] for prompt_id, response in self._finished.values()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a saved state, replacing the present one; nothing is in flight afterwards."""
+        """Take up a saved state, arrays or lists, replacing the present one; nothing is in flight afterwards."""
         self._flights.clear()
         self._finished.clear()
         self._rollouts.clear()

@@ -63,7 +63,7 @@ class Drafter(Protocol):
         """One draft a state, EMPTY where nothing is worth proposing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draft the same: JSON-able."""
+        """What a resumed run needs to draft the same: JSON-able with default=list."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state, replacing the present one."""

@@ -84,7 +84,7 @@ class Engine(Protocol):
         """The shared policy weights now hold this version: forget what was computed with the old ones."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to roll out at the same speed (the drafter's state): JSON-able."""
+        """What a resumed run needs to roll out at the same speed (the drafter's state): JSON-able with default=list."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""

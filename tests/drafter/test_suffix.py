@@ -174,7 +174,7 @@ def test_earlier_epochs_survive_finish_and_a_saved_state() -> None:
     say(drafter, "a", 0, [10, 11, 12, 13, 14])
     drafter.finish("a", 0)
     restored = sure_drafter()
-    restored.load_state_dict(json.loads(json.dumps(drafter.state_dict())))
+    restored.load_state_dict(json.loads(json.dumps(drafter.state_dict(), default=list)))
     assert restored.state_dict() == drafter.state_dict()
     for later in (drafter, restored):
         say(later, "a", 0, [10, 11])
@@ -200,7 +200,7 @@ def test_a_resumed_drafter_drafts_what_the_uninterrupted_one_does(epochs: list[l
     whole = run(straight := sure_drafter(**bounds), epochs)
     run(first := sure_drafter(**bounds), epochs[:cut])
     second = sure_drafter(**bounds)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), default=list)))
     assert run(second, epochs[cut:]) == whole[cut:]
     assert second.state_dict() == straight.state_dict()
 
@@ -218,7 +218,7 @@ def test_history_keeps_its_bounds_and_drops_the_oldest(
     assert sum(len(response) for _, response in kept) <= max_history
     for prompt in range(2):
         said = [text for text in texts[prompt::2] if text]
-        mine = [response for prompt_id, response in kept if prompt_id == "ab"[prompt]]
+        mine = [response.tolist() for prompt_id, response in kept if prompt_id == "ab"[prompt]]
         assert len(mine) <= max_rollouts
         assert mine == said[len(said) - len(mine) :]
 
@@ -233,6 +233,19 @@ def test_a_prompt_that_never_leaves_flight_keeps_a_bounded_index() -> None:
         assert len(flight.index.texts) <= len(flight.running) + 2 * 4 + 1
     drafter.extend("a", 0, [99, 99])
     assert draft_for(drafter, "a", 0, [99, 99]).token_ids == [99, 99, 99]
+
+
+def test_a_state_shares_what_is_finished_and_stays_what_it_was() -> None:
+    drafter = sure_drafter(max_rollouts=2)
+    say(drafter, "a", 0, [10, 11])
+    drafter.finish("a", 0)
+    before = drafter.state_dict()
+    for text in ([12], [13]):  # the second drops the rollout that the state holds
+        say(drafter, "a", 0, text)
+        drafter.finish("a", 0)
+    assert json.loads(json.dumps(before, default=list)) == {"finished": [["a", [10, 11]]]}
+    after = drafter.state_dict()["finished"]
+    assert after[0][1] is drafter.state_dict()["finished"][0][1], "a step copies no token of the history"
 
 
 def test_memory_is_what_the_docstrings_promise() -> None:
