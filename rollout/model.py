@@ -1,13 +1,11 @@
 """The policy: a transformers causal LM whose attention is ours, in training and in rollout alike."""
 
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -21,6 +19,7 @@ from configs.errors import PreflightError, ResourceError
 from configs.schema import ComputeConfig
 from kernels.attention import PackedSequences, PagedSequences, packed_attention, paged_attention, paged_sequences
 from kernels.cache import move_kv, write_kv
+from rollout.pretrained import require_weights
 
 ATTENTION = "paceline"  # also the keyword that carries the AttentionContext down to the layers
 
@@ -100,9 +99,7 @@ def load_policy(path: Path, *, device: str, dtype: str) -> PreTrainedModel:
     Raises PreflightError, naming the file or tensor, for weights that are missing, damaged or do not fit the
     architecture and for an architecture our attention cannot serve; ResourceError when the device cannot hold it.
     """
-    if not (path / "config.json").is_file():
-        raise PreflightError(f"{path}: no config.json; a model folder is one that save_pretrained wrote")
-    _check_weight_files(path)
+    require_weights(path)
     try:
         config = load_config(path)
         _drop_dropout(config)
@@ -136,27 +133,6 @@ def load_policy(path: Path, *, device: str, dtype: str) -> PreTrainedModel:
     except (PreflightError, RuntimeError, TypeError, AttributeError) as error:  # whatever a foreign architecture does
         raise PreflightError(f"{path}: {config.model_type!r} cannot run on paged attention: {error}") from error
     return model
-
-
-def _check_weight_files(path: Path) -> None:
-    """Name the file that is missing, truncated or not safetensors, which a loader deep below would not."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError) as error:
-            raise PreflightError(f"{index}: not an index of weights; fetch the model again") from error
-        if absent := sorted(name for name in shards if not (path / name).is_file()):
-            raise PreflightError(f"{path / absent[0]}: missing, {len(absent)} of {len(shards)} shards are")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise PreflightError(f"{path}: no .safetensors weights; convert the model with save_pretrained")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):  # reads the header and compares the file's length with it
-                pass
-        except SafetensorError as error:
-            raise PreflightError(f"{file}: damaged weights ({error}); fetch the model again") from error
 
 
 def _drop_dropout(config: PretrainedConfig) -> None:

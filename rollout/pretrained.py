@@ -102,9 +102,10 @@ def require_weights(folder: Path) -> Path:
     index = folder / "model.safetensors.index.json"
     try:
         files = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PreflightError(f"{index} is not a safetensors index ({error!r}); fetch the model again") from error
-    files = files or {file.name for file in folder.glob("*.safetensors")}
+    # beside an index too: transformers prefers a model.safetensors to it
+    files |= {file.name for file in folder.glob("*.safetensors")}
     if not files:
         raise PreflightError(f"model={str(folder)!r} has no .safetensors weights; convert or fetch them")
     for file in sorted(files):

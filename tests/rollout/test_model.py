@@ -291,16 +291,16 @@ def test_missing_and_damaged_weights_are_refused_by_name(tiny_model_dir: Path, t
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    assert "model.safetensors: damaged" in refusal(folder)
+    assert "model.safetensors is corrupt" in refusal(folder)
     weights.write_bytes(b"not weights" * 100)
-    assert "model.safetensors: damaged" in refusal(folder)
+    assert "model.safetensors is corrupt" in refusal(folder)
     weights.unlink()
     assert "no .safetensors weights" in refusal(folder)
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "model-2.safetensors"}}))
-    assert "model-2.safetensors: missing" in refusal(folder)
+    assert "model-2.safetensors is corrupt or missing" in refusal(folder)
     index.write_text("{")
-    assert "model.safetensors.index.json: not an index" in refusal(folder)
+    assert "model.safetensors.index.json is not a safetensors index" in refusal(folder)
 
 
 def test_a_missing_or_misshapen_tensor_is_refused_by_name(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -71,6 +71,20 @@ def test_a_missing_shard_is_refused_by_name(tmp_path: Path, tiny_model_dir: Path
         resolve(str(folder))
 
 
+def test_weights_beside_an_index_are_checked_with_it(tmp_path: Path, tiny_model_dir: Path) -> None:
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    shutil.copy(folder / "model.safetensors", folder / "model-1-of-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-1-of-1.safetensors"}}')
+    assert resolve(str(folder)) == folder
+    os.truncate(folder / "model.safetensors", 4000)
+    with pytest.raises(PreflightError, match=r"model\.safetensors is corrupt or missing"):
+        resolve(str(folder))
+    index.write_text("[]")
+    with pytest.raises(PreflightError, match="is not a safetensors index"):
+        resolve(str(folder))
+
+
 def test_an_unknown_name_names_the_shipped_one_and_exits_with_3() -> None:
     with pytest.raises(PreflightError, match=r"model='smollm2-instruct'.*shipped 'smollm2-135m-instruct'") as caught:
         resolve("smollm2-instruct")
