@@ -49,7 +49,7 @@ def draw(result: dict[str, Any], picture: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(7.2, 3.6), dpi=150)
     steps = result["steps"]
@@ -60,7 +60,9 @@ def draw(result: dict[str, Any], picture: Path) -> None:
         linewidth=1,
         label="training rollouts, temperature 1",
     )
-    learned = [record for record in result["evaluations"] if record["stage"] != "base"]
+    evaluations = result["evaluations"]
+    warm = any(record["stage"] == "warmstart" for record in evaluations)
+    learned = [record for record in evaluations if not (warm and record["stage"] == "base")]
     axes.plot(
         [record["step"] for record in learned],
         [record["reward_mean"] for record in learned],
@@ -69,14 +71,15 @@ def draw(result: dict[str, Any], picture: Path) -> None:
         markersize=3.5,
         label="held-out problems, greedy",
     )
-    for record in result["evaluations"]:
+    for record in evaluations:
         if record["stage"] == "base":
             axes.axhline(record["reward_mean"], color="#b5651d", linewidth=1, linestyle="--", label="model as it came")
     axes.set(xlabel="step of reinforcement learning", ylabel="mean reward", ylim=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e6e6e6")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.2))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize="small")
     figure.tight_layout()
     figure.savefig(picture)
     pyplot.close(figure)
