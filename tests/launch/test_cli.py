@@ -54,7 +54,7 @@ def training(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> Callable[
 
         monkeypatch.setitem(sys.modules, "launch.cluster", SimpleNamespace(train_run=train_run))
 
-    monkeypatch.setitem(sys.modules, "rollout.pretrained", SimpleNamespace(resolve=lambda name: tiny_model_dir))
+    monkeypatch.setattr("rollout.pretrained.resolve", lambda name: tiny_model_dir)
     replace(lambda *_: None)
     return replace
 
