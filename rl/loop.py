@@ -58,16 +58,16 @@ class Loop:
         total = self.config.train.steps
         if not self.prepared:
             await self.prepare()
+        engine_state = self.engine.state_dict()  # at the boundary: what a checkpoint of this step must hold
         while self.step < total:
-            engine_state = self.engine.state_dict()  # at the boundary: what a checkpoint of this step must hold
             try:
                 await self.train_step()
             except PreemptedError:
                 self.save(engine_state)
                 raise
-            if self.step % self.config.checkpoint.every == 0 and self.step < total:
-                self.save(self.engine.state_dict())
-        self.save(self.engine.state_dict())
+            engine_state = self.engine.state_dict()
+            if self.step % self.config.checkpoint.every == 0 or self.step == total:
+                self.save(engine_state)
 
     async def prepare(self) -> None:
         """Before the first step: measure the model as it came, then warm it up if asked to."""
@@ -174,7 +174,7 @@ class Loop:
         )
 
     async def evaluate(self, stage: str) -> float:
-        """Mean greedy reward on held-out problems; 0 prompts when evaluation is off."""
+        """Mean greedy reward on held-out problems; NaN when evaluation is off."""
         if not self.config.eval.every:
             return float("nan")
         self.progress.phase("eval")

@@ -23,6 +23,20 @@ def trainer_hashes(run: Path, step: int) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
+def wait_until(process: "subprocess.Popen[bytes]", reached: Callable[[], bool]) -> None:
+    """Until another process has come so far; it must not end before."""
+    deadline = time.monotonic() + 300
+    while not reached():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)  # another process's progress has no event to wait on
+
+
+def step_of(run: Path) -> int:
+    """The step a run's status tells, 0 before the first."""
+    status = run / "STATUS.json"
+    return int(json.loads(status.read_text()).get("step", 0)) if status.exists() else 0
+
+
 @pytest.mark.slow
 def test_a_run_learns_and_leaves_a_complete_run_directory(recipe: Path, tmp_path: Path, paceline: Paceline) -> None:
     result = paceline("train", recipe)
@@ -58,11 +72,7 @@ def test_a_killed_run_resumes_to_the_parameters_of_an_uninterrupted_one(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    status = run / "STATUS.json"
-    deadline = time.monotonic() + 300
-    while not (status.exists() and json.loads(status.read_text()).get("step", 0) >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)  # another process's progress has no event to wait on
+    wait_until(process, lambda: step_of(run) >= 3)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (run / "checkpoints" / "step_6").exists(), "the kill came too late to prove anything"
@@ -87,11 +97,7 @@ def test_sigterm_saves_and_exits_75_and_the_run_goes_on_from_there(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    status = run / "STATUS.json"
-    deadline = time.monotonic() + 300
-    while not (status.exists() and json.loads(status.read_text()).get("step", 0) >= 2):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(process, lambda: step_of(run) >= 2)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 75, stderr
@@ -148,11 +154,7 @@ def test_sigterm_during_the_warm_start_ends_at_once_and_the_run_starts_over(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    supervised = run / "metrics" / "warmstart.jsonl"
-    deadline = time.monotonic() + 300
-    while not supervised.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(process, (run / "metrics" / "warmstart.jsonl").exists)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 75, stderr
