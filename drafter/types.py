@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
@@ -67,3 +69,68 @@ class Drafter(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state, replacing the present one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What sequences have said, kept on the device where drafting reads it and committing extends it.
+
+    N texts of at most L tokens, prompt included: those being written and finished ones worth quoting. tokens [N, L]
+    int32; lengths [N] int32; groups [N] int32: texts of one prompt share a group, -1 marks a free text. The last text
+    belongs to nobody: what inactive rows point at.
+    """
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    groups: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The running sequences on the device; a cycle over B rows takes the first B of R.
+
+    text [R] int32: the text each row writes. keys [R] int64: its noise. max_lengths [R] int32: tokens the text may
+    reach. active [R] int32: 0 for a row that is free or whose sequence has finished: it must change nothing.
+    block_tables [R, W] int32: where its keys and values are; entries past its last block may hold anything in range.
+    """
+
+    text: torch.Tensor
+    keys: torch.Tensor
+    max_lengths: torch.Tensor
+    active: torch.Tensor
+    block_tables: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """The trees proposed for B rows. token_ids, parents [B, M] int32; num_nodes [B] int32, nodes past it hold anything.
+
+    parents as in Draft.
+    """
+
+    token_ids: torch.Tensor
+    parents: torch.Tensor
+    num_nodes: torch.Tensor
+
+
+class ResidentDrafter(Protocol):
+    """Proposes from and into tensors on the device, so that a cycle needs no word from the host."""
+
+    def attach(self, texts: Texts) -> None:
+        """Draft from these texts from now on; all of them are free."""
+
+    def begin(self, text: int, group: int, prompt_id: str, prompt_ids: Sequence[int], free_texts: Sequence[int]) -> int:
+        """A sequence starts to write a text, whose tokens, length and group are set already.
+
+        free_texts: texts the drafter may take for what it remembers of the prompt; returns how many it took, from the
+        front. It fills in their tokens, length and group.
+        """
+
+    def propose(self, texts: Texts, rows: Rows, strategy: Strategy, out: Drafts) -> None:
+        """Write a draft for each of the first B rows. Captured in a CUDA graph: no host synchronisation."""
+
+    def finish(self, text: int, prompt_id: str, token_ids: Sequence[int]) -> None:
+        """The sequence that wrote this text is complete; token_ids is its response."""
+
+    def release(self, texts: Sequence[int]) -> None:
+        """These texts are free again."""
