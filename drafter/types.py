@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import torch
+from kernels.cycle import Drafts as Drafts
+from kernels.cycle import Rows as Rows
+from kernels.cycle import Texts as Texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,48 +71,6 @@ class Drafter(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state, replacing the present one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """What sequences have said, kept on the device where drafting reads it and committing extends it.
-
-    N texts of at most L tokens, prompt included: those being written and finished ones worth quoting. tokens [N, L]
-    int32; lengths [N] int32; groups [N] int32: texts of one prompt share a group, -1 marks a free text. The last text
-    belongs to nobody: what inactive rows point at.
-    """
-
-    tokens: torch.Tensor
-    lengths: torch.Tensor
-    groups: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The running sequences on the device; a cycle over B rows takes the first B of R.
-
-    text [R] int32: the text each row writes. keys [R] int64: its noise. max_lengths [R] int32: tokens the text may
-    reach. active [R] int32: 0 for a row that is free or whose sequence has finished: it must change nothing.
-    block_tables [R, W] int32: where its keys and values are; entries past its last block may hold anything in range.
-    """
-
-    text: torch.Tensor
-    keys: torch.Tensor
-    max_lengths: torch.Tensor
-    active: torch.Tensor
-    block_tables: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Drafts:
-    """The trees proposed for B rows. token_ids, parents [B, M] int32; num_nodes [B] int32, nodes past it hold anything.
-
-    parents as in Draft.
-    """
-
-    token_ids: torch.Tensor
-    parents: torch.Tensor
-    num_nodes: torch.Tensor
 
 
 class ResidentDrafter(Protocol):
