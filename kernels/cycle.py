@@ -80,54 +80,43 @@ class CycleInputs:
 
 @dataclass(frozen=True, slots=True)
 class CycleResult:
-    """What a cycle committed. packed [B, 5 + 3 M] int32 holds all of it, so that one copy brings it to the host.
+    """What a cycle committed, for the host, and which cache entries must move, for the device.
 
-    The properties are views. counts [B]: tokens committed, 0 for an inactive row. finish [B]: RUNNING, STOP or LENGTH.
-    accepted [B]: drafted tokens among those committed. token_ids [B, Q] int32 and logprobs [B, Q] float32: the
-    committed ones, then zeros. proposed_by_depth [B, M]: nodes verified d + 1 levels below the pending token.
+    host [B, 3 + 3 Q] int32: all that the host reads, so that one copy brings it there; the properties are views of it.
+    counts [B]: tokens committed, 0 for an inactive row. finish [B]: RUNNING, STOP or LENGTH. accepted [B]: drafted
+    tokens among those committed. token_ids [B, Q] int32 and logprobs [B, Q] float32: the committed ones, then zeros.
+    proposed_by_depth [B, Q]: nodes verified d + 1 levels below the pending token; the last is always 0.
+    src_slots, dst_slots [B, M] int64: the entry at src belongs at dst now; -1 where nothing moves. A slot may be one's
+    source and another's destination, inside a row: all reads come before the first write.
     """
 
-    packed: torch.Tensor
-
-    @property
-    def num_nodes(self) -> int:
-        """M."""
-        return (self.packed.shape[1] - 5) // 3
+    host: torch.Tensor
+    src_slots: torch.Tensor
+    dst_slots: torch.Tensor
 
     @property
     def counts(self) -> torch.Tensor:
-        return self.packed[:, 0]
+        return self.host[:, 0]
 
     @property
     def finish(self) -> torch.Tensor:
-        return self.packed[:, 1]
+        return self.host[:, 1]
 
     @property
     def accepted(self) -> torch.Tensor:
-        return self.packed[:, 2]
+        return self.host[:, 2]
 
     @property
     def token_ids(self) -> torch.Tensor:
-        return self.packed[:, 3 : 4 + self.num_nodes]
+        return self.host[:, 3:].chunk(3, dim=1)[0]
 
     @property
     def logprobs(self) -> torch.Tensor:
-        return self.packed[:, 4 + self.num_nodes : 5 + 2 * self.num_nodes].view(torch.float32)
+        return self.host[:, 3:].chunk(3, dim=1)[1].view(torch.float32)
 
     @property
     def proposed_by_depth(self) -> torch.Tensor:
-        return self.packed[:, 5 + 2 * self.num_nodes :]
-
-
-@dataclass(frozen=True, slots=True)
-class Moves:
-    """Cache entries whose token has moved: src_slots, dst_slots [B, M] int64, -1 where nothing moves.
-
-    A slot may be one's source and another's destination, inside a row: all reads come before the first write.
-    """
-
-    src_slots: torch.Tensor
-    dst_slots: torch.Tensor
+        return self.host[:, 3:].chunk(3, dim=1)[2]
 
 
 def prepare(
@@ -156,21 +145,32 @@ def commit(
     num_rows: int,
     block_size: int,
     stop_ids: torch.Tensor,
-) -> tuple[CycleResult, Moves]:
+    out: torch.Tensor | None = None,
+) -> CycleResult:
     """Keep what the target sampled after the pending token and along the path of nodes that agree with it.
 
     A node is kept when its parent is kept and it is the token the target sampled there (rollout/speculate.py, verify).
     Committed is the target's token after the pending token and after every kept node, up to the first stop token,
     which is kept, or max_lengths. Texts grow by it; a row that finishes is no longer active.
     Shapes: drafts and inputs as prepare was given and gave them; token_ids [B * Q] int64 and logprobs [B * Q] float32
-    sampled after each forwarded token; stop_ids [K] int32. Mutates texts.tokens, texts.lengths and rows.active.
+    sampled after each forwarded token; stop_ids [K] int32; out [B, 3 + 3 Q] int32, contiguous: becomes the result's
+    host tensor. Mutates texts.tokens, texts.lengths and rows.active.
     """
     if texts.tokens.is_cuda:
         from kernels.cycle_triton import commit_triton as commit_on_device
     else:
         commit_on_device = commit_reference
     return commit_on_device(
-        texts, rows, drafts, inputs, token_ids, logprobs, num_rows=num_rows, block_size=block_size, stop_ids=stop_ids
+        texts,
+        rows,
+        drafts,
+        inputs,
+        token_ids,
+        logprobs,
+        num_rows=num_rows,
+        block_size=block_size,
+        stop_ids=stop_ids,
+        out=out,
     )
 
 
@@ -227,7 +227,8 @@ def commit_reference(
     num_rows: int,
     block_size: int,
     stop_ids: torch.Tensor,
-) -> tuple[CycleResult, Moves]:
+    out: torch.Tensor | None = None,
+) -> CycleResult:
     """The definition of commit."""
     num_nodes = _num_nodes(drafts)
     device = texts.tokens.device
@@ -240,8 +241,8 @@ def commit_reference(
     path = torch.zeros(num_rows, 1 + num_nodes, dtype=torch.int64, device=device)
     num_kept = torch.zeros(num_rows, 1, dtype=torch.int64, device=device)
     reached = torch.zeros_like(num_kept)
+    is_node = node_index < inputs.num_valid[:, None]
     if drafts is not None:
-        is_node = node_index < inputs.num_valid[:, None]
         for node in range(num_nodes):
             agrees = drafts.token_ids[:num_rows, node, None] == sampled.gather(1, reached)
             kept = is_node[:, node, None] & (drafts.parents[:num_rows, node, None] + 1 == reached) & agrees
@@ -268,26 +269,23 @@ def commit_reference(
     rows.active[:num_rows] = (active & (finish == RUNNING)).int()
 
     accepted = torch.minimum(num_kept[:, 0], counts)
-    result = CycleResult(torch.zeros(num_rows, 5 + 3 * num_nodes, dtype=torch.int32, device=device))
+    moves = (node_index < accepted[:, None]) & (path[:, 1:] != node_index + 1)
+    sources = torch.where(moves, lengths[:, None] + path[:, 1:] - 1, 0)
+    targets = torch.where(moves, lengths[:, None] + node_index, 0)
+    result = CycleResult(
+        host=texts.tokens.new_empty(num_rows, 6 + 3 * num_nodes) if out is None else out,
+        src_slots=torch.where(moves, _slots(rows, sources, block_size), -1),
+        dst_slots=torch.where(moves, _slots(rows, targets, block_size), -1),
+    )
     result.counts.copy_(counts)
     result.finish.copy_(finish)
     result.accepted.copy_(accepted)
     result.token_ids.copy_(torch.where(committed, new_ids, 0))
     result.logprobs.copy_(torch.where(committed, sampled_logprobs.gather(1, path), 0))
-    if drafts is None:
-        nowhere = path.new_empty(num_rows, 0)
-        return result, Moves(nowhere, nowhere)
-    depths = (inputs.positions.view(num_rows, -1)[:, 1:] - lengths[:, None])[:, None]  # 0 directly below the pending
-    at_depth = (depths == node_index[:, None]) & is_node[:, None]
+    depths = inputs.positions.view(num_rows, -1)[:, 1:] - lengths[:, None]  # 0 directly below the pending token
+    at_depth = (depths[:, None] == column[:, None]) & is_node[:, None]
     result.proposed_by_depth.copy_(at_depth.sum(dim=2))
-
-    moves = (node_index < accepted[:, None]) & (path[:, 1:] != node_index + 1)
-    sources = torch.where(moves, lengths[:, None] + path[:, 1:] - 1, 0)
-    targets = torch.where(moves, lengths[:, None] + node_index, 0)
-    return result, Moves(
-        src_slots=torch.where(moves, _slots(rows, sources, block_size), -1),
-        dst_slots=torch.where(moves, _slots(rows, targets, block_size), -1),
-    )
+    return result
 
 
 def _num_nodes(drafts: Drafts | None) -> int:
