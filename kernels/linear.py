@@ -1,0 +1,206 @@
+"""A layer's products over packed tokens, with the norm before them and the sum after them in one call.
+
+At decoding a product reads far more weights than it does arithmetic. linear and gated_linear say what is computed; on a
+GPU a small table, measured on an H100 (.tile_for), chooses between our kernels and cuBLAS.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMSNorm over the last dimension. weight [K]."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a product is cut into programs of block_n weight rows by block_m tokens.
+
+    block_k columns are loaded at once, num_stages tiles are on their way, split_k programs share a row's columns.
+    norm: apart is a kernel before; first_pass reads the tokens twice and rounds like transformers; in_loop scales the
+    result by 1/rms, with one rounding fewer. overlap: when the next kernel may start, by launch order ("early"), once
+    the weights are read ("late") or not before the end ("none"). prefetch: columns of each row asked for before the
+    previous kernel has ended.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_stages: int
+    num_warps: int = 4
+    split_k: int = 1
+    norm: Literal["apart", "first_pass", "in_loop"] = "apart"
+    overlap: Literal["none", "early", "late"] = "late"
+    prefetch: int = 1024
+
+
+def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, normalised in float32, rounded, then weighted. x [T, K]; returns [T, K]."""
+    if not x.is_cuda:
+        return rms_norm_reference(x, norm)
+    from kernels.linear_triton import rms_norm_triton
+
+    return rms_norm_triton(x, norm)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """norm(x) weight^T + bias + residual, without gradients; a row's result does not depend on the other rows.
+
+    Shapes: x [T, K] and weight [N, K], rows contiguous; bias [N]; residual [T, N]. Returns [T, N].
+    """
+    if not x.is_cuda:
+        return linear_reference(x, weight, bias=bias, norm=norm, residual=residual)
+    tile = tile_for(PLAIN, x.shape[0], weight) if _aligned(x, weight) else None
+    if norm is not None and (tile is None or tile.norm == "apart"):
+        x, norm = rms_norm(x, norm), None
+    if tile is not None:
+        from kernels.linear_triton import linear_triton
+
+        return linear_triton(x, weight, bias=bias, norm=norm, residual=residual, tile=tile)
+    if residual is not None and bias is None:
+        return torch.addmm(residual, x, weight.t())
+    out = F.linear(x, weight, bias)
+    return out if residual is None else out.add_(residual)
+
+
+def gated_linear(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, norm: Norm | None = None) -> torch.Tensor:
+    """silu(norm(x) gate^T) * (norm(x) up^T), without gradients. x [T, K]; gate, up [N, K]. Returns [T, N]."""
+    if not x.is_cuda:
+        return gated_linear_reference(x, gate, up, norm=norm)
+    tile = tile_for(GATED, x.shape[0], gate) if _aligned(x, gate, up) else None
+    if norm is not None and (tile is None or tile.norm == "apart"):
+        x, norm = rms_norm(x, norm), None
+    if tile is not None:
+        from kernels.linear_triton import gated_linear_triton
+
+        return gated_linear_triton(x, gate, up, norm=norm, tile=tile)
+    if (both := _side_by_side(gate, up)) is not None:
+        return silu_mul(*F.linear(x, both).chunk(2, dim=1))
+    return silu_mul(F.linear(x, gate), F.linear(x, up))
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, each rounded. gate, up [T, N], rows contiguous and equally far apart; returns [T, N]."""
+    if not gate.is_cuda:
+        return silu_mul_reference(gate, up)
+    from kernels.linear_triton import silu_mul_triton
+
+    return silu_mul_triton(gate, up)
+
+
+def rms_norm_reference(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """Source: LlamaRMSNorm and Qwen3RMSNorm of transformers, rounding for rounding."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(dim=1, keepdim=True) + norm.eps)
+    return norm.weight * wide.to(x.dtype)
+
+
+def silu_mul_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Source: LlamaMLP of transformers."""
+    return F.silu(gate) * up
+
+
+def linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Source: the order of LlamaDecoderLayer of transformers."""
+    out = F.linear(x if norm is None else rms_norm_reference(x, norm), weight, bias)
+    return out if residual is None else residual + out
+
+
+def gated_linear_reference(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, norm: Norm | None = None
+) -> torch.Tensor:
+    """Source: LlamaMLP of transformers, after its norm."""
+    x = x if norm is None else rms_norm_reference(x, norm)
+    return silu_mul_reference(F.linear(x, gate), F.linear(x, up))
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The tile for products of at most max_tokens tokens with at most max_features weight rows."""
+
+    max_tokens: int
+    max_features: int
+    tile: Tile
+
+
+ANY = 1 << 31
+# the first rule that holds; beyond the last, cuBLAS. Printed by .gpu/run/sweep_linear.py on an H100
+PLAIN = (
+    Rule(8, 2048, Tile(8, 16, 128, 5)),
+    Rule(8, 8192, Tile(8, 32, 128, 5)),
+    Rule(8, ANY, Tile(8, 64, 128, 4)),
+    Rule(16, 2048, Tile(16, 16, 128, 5)),
+    Rule(16, 8192, Tile(16, 32, 128, 5)),
+    Rule(16, ANY, Tile(16, 64, 128, 4)),
+    Rule(32, 2048, Tile(32, 16, 128, 5)),
+    Rule(32, 8192, Tile(32, 32, 128, 5)),
+    Rule(32, ANY, Tile(32, 64, 128, 4)),
+)
+GATED = (
+    Rule(8, 8192, Tile(8, 32, 64, 5)),
+    Rule(8, ANY, Tile(8, 64, 64, 4)),
+    Rule(16, 8192, Tile(16, 32, 64, 5)),
+    Rule(16, ANY, Tile(16, 64, 64, 4)),
+    Rule(32, 8192, Tile(32, 32, 64, 5)),
+    Rule(32, ANY, Tile(32, 64, 64, 4)),
+)
+
+
+def tile_for(rules: tuple[Rule, ...], num_tokens: int, weight: torch.Tensor) -> Tile | None:
+    """The measured choice for num_tokens tokens and weight [N, K]; None is cuBLAS."""
+    num_features, num_inner = weight.shape
+    for rule in rules:
+        if num_tokens <= rule.max_tokens and num_features <= rule.max_features:
+            return fit(rule.tile, num_inner)
+    return None
+
+
+def fit(tile: Tile, num_inner: int) -> Tile | None:
+    """The tile with columns that divide num_inner; None where even 32 do not."""
+    while num_inner % (tile.block_k * tile.split_k):
+        if tile.split_k > 1:
+            tile = replace(tile, split_k=1)
+        elif tile.block_k > 32:
+            tile = replace(tile, block_k=tile.block_k // 2)
+        else:
+            return None
+    return tile
+
+
+def _aligned(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """Whether our kernels can read these: halves of a word, 16 bytes at a time."""
+    halves = x.dtype in (torch.bfloat16, torch.float16)
+    return halves and all(
+        tensor.stride(1) == 1 and tensor.stride(0) % 8 == 0 and tensor.data_ptr() % 16 == 0 for tensor in (x, *weights)
+    )
+
+
+def _side_by_side(upper: torch.Tensor, lower: torch.Tensor) -> torch.Tensor | None:
+    """[2 N, K] over the storage of two weights [N, K] that follow one another there, else None."""
+    rows, columns = upper.shape
+    follows = upper.data_ptr() + upper.nbytes == lower.data_ptr()
+    shared = upper.untyped_storage().data_ptr() == lower.untyped_storage().data_ptr()
+    if not (follows and shared and upper.is_contiguous() and lower.is_contiguous() and lower.shape == upper.shape):
+        return None
+    return upper.as_strided((2 * rows, columns), (columns, 1))

@@ -1,0 +1,178 @@
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from kernels import linear as definition
+from kernels.linear import Norm, Rule, Tile, fit, gated_linear, linear, rms_norm, silu_mul
+from kernels.linear_triton import gated_linear_triton, linear_triton, rms_norm_triton, silu_mul_triton
+
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+# Triton's interpreter is wrong about bf16, so float32 stands in for it there
+DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+TOLERANCE = {"cpu": 2e-5, "cuda": 2e-2}
+TILES = [pytest.param(Tile(8, 16, 64, 3, 4, 1, norm), id=f"8 tokens, {norm}") for norm in ("first_pass", "in_loop")] + [
+    pytest.param(Tile(32, 64, 32, 4, 4, 1, "first_pass", "early", 64), id="32 tokens, early")
+]
+
+
+def data(*shape: int, device: str, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(device, DTYPE[device])
+
+
+def norm_of(width: int, device: str) -> Norm:
+    return Norm(1 + data(width, device=device, scale=0.2, seed=9), 1e-5)
+
+
+def assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert got.dtype == wanted.dtype
+    tolerance = TOLERANCE[got.device.type]
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a kernel leaves unwritten is NaN."""
+
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
+        tensor = new_empty(*args, **options)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("tokens", "features"), [(1, 16), (9, 72), (40, 104)])
+def test_a_product_with_norm_bias_and_residual_equals_its_definition(
+    tile: Tile, tokens: int, features: int, device: str
+) -> None:
+    x, weight = data(tokens, 192, device=device), data(features, 192, device=device, scale=0.1, seed=1)
+    parts = {
+        "bias": data(features, device=device, seed=2),
+        "norm": norm_of(192, device),
+        "residual": data(tokens, features, device=device, seed=3),
+    }
+    for names in ((), ("norm",), ("residual",), ("bias", "norm", "residual")):
+        given = {name: parts[name] if name in names else None for name in parts}
+        assert_close(linear_triton(x, weight, **given, tile=tile), definition.linear_reference(x, weight, **given))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_a_gated_product_equals_its_definition(tile: Tile, with_norm: bool, device: str) -> None:
+    x, weights = data(11, 192, device=device), data(2, 72, 192, device=device, scale=0.1, seed=1)
+    norm = norm_of(192, device) if with_norm else None
+    got = gated_linear_triton(x, weights[0], weights[1], norm=norm, tile=tile)
+    assert_close(got, definition.gated_linear_reference(x, weights[0], weights[1], norm=norm))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("split_k", [2, 3])
+def test_programs_that_share_columns_give_the_whole_sum_call_after_call(split_k: int, device: str) -> None:
+    tile = Tile(16, 32, 32, 3, 4, split_k)
+    x, residual = data(18, 192, device=device), data(18, 72, device=device, seed=3)
+    for seed in (1, 2):
+        weight = data(72, 192, device=device, scale=0.1, seed=seed)
+        got = linear_triton(x, weight, bias=None, norm=None, residual=residual, tile=tile)
+        assert_close(got, definition.linear_reference(x, weight, residual=residual))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("tile", [Tile(16, 16, 64, 3, 4, 1, "first_pass"), Tile(16, 32, 32, 3, 4, 3)])
+def test_a_row_is_bit_equal_whatever_shares_its_batch(tile: Tile, device: str) -> None:
+    x, weight = data(37, 192, device=device), data(64, 192, device=device, scale=0.1, seed=1)
+    norm = None if tile.split_k > 1 else norm_of(192, device)
+    whole = linear_triton(x, weight, bias=None, norm=norm, residual=None, tile=tile)
+    for row in (0, 7, 36):
+        alone = linear_triton(x[row : row + 1], weight, bias=None, norm=norm, residual=None, tile=tile)
+        assert torch.equal(alone[0], whole[row])
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+def test_rows_may_be_a_slice_of_a_larger_storage(device: str) -> None:
+    storage = data(96, 256, device=device, scale=0.1)
+    x = data(5, 256, device=device)[:, :192]
+    weight = storage[32:80, :192]
+    got = linear_triton(x, weight, bias=None, norm=None, residual=None, tile=Tile(8, 16, 64, 3))
+    assert_close(got, definition.linear_reference(x, weight))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
+@pytest.mark.parametrize("width", [64, 576, 1000])
+def test_norm_and_gate_kernels_equal_their_definitions(width: int, device: str) -> None:
+    x, norm = data(3, 2 * width, device=device), norm_of(width, device)
+    gate, up = x.chunk(2, dim=1)
+    assert_close(rms_norm_triton(gate, norm), definition.rms_norm_reference(gate, norm))
+    assert_close(silu_mul_triton(gate, up), definition.silu_mul_reference(gate, up))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_definitions_are_those_of_transformers_to_the_bit(dtype: torch.dtype) -> None:
+    mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=96)).to(dtype)
+    layer_norm = LlamaRMSNorm(64, eps=1e-5).to(dtype)
+    torch.nn.init.normal_(layer_norm.weight)
+    x = torch.randn(7, 64, dtype=dtype)
+    norm = Norm(layer_norm.weight, 1e-5)
+    with torch.no_grad():
+        gated = gated_linear(x, mlp.gate_proj.weight, mlp.up_proj.weight, norm=norm)
+        assert torch.equal(rms_norm(x, norm), layer_norm(x))
+        assert torch.equal(linear(gated, mlp.down_proj.weight, residual=x), x + mlp(layer_norm(x)))
+
+
+def test_a_tile_is_cut_to_columns_that_divide_the_row() -> None:
+    assert fit(Tile(8, 32, 128, 4), 576) == Tile(8, 32, 64, 4)
+    assert fit(Tile(8, 32, 128, 4, split_k=4), 1024) == Tile(8, 32, 128, 4, split_k=4)
+    assert fit(Tile(8, 32, 128, 4, split_k=3), 1024) == Tile(8, 32, 128, 4)
+    assert fit(Tile(8, 32, 128, 4), 100) is None
+
+
+@pytest.mark.parametrize("rules", [definition.PLAIN, definition.GATED])
+def test_rules_are_ordered_and_every_small_batch_finds_one(rules: tuple[Rule, ...]) -> None:
+    limits = [(rule.max_tokens, rule.max_features) for rule in rules]
+    assert limits == sorted(limits)
+    assert {rule.max_features for rule in rules if rule.max_tokens == 8} >= {definition.ANY}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17, 64, 300])
+def test_the_chosen_kernels_equal_the_definitions_on_a_gpu(tokens: int) -> None:
+    width, features = 576, 1536
+    x, norm = data(tokens, width, device="cuda"), norm_of(width, "cuda")
+    weights = data(2 * features, width, device="cuda", scale=0.05, seed=1)
+    down = data(width, features, device="cuda", scale=0.05, seed=2)
+    gate, up = weights.chunk(2)
+    got = gated_linear(x, gate, up, norm=norm)
+    assert_close(got, definition.gated_linear_reference(x, gate, up, norm=norm))
+    assert_close(linear(got, down, residual=x), definition.linear_reference(got, down, residual=x))
+    assert_close(silu_mul(got, got), definition.silu_mul_reference(got, got))
+
+
+@pytest.mark.gpu
+def test_overlapping_kernels_of_a_captured_chain_wait_for_one_another() -> None:
+    width = 1024
+    weights = data(24, width, width, device="cuda", scale=0.03)
+    norm = norm_of(width, "cuda")
+    x = data(4, width, device="cuda")
+    tile = Tile(8, 16, 128, 4, norm="first_pass", overlap="early")
+
+    def chain() -> torch.Tensor:
+        hidden = x
+        for weight in weights:
+            hidden = linear_triton(hidden, weight, bias=None, norm=norm, residual=hidden, tile=tile)
+        return hidden
+
+    wanted = chain().clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain()
+    for _ in range(20):
+        got.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(got, wanted)
