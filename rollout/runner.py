@@ -131,7 +131,7 @@ def pack(works: Sequence[Work], *, block_size: int, device: torch.device) -> Pac
     def on_device(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
-    tree_mask = _tree_mask(works, max_new)
+    trees = _trees(works, num_new)
     seqs = paged_sequences(
         cu_seqlens_q=on_device(cu_seqlens.astype(np.int32)),
         max_seqlen_q=max_new,
@@ -140,7 +140,9 @@ def pack(works: Sequence[Work], *, block_size: int, device: torch.device) -> Pac
         block_tables=on_device(tables),
         slots=on_device(slots),
         block_size=block_size,
-        tree_mask=None if tree_mask is None else on_device(tree_mask),
+        ancestors=None if trees is None else on_device(trees[0]),
+        num_drafted=None if trees is None else on_device(trees[1]),
+        positions=None if trees is None else on_device(positions),
     )
     return Packed(
         token_ids=on_device(np.array(token_ids, dtype=np.int64)),
@@ -153,17 +155,23 @@ def pack(works: Sequence[Work], *, block_size: int, device: torch.device) -> Pac
     )
 
 
-def _tree_mask(works: Sequence[Work], max_new: int) -> np.ndarray | None:
-    """Which new tokens see which, [B, max_new, max_new] bool; None where causal order says it, for chains."""
+def _trees(works: Sequence[Work], num_new: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """ancestors [T] int64 and num_drafted [B] int32 as paged_sequences takes them; None where all drafts are chains.
+
+    Chains among trees count as ordinary tokens: causal order says what they see. num_new [B]: tokens and nodes.
+    """
     trees = [index for index, work in enumerate(works) if not is_chain(work.depths)]
     if not trees:
         return None
-    parents = np.full((len(trees), max(len(works[index].draft.parents) for index in trees)), -1)
+    num_drafted = np.zeros(len(works), dtype=np.int32)
+    num_drafted[trees] = [len(works[index].draft.parents) for index in trees]
+    parents = np.full((len(trees), num_drafted.max()), -1)
     for row, index in zip(parents, trees, strict=True):
-        row[: len(works[index].draft.parents)] = works[index].draft.parents
-    mask = np.tile(np.tri(max_new, dtype=bool), (len(works), 1, 1))
-    for attends, index in zip(ancestry(parents), trees, strict=True):
-        num_tokens, num_nodes = works[index].num_tokens, len(works[index].draft.parents)
-        end = num_tokens + num_nodes
-        mask[index, num_tokens:end, num_tokens:end] = attends[:num_nodes, :num_nodes]
-    return mask
+        row[: num_drafted[index]] = works[index].draft.parents
+    assert parents.shape[1] <= 63
+    bits = ancestry(parents) @ (np.int64(1) << np.arange(parents.shape[1]))
+    ancestors = np.zeros(num_new.sum(), dtype=np.int64)
+    ends = num_new.cumsum()
+    for masks, index in zip(bits, trees, strict=True):
+        ancestors[ends[index] - num_drafted[index] : ends[index]] = masks[: num_drafted[index]]
+    return ancestors, num_drafted

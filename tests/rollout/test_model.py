@@ -104,13 +104,17 @@ class Pages:
         tokens: list[torch.Tensor],
         contexts: list[int],
         *,
-        depths: torch.Tensor | None = None,
         tree_mask: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
-        """Logits of each sequence's new tokens. depths [Q] are a tree's positions below the context."""
+        """Logits of each sequence's new tokens. tree_mask [Q, Q]: all are nodes of one tree, and see whom it says."""
         news = [len(ids) for ids in tokens]
         indices = [torch.arange(new) + context for new, context in zip(news, contexts, strict=True)]
-        positions = indices if depths is None else [depths + context for context in contexts]
+        positions = indices
+        trees: dict[str, torch.Tensor] = {}
+        if tree_mask is not None:
+            positions = [tree_mask.sum(dim=1) - 1 + context for context in contexts]
+            trees["ancestors"] = (tree_mask << torch.arange(len(tree_mask))).sum(dim=1).repeat(len(tokens))
+            trees["num_drafted"] = torch.tensor(news, dtype=torch.int32)
         slots = torch.cat([self.slots(sequence, index) for sequence, index in enumerate(indices)])
         seqs: PagedSequences = paged_sequences(
             cu_seqlens_q=torch.tensor([0, *news]).cumsum(0).to(torch.int32),
@@ -120,7 +124,8 @@ class Pages:
             block_tables=self.tables,
             slots=slots.long(),
             block_size=BLOCK,
-            tree_mask=tree_mask,
+            positions=torch.cat(positions),
+            **trees,
         )
         select = torch.arange(sum(news))
         logits = forward_paged(self.model, torch.cat(tokens), torch.cat(positions), seqs, self.cache, select)
@@ -167,7 +172,7 @@ def test_a_tree_forward_equals_each_root_to_leaf_path(family: str) -> None:
     mask = torch.eye(6, dtype=torch.bool)
     for node, parent in enumerate(parents[1:], start=1):
         mask[node] |= mask[parent]
-    ours = pages.forward(list(nodes), [9, 13], depths=mask.sum(dim=1) - 1, tree_mask=mask.expand(2, -1, -1))
+    ours = pages.forward(list(nodes), [9, 13], tree_mask=mask)
     for sequence, node in ((0, 2), (0, 4), (0, 5), (1, 2), (1, 4), (1, 5)):
         path = mask[node]
         (alone,) = dense(model, [torch.cat([contexts[sequence], nodes[sequence, path]])])
@@ -182,7 +187,7 @@ def test_decode_after_moving_the_accepted_path_equals_a_dense_forward() -> None:
     mask = torch.eye(6, dtype=torch.bool)
     for node, parent in enumerate([0, 0, 1, 2, 2], start=1):
         mask[node] |= mask[parent]
-    pages.forward([nodes], [9], depths=mask.sum(dim=1) - 1, tree_mask=mask[None])
+    pages.forward([nodes], [9], tree_mask=mask)
     path = mask[4].nonzero().flatten()
     assert path.tolist() == [0, 2, 4]
     pages.cache.move(pages.slots(0, 9 + path).long(), pages.slots(0, 9 + torch.arange(3)).long())

@@ -1,0 +1,346 @@
+# mypy: allow-untyped-defs
+# ruff: noqa: N803
+"""Split-KV attention over a paged cache for decode, verification, draft trees and prefill (Triton).
+
+One program reads one chunk of one sequence's keys and values, once, for all rows of a tile: the new tokens times the
+query heads that share a key head. Chunks of a tile are merged by their maxima and sums (Flash-Decoding, 2023).
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention import PagedSequences
+from kernels.attention_plan import ITEM_FIELDS, MIN_CHUNK, NO_WINDOW, Geometry, Launch, choose_launch, plan_for
+
+COMBINE_ROWS = 4  # rows that a program of the combining kernel merges
+
+
+def paged_attention_triton(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    seqs: PagedSequences,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    launch: Launch | None = None,
+    min_chunk: int = MIN_CHUNK,
+) -> torch.Tensor:
+    """kernels.attention.paged_attention on the GPU. A row that sees nothing gets 0.
+
+    launch: None chooses by shape; min_chunk: keys below which a sequence is not cut further.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = key_cache.shape[2]
+    groups = num_heads // num_kv_heads
+    assert query.stride(2) == 1 and key_cache.is_contiguous() and value_cache.is_contiguous()
+    assert seqs.block_tables.stride(1) == 1 and groups <= 128
+    if launch is None:
+        launch = choose_launch(groups * seqs.max_seqlen_q, head_dim, query.dtype)
+        if groups > launch.block_m:
+            launch = choose_launch(groups, head_dim, query.dtype)
+    window = NO_WINDOW if sliding_window is None else sliding_window
+    plan = plan_for(seqs, Geometry(groups, num_kv_heads, window, min_chunk, launch), head_dim)
+    output = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
+    is_tree = seqs.ancestors is not None
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    # rows and splits that the merge holds in registers at once: 64 a thread of 4 warps
+    merge_rows = min(triton.next_power_of_2(plan.rows), COMBINE_ROWS)
+    merge_splits = max(1, 8192 // (merge_rows * block_d))
+    _attention_kernel[(plan.items.shape[0] * num_kv_heads,)](
+        query,
+        key_cache,
+        value_cache,
+        output,
+        seqs.block_tables,
+        seqs.ancestors if is_tree else query,
+        seqs.positions if is_tree else query,
+        plan.items,
+        plan.num_items,
+        plan.arrived,
+        plan.maxima,
+        plan.sums,
+        plan.partials,
+        query.stride(0),
+        query.stride(1),
+        seqs.block_tables.stride(0),
+        scale / softcap if softcap is not None else scale * math.log2(math.e),
+        0.0 if softcap is None else softcap * math.log2(math.e),
+        window,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_WINDOW=sliding_window is not None,
+        IS_TREE=is_tree,
+        MAY_SPLIT=plan.may_split,
+        FOLD=launch.fold,
+        KV_HEADS=num_kv_heads,
+        GROUPS=groups,
+        HEAD_DIM=head_dim,
+        ROWS=plan.rows,
+        BLOCK_SIZE=seqs.block_size,
+        FIELDS=ITEM_FIELDS,
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_D=block_d,
+        MERGE_ROWS=merge_rows,
+        MERGE_SPLITS=merge_splits,
+        STAGES=launch.num_stages,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    if plan.may_split and not launch.fold:
+        _combine_kernel[(plan.items.shape[0], num_kv_heads, triton.cdiv(plan.rows, merge_rows))](
+            output,
+            plan.items,
+            plan.num_items,
+            plan.maxima,
+            plan.sums,
+            plan.partials,
+            KV_HEADS=num_kv_heads,
+            GROUPS=groups,
+            HEAD_DIM=head_dim,
+            ROWS=plan.rows,
+            FIELDS=ITEM_FIELDS,
+            BLOCK_D=block_d,
+            MERGE_ROWS=merge_rows,
+            MERGE_SPLITS=merge_splits,
+            num_warps=4,
+        )
+    return output
+
+
+@triton.jit
+def _attention_kernel(
+    query,
+    key_cache,
+    value_cache,
+    output,
+    block_tables,
+    ancestors,
+    positions,
+    items,
+    num_items,
+    arrived,
+    maxima,
+    sums,
+    partials,
+    query_token_stride,
+    query_head_stride,
+    table_stride,
+    score_scale,  # to the exponent of 2, or with a softcap to what tanh takes
+    cap,
+    window,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    IS_TREE: tl.constexpr,
+    MAY_SPLIT: tl.constexpr,
+    FOLD: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    MERGE_SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    item = tl.program_id(0) // KV_HEADS
+    head = tl.program_id(0) % KV_HEADS  # fastest: heads of one token lie side by side in memory
+    field = items + item * FIELDS
+    sequence = tl.load(field + 0)
+    first_token = tl.load(field + 1)
+    num_tokens = tl.load(field + 2)
+    first_index = tl.load(field + 3)
+    context = tl.load(field + 4)
+    first_node = tl.load(field + 5)
+    first_key = tl.load(field + 6)
+    last_key = tl.load(field + 7)
+    chunk = tl.load(field + 8)
+    num_chunks = tl.load(field + 9)
+    tile = tl.load(field + 10)
+    first_partial = tl.load(field + 11)
+    if item >= tl.load(num_items):
+        return
+
+    rows = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    token = rows // GROUPS
+    in_use = token < num_tokens
+    is_dim = dims < HEAD_DIM
+    token_row = (first_token + token).to(tl.int64)
+    query_head = head * GROUPS + rows % GROUPS
+    q = tl.load(
+        query + (token_row * query_token_stride + query_head * query_head_stride)[:, None] + dims[None, :],
+        mask=in_use[:, None] & is_dim[None, :],
+        other=0.0,
+    )
+    index = first_index + token  # in the sequence, as keys are counted
+    query_position = index.to(tl.int64)
+    bits = tl.zeros([BLOCK_M], tl.int64)
+    if IS_TREE:
+        bits = tl.load(ancestors + token_row, mask=in_use, other=0)
+        if HAS_WINDOW:
+            query_position = tl.load(positions + token_row, mask=in_use, other=0)
+    # keys that every row of the tile sees end here: at the first token's own, and at the first node
+    common_end = tl.minimum(first_index + 1, first_node)
+
+    maximum = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    table = block_tables + sequence.to(tl.int64) * table_stride
+    head_dims = head * HEAD_DIM + dims
+    for begin in tl.range(first_key, last_key, BLOCK_N, num_stages=STAGES):
+        key_index = begin + tl.arange(0, BLOCK_N)
+        readable = tl.minimum(key_index, last_key - 1)
+        block = tl.load(table + readable // BLOCK_SIZE).to(tl.int64)
+        entry = (block * BLOCK_SIZE + readable % BLOCK_SIZE) * (KV_HEADS * HEAD_DIM)
+        if HEAD_DIM == BLOCK_D:
+            k = tl.load(key_cache + entry[:, None] + head_dims[None, :])
+            v = tl.load(value_cache + entry[:, None] + head_dims[None, :])
+        else:
+            k = tl.load(key_cache + entry[:, None] + head_dims[None, :], mask=is_dim[None, :], other=0.0)
+            v = tl.load(value_cache + entry[:, None] + head_dims[None, :], mask=is_dim[None, :], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale
+        if HAS_SOFTCAP:
+            # tanh x = 1 - 2 / (exp 2x + 1): right at both infinities
+            scores = cap * (1.0 - 2.0 / (tl.exp2(scores * 2.8853900817779268) + 1.0))
+        if HAS_WINDOW or begin + BLOCK_N > tl.minimum(common_end, last_key):
+            visible = key_index[None, :] <= index[:, None]
+            if IS_TREE:
+                node = tl.minimum(tl.maximum(key_index - first_node, 0), 63).to(tl.int64)
+                on_path = ((bits[:, None] >> node[None, :]) & 1) != 0
+                seen_by_node = (key_index < first_node)[None, :] | on_path
+                visible = tl.where((index < first_node)[:, None], visible, seen_by_node)
+            if HAS_WINDOW:
+                key_position = readable.to(tl.int64)
+                if IS_TREE:
+                    new = readable - context
+                    written = tl.load(positions + first_token - first_index + readable, mask=new >= 0, other=0)
+                    key_position = tl.where(new >= 0, written, key_position)
+                visible = visible & (query_position[:, None] - key_position[None, :] < window)
+            visible = visible & (key_index < last_key)[None, :]
+            scores = tl.where(visible, scores, -float("inf"))
+        raised = tl.maximum(maximum, tl.max(scores, axis=1))
+        # a row that has seen nothing yet: -inf less -inf is not a number
+        finite = tl.where(raised == -float("inf"), 0.0, raised)
+        probs = tl.exp2(scores - finite[:, None])
+        shrink = tl.exp2(maximum - finite)
+        total = total * shrink + tl.sum(probs, axis=1)
+        acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        maximum = raised
+
+    mask = in_use[:, None] & is_dim[None, :]
+    if not MAY_SPLIT or num_chunks == 1:
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        where = (token_row * (KV_HEADS * GROUPS) + query_head)[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(output + where, result.to(output.dtype.element_ty), mask=mask)
+        return
+    slot = ((first_partial + chunk).to(tl.int64) * KV_HEADS + head) * ROWS + rows
+    tl.store(maxima + slot, maximum, mask=in_use)
+    tl.store(sums + slot, total, mask=in_use)
+    tl.store(partials + slot[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+    if FOLD:
+        tl.debug_barrier()  # every thread has stored before one of them says so
+        done = tl.atomic_add(arrived + tile * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
+        if done == num_chunks - 1:
+            tl.store(arrived + tile * KV_HEADS + head, 0)  # for the next layer
+            for first_row in range(0, num_tokens * GROUPS, MERGE_ROWS):
+                _combine(
+                    output, maxima, sums, partials, first_row, first_token, num_tokens, num_chunks, first_partial, head,
+                    KV_HEADS, GROUPS, HEAD_DIM, ROWS, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
+                )  # fmt: skip
+
+
+@triton.jit
+def _combine_kernel(
+    output,
+    items,
+    num_items,
+    maxima,
+    sums,
+    partials,
+    KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    MERGE_SPLITS: tl.constexpr,
+):
+    """The program of a tile's first item merges some of its rows; the others have nothing to do."""
+    item = tl.program_id(0)
+    field = items + item * FIELDS
+    first_token = tl.load(field + 1)
+    num_tokens = tl.load(field + 2)
+    chunk = tl.load(field + 8)
+    num_chunks = tl.load(field + 9)
+    first_partial = tl.load(field + 11)
+    first_row = tl.program_id(2) * MERGE_ROWS
+    if item >= tl.load(num_items) or chunk > 0 or num_chunks == 1 or first_row >= num_tokens * GROUPS:
+        return
+    _combine(
+        output, maxima, sums, partials, first_row, first_token, num_tokens, num_chunks, first_partial,
+        tl.program_id(1), KV_HEADS, GROUPS, HEAD_DIM, ROWS, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _combine(
+    output,
+    maxima,
+    sums,
+    partials,
+    first_row,
+    first_token,
+    num_tokens,
+    num_chunks,
+    first_partial,
+    head,
+    KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    MERGE_SPLITS: tl.constexpr,
+):
+    """Merge the chunks of MERGE_ROWS rows of a tile, MERGE_SPLITS at a time."""
+    rows = first_row + tl.arange(0, MERGE_ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    in_use = rows < num_tokens * GROUPS
+    is_dim = dims < HEAD_DIM
+    maximum = tl.full([MERGE_ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([MERGE_ROWS], tl.float32)
+    acc = tl.zeros([MERGE_ROWS, BLOCK_D], tl.float32)
+    for begin in range(0, num_chunks, MERGE_SPLITS):
+        chunk = begin + tl.arange(0, MERGE_SPLITS)
+        exists = (chunk < num_chunks)[None, :] & in_use[:, None]
+        slot = ((first_partial + chunk).to(tl.int64)[None, :] * KV_HEADS + head) * ROWS + rows[:, None]
+        # .cg: written by other multiprocessors, whose stores this one's first-level cache does not see
+        chunk_max = tl.load(maxima + slot, mask=exists, other=-float("inf"), cache_modifier=".cg")
+        chunk_sum = tl.load(sums + slot, mask=exists, other=0.0, cache_modifier=".cg")
+        chunk_acc = tl.load(
+            partials + slot[:, :, None] * HEAD_DIM + dims[None, None, :],
+            mask=exists[:, :, None] & is_dim[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        raised = tl.maximum(maximum, tl.max(chunk_max, axis=1))
+        finite = tl.where(raised == -float("inf"), 0.0, raised)
+        weight = tl.exp2(chunk_max - finite[:, None])
+        shrink = tl.exp2(maximum - finite)
+        total = total * shrink + tl.sum(chunk_sum * weight, axis=1)
+        acc = acc * shrink[:, None] + tl.sum(chunk_acc * weight[:, :, None], axis=1)
+        maximum = raised
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    token_row = (first_token + rows // GROUPS).to(tl.int64)
+    where = (token_row * (KV_HEADS * GROUPS) + head * GROUPS + rows % GROUPS)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(output + where, result.to(output.dtype.element_ty), mask=in_use[:, None] & is_dim[None, :])
