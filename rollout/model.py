@@ -1,6 +1,7 @@
 """The policy: a transformers causal LM whose attention is ours, in training and in rollout alike."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,28 @@ from configs.schema import ComputeConfig
 from kernels.attention import PackedSequences, PagedSequences, packed_attention, paged_attention, paged_sequences
 from kernels.cache import move_kv, write_kv
 from rollout.pretrained import require_weights
+from rollout.projections import lay_side_by_side
 
 ATTENTION = "paceline"  # also the keyword that carries the AttentionContext down to the layers
 
 
 class PagedCache:
-    """Keys and values of all layers, in blocks. storage [layers, 2, num_blocks, block_size, Hkv, D]."""
+    """Keys and values of all layers, in blocks. storage [layers, 2, num_blocks + 1, block_size, Hkv, D].
+
+    The last block is nobody's: rows that pad a batch write there, so that their keys need no branch.
+    """
 
     def __init__(
         self, config: PretrainedConfig, *, num_blocks: int, block_size: int, device: str, dtype: torch.dtype
     ) -> None:
         layers, heads, head_dim = _kv_shape(config)
         # zeros: attention multiplies masked slots by 0, so what they hold must be finite
-        self.storage = torch.zeros(layers, 2, num_blocks, block_size, heads, head_dim, device=device, dtype=dtype)
+        self.storage = torch.zeros(layers, 2, num_blocks + 1, block_size, heads, head_dim, device=device, dtype=dtype)
+        self.dummy_block = num_blocks
+        self.dummy_slot = num_blocks * block_size
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer's key and value cache, [num_blocks, block_size, Hkv, D] each."""
+        """One layer's key and value cache, [num_blocks + 1, block_size, Hkv, D] each."""
         return self.storage[index, 0], self.storage[index, 1]
 
     def move(self, src_slots: torch.Tensor, dst_slots: torch.Tensor) -> None:
@@ -43,9 +50,16 @@ class PagedCache:
         move_kv(self.storage, src_slots, dst_slots)
 
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, int | None, float | None], torch.Tensor]
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionContext:
-    """What one forward's attention works on: packed sequences, or paged ones and their cache."""
+    """What one forward's attention works on: packed sequences, or paged ones and their cache.
+
+    In its place a layer may be given a function of (query, key, value, scaling, sliding_window, softcap) that attends,
+    shapes as in attend: where the layer is compiled, its attention must not be looked into.
+    """
 
     seqs: PackedSequences | PagedSequences
     cache: PagedCache | None = None
@@ -123,6 +137,7 @@ def load_policy(path: Path, *, device: str, dtype: str) -> PreTrainedModel:
         raise PreflightError(f"{path}: {name} has shape {list(found)} where config.json means {list(wanted)}")
     try:
         model = model.to(device).eval()
+        lay_side_by_side(model)
     except torch.OutOfMemoryError as error:
         gigabytes = model.get_memory_footprint() / 1e9
         raise ResourceError(f"{path}: {gigabytes:.1f} GB of {dtype} weights do not fit on {device}") from error
@@ -167,22 +182,42 @@ def _prove(model: PreTrainedModel) -> None:
         raise PreflightError(
             f"its rotary embedding is {_first(adaptive)}, which changes with what else is in the batch"
         )
-    cache = PagedCache(model.config, num_blocks=1, block_size=2, device=str(model.device), dtype=model.dtype)
     index = torch.arange(2, device=model.device)
-    seqs = paged_sequences(
-        cu_seqlens_q=index.int() * 2,
-        max_seqlen_q=2,
-        context_lens=torch.zeros_like(index[:1], dtype=torch.int32),
-        max_context=0,
-        block_tables=torch.zeros_like(index[:1, None], dtype=torch.int32),
-        slots=index,
-        block_size=2,
-    )
+    cache, seqs = alone(model, num_tokens=2)
     logits = forward_paged(model, index, index, seqs, cache, index)
     if not logits.isfinite().all():
         raise PreflightError("its logits are not finite: the weights are damaged, or overflow in this dtype")
     if silent := [layer for layer, entries in enumerate(cache.storage) if not entries[0].any()]:
         raise PreflightError(f"layer {silent[0]} keeps no keys in the cache")
+
+
+def layers_of(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
+    """The decoder layers, and what the model's decoder calls them."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, child in model.base_model.named_children():
+        if isinstance(child, torch.nn.ModuleList) and len(child) == count:
+            return name, child
+    raise AssertionError(f"{type(model.base_model).__name__} has no list of {count} layers")
+
+
+def alone(model: PreTrainedModel, *, num_tokens: int) -> tuple[PagedCache, PagedSequences]:
+    """One sequence of new tokens and an empty cache for it: what a first look at a model is taken with."""
+    block_size = 16
+    num_blocks = -(-num_tokens // block_size)
+    device = model.device
+    cache = PagedCache(
+        model.config, num_blocks=num_blocks, block_size=block_size, device=str(device), dtype=model.dtype
+    )
+    seqs = paged_sequences(
+        cu_seqlens_q=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+        max_seqlen_q=num_tokens,
+        context_lens=torch.zeros(1, dtype=torch.int32, device=device),
+        max_context=0,
+        block_tables=torch.arange(num_blocks, dtype=torch.int32, device=device)[None],
+        slots=torch.arange(num_tokens, device=device),
+        block_size=block_size,
+    )
+    return cache, seqs
 
 
 def forward_packed(
@@ -252,7 +287,7 @@ def _attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    paceline: AttentionContext | None = None,
+    paceline: AttentionContext | Attend | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -266,19 +301,40 @@ def _attention(
             "no paceline=AttentionContext(...) reached the attention; call the policy through forward_packed or "
             "forward_paged, or load it with attn_implementation='sdpa'"
         )
+    if not isinstance(paceline, AttentionContext):
+        return paceline(query, key, value, scaling, sliding_window, softcap), None
     _refuse_what_it_ignores(module, attention_mask, sliding_window, kwargs)
+    options: dict[str, Any] = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+    return attend(paceline, module.layer_idx, query, key, value, **options), None
+
+
+def attend(
+    context: AttentionContext,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """One layer's attention; over a paged cache, keys and values are written to it first.
+
+    Shapes: query [1, Hq, T, D]; key, value [1, Hkv, T, D]. Returns [1, T, Hq, D].
+    """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    seqs = paceline.seqs
+    seqs = context.seqs
     options: dict[str, Any] = {"scale": scaling, "sliding_window": sliding_window, "softcap": softcap}
     if isinstance(seqs, PackedSequences):
-        return packed_attention(query, key, value, seqs, **options)[None], None
-    assert paceline.cache is not None
-    key_cache, value_cache = paceline.cache.layer(module.layer_idx)
+        return packed_attention(query, key, value, seqs, **options)[None]
+    assert context.cache is not None
+    key_cache, value_cache = context.cache.layer(layer)
     if not key.shape[1:] == value.shape[1:] == key_cache.shape[2:]:
         shapes = f"keys {list(key.shape[1:])} and values {list(value.shape[1:])}"
-        raise PreflightError(f"layer {module.layer_idx} has {shapes} where the others have {list(key_cache.shape[2:])}")
+        raise PreflightError(f"layer {layer} has {shapes} where the others have {list(key_cache.shape[2:])}")
     write_kv(key, value, key_cache, value_cache, seqs.slots)
-    return paged_attention(query, key_cache, value_cache, seqs, **options)[None], None
+    return paged_attention(query, key_cache, value_cache, seqs, **options)[None]
 
 
 def _refuse_what_it_ignores(
