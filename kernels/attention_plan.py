@@ -19,7 +19,8 @@ from kernels.attention import PagedSequences
 MIN_CHUNK = 512  # keys below which a further chunk costs more to combine than it saves
 INTERPRETED_PROGRAMS = 12  # of a machine without multiprocessors: few, so that small tests meet every case
 NO_WINDOW = 1 << 30
-ITEM_FIELDS = 16  # 64 bytes an item: one cache line holds what its program needs to start
+ITEM_FIELDS = 16  # 64 bytes an item: one line holds what its program needs to start
+TILE_FIELDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +54,17 @@ class Plan:
     """The items of one forward and the room their programs need; written anew by every forward.
 
     tokens: new tokens of a tile. rows: rows of a tile that may be in use. items [I, 16] int32, fields in the order in
-    which _plan_kernel stores them; num_items [1] int32; arrived [tiles * Hkv] int32: chunks that are done.
+    which _plan_kernel stores them; tiles [N, 4] int32, likewise; counts [2] int32: items and tiles that there are.
+    arrived [N * Hkv] int32: chunks of each tile and head that are done.
     maxima, sums [P, Hkv, rows] and partials [P, Hkv, rows, D] float32: of the chunks of split tiles.
     """
 
     geometry: Geometry
     tokens: int
     rows: int
-    num_tiles: int
     items: torch.Tensor
-    num_items: torch.Tensor
+    tiles: torch.Tensor
+    counts: torch.Tensor
     arrived: torch.Tensor
     maxima: torch.Tensor
     sums: torch.Tensor
@@ -80,7 +82,7 @@ def choose_launch(rows: int, head_dim: int, dtype: torch.dtype) -> Launch:
         return Launch(min(block_m, 64), 32, num_warps=4, num_stages=3, programs_per_sm=2, fold=block_m == 16)
     if block_m == 128:
         return Launch(block_m, 64, num_warps=8, num_stages=3, programs_per_sm=1, fold=False)
-    return Launch(block_m, 64, num_warps=4, num_stages=4, programs_per_sm=2, fold=block_m == 16)
+    return Launch(block_m, 64, num_warps=4, num_stages=5, programs_per_sm=2, fold=block_m == 16)
 
 
 def plan_for(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:
@@ -112,9 +114,9 @@ def _make_plan(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:
         geometry=geometry,
         tokens=tokens,
         rows=rows,
-        num_tiles=num_tiles,
         items=empty(max_items, ITEM_FIELDS, dtype=torch.int32),
-        num_items=empty(1, dtype=torch.int32),
+        tiles=empty(num_tiles, TILE_FIELDS, dtype=torch.int32),
+        counts=empty(2, dtype=torch.int32),
         arrived=empty(num_tiles * num_kv_heads, dtype=torch.int32),
         maxima=empty(max_partials, num_kv_heads, rows, dtype=torch.float32),
         sums=empty(max_partials, num_kv_heads, rows, dtype=torch.float32),
@@ -127,7 +129,8 @@ def _make_plan(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:
         seqs.context_lens,
         seqs.num_drafted if is_tree else seqs.context_lens,
         plan.items,
-        plan.num_items,
+        plan.tiles,
+        plan.counts,
         plan.arrived,
         num_sequences,
         wave,
@@ -137,8 +140,10 @@ def _make_plan(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:
         KV_HEADS=num_kv_heads,
         STEP=launch.block_n,
         MIN_STEPS=max(1, geometry.min_chunk // launch.block_n) if may_split else 1 << 24,
-        FIELDS=ITEM_FIELDS,
-        BLOCK_B=max(16, triton.next_power_of_2(num_sequences)),
+        ITEM_FIELDS=ITEM_FIELDS,
+        TILE_FIELDS=TILE_FIELDS,
+        # few sizes, since each is compiled
+        BLOCK_B=32 if num_sequences <= 32 else max(256, triton.next_power_of_2(num_sequences)),
         BLOCK_I=64,
         num_warps=4,
     )
@@ -153,14 +158,15 @@ def _num_programs(device: torch.device, per_sm: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * per_sm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "wave", "window"])
 def _plan_kernel(
     cu_seqlens,  # [B + 1] int32
     context_lens,  # [B] int32
     num_drafted,  # [B] int32
-    items,
-    num_items,
-    arrived,
+    items_out,
+    tiles_out,
+    counts_out,
+    arrived_out,
     num_sequences,
     wave,
     window,
@@ -169,7 +175,8 @@ def _plan_kernel(
     KV_HEADS: tl.constexpr,
     STEP: tl.constexpr,
     MIN_STEPS: tl.constexpr,
-    FIELDS: tl.constexpr,
+    ITEM_FIELDS: tl.constexpr,
+    TILE_FIELDS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
@@ -221,7 +228,8 @@ def _plan_kernel(
     my_context = tl.sum(tl.where(mine, context, 0), axis=0)
     ordinary = my_query_len - tl.sum(tl.where(mine, drafted, 0), axis=0)
     if me == 0:
-        tl.store(num_items, tl.sum(count, axis=0))
+        tl.store(counts_out + 0, tl.sum(count, axis=0))
+        tl.store(counts_out + 1, num_tiles)
 
     for begin in range(0, my_tiles * my_chunks, BLOCK_I):
         index = begin + tl.arange(0, BLOCK_I)
@@ -234,7 +242,7 @@ def _plan_kernel(
         reach = my_context + tl.minimum(offset, ordinary) - window + 1
         first_key = tl.maximum(reach, 0) + chunk * chunk_keys
         last_key = tl.minimum(my_context + offset + num_tokens, first_key + chunk_keys)
-        field = items + (first_item + index) * FIELDS
+        field = items_out + (first_item + index) * ITEM_FIELDS
         tl.store(field + 0, tl.zeros_like(index) + me, mask=exists)
         tl.store(field + 1, my_start + offset, mask=exists)  # the tile's first token among all
         tl.store(field + 2, num_tokens, mask=exists)
@@ -247,5 +255,11 @@ def _plan_kernel(
         tl.store(field + 9, tl.zeros_like(index) + my_chunks, mask=exists)
         tl.store(field + 10, first_tile + tile, mask=exists)
         tl.store(field + 11, first_partial + tile * my_chunks, mask=exists)  # of the tile's chunks
+        is_first = exists & (chunk == 0)
+        field = tiles_out + (first_tile + tile) * TILE_FIELDS
+        tl.store(field + 0, my_start + offset, mask=is_first)
+        tl.store(field + 1, num_tokens, mask=is_first)
+        tl.store(field + 2, tl.zeros_like(index) + my_chunks, mask=is_first)
+        tl.store(field + 3, first_partial + tile * my_chunks, mask=is_first)
         for head in range(KV_HEADS):
-            tl.store(arrived + (first_tile + tile) * KV_HEADS + head, tl.zeros_like(index), mask=exists)
+            tl.store(arrived_out + (first_tile + tile) * KV_HEADS + head, tl.zeros_like(index), mask=is_first)

@@ -147,7 +147,7 @@ def compact_triton(storage: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) 
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_moves", "num_planes"])
 def _compact_kernel(
     storage,
     src,

@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 
 from kernels.attention import PagedSequences
-from kernels.attention_plan import ITEM_FIELDS, MIN_CHUNK, NO_WINDOW, Geometry, Launch, choose_launch, plan_for
+from kernels.attention_plan import (
+    ITEM_FIELDS,
+    MIN_CHUNK,
+    NO_WINDOW,
+    TILE_FIELDS,
+    Geometry,
+    Launch,
+    choose_launch,
+    plan_for,
+)
 
 COMBINE_ROWS = 4  # rows that a program of the combining kernel merges
 
@@ -38,11 +47,9 @@ def paged_attention_triton(
     num_kv_heads = key_cache.shape[2]
     groups = num_heads // num_kv_heads
     assert query.stride(2) == 1 and key_cache.is_contiguous() and value_cache.is_contiguous()
-    assert seqs.block_tables.stride(1) == 1 and groups <= 128
     if launch is None:
         launch = choose_launch(groups * seqs.max_seqlen_q, head_dim, query.dtype)
-        if groups > launch.block_m:
-            launch = choose_launch(groups, head_dim, query.dtype)
+    assert seqs.block_tables.stride(1) == 1 and groups <= launch.block_m
     window = NO_WINDOW if sliding_window is None else sliding_window
     plan = plan_for(seqs, Geometry(groups, num_kv_heads, window, min_chunk, launch), head_dim)
     output = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
@@ -60,11 +67,12 @@ def paged_attention_triton(
         seqs.ancestors if is_tree else query,
         seqs.positions if is_tree else query,
         plan.items,
-        plan.num_items,
+        plan.counts,
         plan.arrived,
         plan.maxima,
         plan.sums,
         plan.partials,
+        plan.rows,
         query.stride(0),
         query.stride(1),
         seqs.block_tables.stride(0),
@@ -79,7 +87,6 @@ def paged_attention_triton(
         KV_HEADS=num_kv_heads,
         GROUPS=groups,
         HEAD_DIM=head_dim,
-        ROWS=plan.rows,
         BLOCK_SIZE=seqs.block_size,
         FIELDS=ITEM_FIELDS,
         BLOCK_M=launch.block_m,
@@ -92,18 +99,18 @@ def paged_attention_triton(
         num_stages=launch.num_stages,
     )
     if plan.may_split and not launch.fold:
-        _combine_kernel[(plan.items.shape[0], num_kv_heads, triton.cdiv(plan.rows, merge_rows))](
+        _combine_kernel[(plan.tiles.shape[0], num_kv_heads, triton.cdiv(plan.rows, merge_rows))](
             output,
-            plan.items,
-            plan.num_items,
+            plan.tiles,
+            plan.counts,
             plan.maxima,
             plan.sums,
             plan.partials,
+            plan.rows,
             KV_HEADS=num_kv_heads,
             GROUPS=groups,
             HEAD_DIM=head_dim,
-            ROWS=plan.rows,
-            FIELDS=ITEM_FIELDS,
+            FIELDS=TILE_FIELDS,
             BLOCK_D=block_d,
             MERGE_ROWS=merge_rows,
             MERGE_SPLITS=merge_splits,
@@ -112,7 +119,8 @@ def paged_attention_triton(
     return output
 
 
-@triton.jit
+# one compilation whatever the table's width and the draft's size
+@triton.jit(do_not_specialize=["room", "table_stride", "window"])
 def _attention_kernel(
     query,
     key_cache,
@@ -122,11 +130,12 @@ def _attention_kernel(
     ancestors,
     positions,
     items,
-    num_items,
+    counts,
     arrived,
     maxima,
     sums,
     partials,
+    room,  # rows of a chunk in maxima, sums and partials
     query_token_stride,
     query_head_stride,
     table_stride,
@@ -141,7 +150,6 @@ def _attention_kernel(
     KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FIELDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -166,7 +174,7 @@ def _attention_kernel(
     num_chunks = tl.load(field + 9)
     tile = tl.load(field + 10)
     first_partial = tl.load(field + 11)
-    if item >= tl.load(num_items):
+    if item >= tl.load(counts):
         return
 
     rows = tl.arange(0, BLOCK_M)
@@ -242,7 +250,7 @@ def _attention_kernel(
         where = (token_row * (KV_HEADS * GROUPS) + query_head)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(output + where, result.to(output.dtype.element_ty), mask=mask)
         return
-    slot = ((first_partial + chunk).to(tl.int64) * KV_HEADS + head) * ROWS + rows
+    slot = ((first_partial + chunk).to(tl.int64) * KV_HEADS + head) * room + rows
     tl.store(maxima + slot, maximum, mask=in_use)
     tl.store(sums + slot, total, mask=in_use)
     tl.store(partials + slot[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
@@ -253,42 +261,41 @@ def _attention_kernel(
             tl.store(arrived + tile * KV_HEADS + head, 0)  # for the next layer
             for first_row in range(0, num_tokens * GROUPS, MERGE_ROWS):
                 _combine(
-                    output, maxima, sums, partials, first_row, first_token, num_tokens, num_chunks, first_partial, head,
-                    KV_HEADS, GROUPS, HEAD_DIM, ROWS, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
+                    output, maxima, sums, partials, room, first_row, first_token, num_tokens, num_chunks, first_partial,
+                    head, KV_HEADS, GROUPS, HEAD_DIM, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
                 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 def _combine_kernel(
     output,
-    items,
-    num_items,
+    tiles,
+    counts,
     maxima,
     sums,
     partials,
+    room,
     KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
     FIELDS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MERGE_SPLITS: tl.constexpr,
 ):
-    """The program of a tile's first item merges some of its rows; the others have nothing to do."""
-    item = tl.program_id(0)
-    field = items + item * FIELDS
-    first_token = tl.load(field + 1)
-    num_tokens = tl.load(field + 2)
-    chunk = tl.load(field + 8)
-    num_chunks = tl.load(field + 9)
-    first_partial = tl.load(field + 11)
+    """Some rows of one tile; nothing to do where one chunk is all."""
+    tile = tl.program_id(0)
+    field = tiles + tile * FIELDS
+    first_token = tl.load(field + 0)
+    num_tokens = tl.load(field + 1)
+    num_chunks = tl.load(field + 2)
+    first_partial = tl.load(field + 3)
     first_row = tl.program_id(2) * MERGE_ROWS
-    if item >= tl.load(num_items) or chunk > 0 or num_chunks == 1 or first_row >= num_tokens * GROUPS:
+    if tile >= tl.load(counts + 1) or num_chunks == 1 or first_row >= num_tokens * GROUPS:
         return
     _combine(
-        output, maxima, sums, partials, first_row, first_token, num_tokens, num_chunks, first_partial,
-        tl.program_id(1), KV_HEADS, GROUPS, HEAD_DIM, ROWS, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
+        output, maxima, sums, partials, room, first_row, first_token, num_tokens, num_chunks, first_partial,
+        tl.program_id(1), KV_HEADS, GROUPS, HEAD_DIM, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
     )  # fmt: skip
 
 
@@ -298,6 +305,7 @@ def _combine(
     maxima,
     sums,
     partials,
+    room,
     first_row,
     first_token,
     num_tokens,
@@ -307,7 +315,6 @@ def _combine(
     KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MERGE_SPLITS: tl.constexpr,
@@ -323,7 +330,7 @@ def _combine(
     for begin in range(0, num_chunks, MERGE_SPLITS):
         chunk = begin + tl.arange(0, MERGE_SPLITS)
         exists = (chunk < num_chunks)[None, :] & in_use[:, None]
-        slot = ((first_partial + chunk).to(tl.int64)[None, :] * KV_HEADS + head) * ROWS + rows[:, None]
+        slot = ((first_partial + chunk).to(tl.int64)[None, :] * KV_HEADS + head) * room + rows[:, None]
         # .cg: written by other multiprocessors, whose stores this one's first-level cache does not see
         chunk_max = tl.load(maxima + slot, mask=exists, other=-float("inf"), cache_modifier=".cg")
         chunk_sum = tl.load(sums + slot, mask=exists, other=0.0, cache_modifier=".cg")

@@ -15,6 +15,7 @@ from rollout.scheduler import Work
 from rollout.speculate import ancestry, is_chain
 from rollout.types import Sampling
 
+NOT_FINITE = "the policy's logits are not finite; resume from the last checkpoint with a lower train.lr"
 SHORT = 16  # new tokens of a sequence up to which attention pads all sequences together
 
 
@@ -69,9 +70,7 @@ def draw(
         )
         token_list, logprob_list = tokens.tolist(), logprobs.tolist()
         if not all(map(isfinite, logprob_list)):
-            raise DivergedError(
-                "the policy's logits are not finite; resume from the last checkpoint with a lower train.lr"
-            )
+            raise DivergedError(NOT_FINITE)
         start = 0
         for index, rows in zip(group, packed.rows, strict=True):
             drawn[index] = Drawn(token_list[start : start + rows], logprob_list[start : start + rows])
