@@ -1,7 +1,7 @@
 """The standard decoder on our kernels: a handful of launches a layer, over the parameters that training updates.
 
 Standard is what Llama, Qwen2, Qwen3 and Mistral without a window share: RMSNorm before attention and MLP, q, k, v with
-or without bias, norms per head or none, rotary embedding of the whole head, SwiGLU.
+or without bias, norms per head or none, rotary embedding, SwiGLU.
 """
 
 from dataclasses import dataclass
@@ -81,8 +81,6 @@ class FusedDecoder:
         self._head = _read_projection(model.lm_head)
         self._made_for = addresses(model)
         self._cos, self._sin = self._rotary(16)
-        if self._cos.shape[1] != self._heads.dim:
-            raise NotStandardError(f"it rotates {self._cos.shape[1]} of {self._heads.dim} head dimensions")
 
     @torch.inference_mode()
     def forward(
@@ -155,7 +153,7 @@ class FusedDecoder:
 
     @torch.no_grad()
     def _rotary(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's own cosines and sines, [P, D] each, in its dtype."""
+        """The model's own cosines and sines, [P, R] each, in its dtype; R of a head's dimensions turn."""
         positions = torch.arange(num_positions, device=self._embedding.device)
         cos, sin = self._model.base_model.rotary_emb(self._embedding[:1, None], positions[None])
         return cos[0].contiguous(), sin[0].contiguous()

@@ -15,6 +15,7 @@ from rollout.compiled import ModuleDecoder
 from rollout.decoder import Decoder, make_decoder, prove
 from rollout.fused import FusedDecoder
 from rollout.model import ATTENTION, PagedCache, load_policy
+from rollout.model import alone as first_look
 from rollout.projections import grouped_parameters, lay_side_by_side, side_by_side
 
 BLOCK = 4
@@ -321,6 +322,43 @@ def test_side_by_side_sees_only_what_follows_in_one_storage() -> None:
     assert side_by_side([second, first]) is None
     assert side_by_side([first, second.clone()]) is None
     assert side_by_side([storage[:, :2], storage[:, 2:]]) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2"])
+def test_on_a_gpu_decoders_prove_themselves_and_replay_from_a_graph(family: str) -> None:
+    options = STANDARD[family] if family in STANDARD else OTHER[family][0]
+    wide = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64}
+    model = tiny_model(family, options | wide | {"initializer_range": 0.05}).to("cuda", torch.bfloat16)
+    lay_side_by_side(model)
+    decoder = make_decoder(model)
+    assert isinstance(decoder, ModuleDecoder if family == "gemma2" else FusedDecoder)
+    (token_ids, others) = (ids.cuda() for ids in random_tokens(8, 9))
+    positions = torch.arange(8, device="cuda")
+
+    def run() -> torch.Tensor:
+        seqs = paged_sequences(
+            cu_seqlens_q=cu_seqlens,
+            max_seqlen_q=8,
+            context_lens=contexts,
+            max_context=0,
+            block_tables=tables,
+            slots=positions,
+            block_size=16,
+        )
+        return decoder.logits(decoder.forward(token_ids, positions, seqs, cache))
+
+    cache, _ = first_look(model, num_tokens=8)
+    cu_seqlens = torch.tensor([0, 8], dtype=torch.int32, device="cuda")
+    contexts = torch.zeros(1, dtype=torch.int32, device="cuda")
+    tables = torch.zeros(1, 1, dtype=torch.int32, device="cuda")
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    token_ids.copy_(others[:8])
+    graph.replay()
+    assert torch.equal(captured, run())
 
 
 def test_a_loaded_policy_has_its_projections_side_by_side(tiny_model_dir: Path) -> None:
