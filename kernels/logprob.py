@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # float32 temporaries of one chunk: 16 MB and 256 MB each
+# float32 temporaries of one chunk of the reference, on either device: 16 MB and 256 MB each
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 def selected_logprobs(
@@ -13,12 +14,23 @@ def selected_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(logits / temperature) at token_ids, and the entropy of that distribution in nats.
 
-    Both results carry gradients; softmaxes are recomputed in the backward pass, a chunk of rows at a time, so nothing
-    of the logits' size outlives a chunk but their gradient, in their own dtype.
+    In Triton on CUDA, by the reference elsewhere. Both results carry gradients; softmaxes are recomputed in the
+    backward pass, so nothing of the logits' size outlives it but their gradient, in their own dtype.
     Shapes: logits [T, V]; token_ids [T] int64. Returns logprobs [T] and entropy [T], float32.
     """
     if temperature <= 0:
         raise ValueError(f"temperature={temperature} has no log-probabilities; use one above 0")
+    if not logits.is_cuda:
+        return selected_logprobs_reference(logits, token_ids, temperature=temperature)
+    from kernels.logprob_triton import selected_logprobs_triton  # triton is slow to import, and no CPU process needs it
+
+    return selected_logprobs_triton(logits, token_ids, temperature=temperature)
+
+
+def selected_logprobs_reference(
+    logits: torch.Tensor, token_ids: torch.Tensor, *, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """selected_logprobs, in torch: the definition. A chunk of rows at a time is float32."""
     logprobs, entropy = _SelectedLogprobs.apply(logits, token_ids, temperature)
     return logprobs, entropy
 

@@ -7,9 +7,11 @@ a hash of (key, position, token), so no batch, device, draft or restart can chan
 import hashlib
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 
+# of the reference on either device
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of each float32 temporary: what caches hold, and 256 MB
 
 
@@ -38,15 +40,35 @@ def sample(
     top_p: float,
     min_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row, by the noise of its key and position.
+    """Draw one token a row, by the noise of its key and position: in Triton on CUDA, by the reference elsewhere.
 
     A filter keeps what lies at or above a threshold, so equal logits stay or go together and nothing depends on the
     order of a sort. top_k keeps the k largest; top_p, of what is left, the largest tokens whose predecessors hold less
     than top_p of the mass; min_p those of at least min_p times the largest probability.
     Shapes: logits [N, V] of any float dtype; keys, positions [N] int64.
     Returns: token_ids [N] int64; logprobs [N] float32 under temperature and filters, renormalised. Temperature 0 takes
-    the largest logit, with log-prob 0.
+    the largest logit, the first of equals, with log-prob 0. A row with NaN or +inf, or nothing but -inf, gets a
+    log-prob that is not finite.
     """
+    transform: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    if not logits.is_cuda:
+        return sample_reference(logits, keys, positions, **transform)
+    from kernels.sample_triton import sample_triton  # triton is slow to import, and no CPU process needs it
+
+    return sample_triton(logits, keys, positions, **transform)
+
+
+def sample_reference(
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """sample, in torch: the definition. It keeps some float32 chunks, CHUNK_ELEMENTS long, beside the logits."""
     if temperature == 0:
         largest, token_ids = logits.max(dim=1)
         return token_ids, largest.float() * 0  # 0, and NaN where the logits are not numbers
@@ -89,10 +111,19 @@ def _filter(scaled: torch.Tensor, *, top_k: int, top_p: float, min_p: float) -> 
 
 
 def _negative_exponential(keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """-E of exponential noise E with rate 1. keys, positions [N] int64. Returns [N, vocab_size] float32 in (-16.7, 0).
+    """-E of exponential noise E with rate 1. keys, positions [N] int64. Returns [N, vocab_size] float32 > -16.7."""
+    bits = noise_words(keys, positions, vocab_size)
+    # -u = -(bits + 1/2) 2^-31, kept above -1 where float32 would round; small u, the likely winners, keep every bit
+    negative_uniform = bits.to(torch.float32).mul_(-(1 - 2.0**-24) * 2.0**-31).sub_(2.0**-32)
+    return negative_uniform.log1p_()
+
+
+def noise_words(keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """31 uniform bits for each (key, position, token): what all noise is made from, on every device.
 
     The two words of a row's mixed 64 bits enter a hash of the token before its first and second multiplication of
     three; shifts and multiplications are those of a murmur3-like finaliser.
+    Shapes: keys, positions [N] int64. Returns [N, vocab_size] int32, none negative.
     """
     row = _mix64(_mix64(keys) + positions * _signed(0x9E3779B97F4A7C15, 64))
     low, high = row.to(torch.int32)[:, None], (row >> 32).to(torch.int32)[:, None]
@@ -104,10 +135,7 @@ def _negative_exponential(keys: torch.Tensor, positions: torch.Tensor, vocab_siz
     _xor_shift(bits, 11, shifted)
     bits.mul_(_signed(0x31848BAB, 32))
     # unmasked: an arithmetic shift clears the sign bit here and maps 32 uniform bits two to one on 31
-    bits.bitwise_xor_(torch.bitwise_right_shift(bits, 14, out=shifted))
-    # -u = -(bits + 1/2) 2^-31, kept above -1 where float32 would round; small u, the likely winners, keep every bit
-    negative_uniform = bits.to(torch.float32).mul_(-(1 - 2.0**-24) * 2.0**-31).sub_(2.0**-32)
-    return negative_uniform.log1p_()
+    return bits.bitwise_xor_(torch.bitwise_right_shift(bits, 14, out=shifted))
 
 
 @lru_cache(maxsize=8)
