@@ -1,7 +1,7 @@
 """A layer's products over packed tokens, with the norm before them and the sum after them in one call.
 
 At decoding a product reads far more weights than it does arithmetic. linear and gated_linear say what is computed; on a
-GPU a small table, measured on an H100 (.tile_for), chooses between our kernels and cuBLAS.
+GPU a small table (tile_for) chooses between our kernels and cuBLAS.
 """
 
 from dataclasses import dataclass, replace
@@ -23,11 +23,11 @@ class Norm:
 class Tile:
     """How a product is cut into programs of block_n weight rows by block_m tokens.
 
-    block_k columns are loaded at once, num_stages tiles are on their way, split_k programs share a row's columns.
-    norm: apart is a kernel before; first_pass reads the tokens twice and rounds like transformers; in_loop scales the
-    result by 1/rms, with one rounding fewer. overlap: when the next kernel may start, by launch order ("early"), once
-    the weights are read ("late") or not before the end ("none"). prefetch: columns of each row asked for before the
-    previous kernel has ended.
+    Fewer than 8 tokens are multiplied and added without tensor cores. block_k columns are loaded at once, num_stages
+    tiles are on their way, split_k programs share a row's columns. norm: apart is a kernel before; first_pass reads the
+    tokens twice and rounds like transformers; in_loop scales the result by 1/rms, with one rounding fewer. overlap:
+    when the next kernel may start, at once ("early"), when the weights are read ("late") or at the end ("none").
+    prefetch: columns of each weight row asked for before the previous kernel has ended.
     """
 
     block_m: int
@@ -137,15 +137,15 @@ def gated_linear_reference(
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The tile for products of at most max_tokens tokens with at most max_features weight rows."""
+    """The tile for products of at most max_tokens tokens with at most max_features weight rows; None is cuBLAS."""
 
     max_tokens: int
     max_features: int
-    tile: Tile
+    tile: Tile | None
 
 
 ANY = 1 << 31
-# the first rule that holds; beyond the last, cuBLAS. Printed by .gpu/run/sweep_linear.py on an H100
+# the first rule that holds; beyond the last, cuBLAS. Chosen by occupancy, before any measurement
 PLAIN = (
     Rule(8, 2048, Tile(8, 16, 128, 5)),
     Rule(8, 8192, Tile(8, 32, 128, 5)),
@@ -168,11 +168,11 @@ GATED = (
 
 
 def tile_for(rules: tuple[Rule, ...], num_tokens: int, weight: torch.Tensor) -> Tile | None:
-    """The measured choice for num_tokens tokens and weight [N, K]; None is cuBLAS."""
+    """The choice for num_tokens tokens and weight [N, K]; None is cuBLAS."""
     num_features, num_inner = weight.shape
     for rule in rules:
         if num_tokens <= rule.max_tokens and num_features <= rule.max_features:
-            return fit(rule.tile, num_inner)
+            return None if rule.tile is None else fit(rule.tile, num_inner)
     return None
 
 

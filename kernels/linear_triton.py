@@ -129,6 +129,7 @@ def _launch(
         OVERLAP=overlap,
         PREFETCH=tile.prefetch if overlap != "none" else 0,
         THREADS=32 * tile.num_warps,
+        STAGES=tile.num_stages,
         # fp32 serves tests and small models: as exact as torch's
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
@@ -236,6 +237,7 @@ def _linear_kernel(
     OVERLAP: tl.constexpr,  # none, early or late
     PREFETCH: tl.constexpr,  # columns of each weight row
     THREADS: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # programs of the same weight rows run side by side, so all but the first find them in L2
@@ -243,7 +245,9 @@ def _linear_kernel(
     dtype = x_ptr.dtype.element_ty
     tokens = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     features = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_start, k_end = split * (num_inner // SPLIT_K), (split + 1) * (num_inner // SPLIT_K)
+    # counted in blocks, so that the compiler sees what divides these
+    num_blocks = num_inner // (BLOCK_K * SPLIT_K)
+    k_start, k_end = split * num_blocks * BLOCK_K, (split + 1) * num_blocks * BLOCK_K
 
     if OVERLAP == "early":
         gdc_launch_dependents()
@@ -266,11 +270,12 @@ def _linear_kernel(
     if NORM == "first_pass":
         rstd = _rstd(x_ptr, tokens, num_tokens, x_stride, num_inner, eps, BLOCK_M)
 
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    # fewer tokens than a tensor core takes: multiply and add, and sum along the columns once at the end
+    has_dot: tl.constexpr = BLOCK_M >= 8
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if has_dot else [BLOCK_N, BLOCK_M, BLOCK_K], tl.float32)
     acc_up = acc
-    for k in range(k_start, k_end, BLOCK_K):
-        # read once: the first to leave L2
-        weight = tl.load(weight_ptrs + k, eviction_policy="evict_first")
+    for k in tl.range(k_start, k_end, BLOCK_K, num_stages=STAGES):
+        weight = tl.load(weight_ptrs + k)
         tile = tl.load(x_ptrs + k, mask=is_token, other=0.0)
         if NORM != "none":
             norm = tl.load(norm_ptr + k + column).to(tl.float32)[None, :]
@@ -280,10 +285,18 @@ def _linear_kernel(
             else:
                 squares += wide * wide
             tile = (wide * norm).to(dtype)
-        acc = tl.dot(weight, tl.trans(tile), acc, input_precision=PRECISION)
+        if has_dot:
+            acc = tl.dot(weight, tl.trans(tile), acc, input_precision=PRECISION)
+        else:
+            acc += weight.to(tl.float32)[:, None, :] * tile.to(tl.float32)[None, :, :]
         if GATED:
-            up = tl.load(up_ptrs + k, eviction_policy="evict_first")
-            acc_up = tl.dot(up, tl.trans(tile), acc_up, input_precision=PRECISION)
+            up = tl.load(up_ptrs + k)
+            if has_dot:
+                acc_up = tl.dot(up, tl.trans(tile), acc_up, input_precision=PRECISION)
+            else:
+                acc_up += up.to(tl.float32)[:, None, :] * tile.to(tl.float32)[None, :, :]
+    if not has_dot:
+        acc, acc_up = tl.sum(acc, 2), tl.sum(acc_up, 2)
 
     if OVERLAP == "late":
         gdc_launch_dependents()
