@@ -21,7 +21,7 @@ class RolloutHistory:
         self._num_finished = 0  # ever: the next key
         self._num_tokens = 0
 
-    def of(self, prompt_id: str) -> list[array[int]]:
+    def of(self, prompt_id: str) -> list[Sequence[int]]:
         """Responses to this prompt, oldest first."""
         return [self._finished[key][1] for key in self._of.get(prompt_id, ())]
 
@@ -39,7 +39,7 @@ class RolloutHistory:
         while self._num_tokens > self._max_tokens:
             self._drop(next(iter(self._finished)))
 
-    def dump(self) -> list[list[str | array[int]]]:
+    def dump(self) -> list[list[str | Sequence[int]]]:
         """Prompt id and response of every rollout, oldest first. The arrays are never mutated and not copied."""
         return [[prompt_id, response] for prompt_id, response in self._finished.values()]
 
