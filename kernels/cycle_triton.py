@@ -19,10 +19,10 @@ def prepare_triton(
     """prepare, in one launch."""
     num_nodes = _num_nodes(drafts)
     num_tokens = 1 + num_nodes
-    long = texts.tokens.new_empty(6, num_rows * num_tokens, dtype=torch.int64)
-    short = texts.tokens.new_empty(3, num_rows, dtype=torch.int32)
-    token_ids, positions, slots, ancestors, keys, sample_positions = long.unbind()
-    context_lens, num_drafted, num_valid = short.unbind()
+    long = texts.tokens.new_empty(6, _aligned(num_rows * num_tokens), dtype=torch.int64)
+    short = texts.tokens.new_empty(3, _aligned(num_rows), dtype=torch.int32)
+    token_ids, positions, slots, ancestors, keys, sample_positions = long[:, : num_rows * num_tokens].unbind()
+    context_lens, num_drafted, num_valid = short[:, :num_rows].unbind()
     # without drafts the kernel reads none of their pointers
     trees = drafts or Drafts(texts.tokens, texts.tokens, texts.lengths)
     _prepare_kernel[(num_rows,)](
@@ -38,6 +38,8 @@ def prepare_triton(
         trees.num_nodes,
         long,
         short,
+        long.shape[1],
+        short.shape[1],
         dummy_slot,
         texts.tokens.stride(0),
         rows.block_tables.stride(0),
@@ -79,7 +81,8 @@ def commit_triton(
     num_nodes = _num_nodes(drafts)
     host = texts.tokens.new_empty(num_rows, 6 + 3 * num_nodes) if out is None else out
     assert host.is_contiguous()
-    moves = texts.tokens.new_empty(2, num_rows, num_nodes, dtype=torch.int64)
+    moves = texts.tokens.new_empty(2, _aligned(num_rows * num_nodes), dtype=torch.int64)
+    src_slots, dst_slots = moves[:, : num_rows * num_nodes].unflatten(1, (num_rows, num_nodes)).unbind()
     trees = drafts or Drafts(texts.tokens, texts.tokens, texts.lengths)
     _commit_kernel[(num_rows,)](
         texts.tokens,
@@ -98,6 +101,7 @@ def commit_triton(
         stop_ids,
         host,
         moves,
+        moves.shape[1],
         texts.tokens.stride(0),
         rows.block_tables.stride(0),
         trees.token_ids.stride(0),
@@ -108,7 +112,7 @@ def commit_triton(
         TOKENS=triton.next_power_of_2(1 + num_nodes),
         num_warps=1 if num_nodes < 32 else 4,
     )
-    return CycleResult(host, *moves.unbind())
+    return CycleResult(host, src_slots, dst_slots)
 
 
 @triton.jit
@@ -123,8 +127,10 @@ def _prepare_kernel(
     draft_ids_ptr,
     parents_ptr,
     num_nodes_ptr,
-    long_ptr,  # [6, B * Q] int64: token_ids, positions, slots, ancestors, keys, sample_positions
-    short_ptr,  # [3, B] int32: context_lens, num_drafted, num_valid
+    long_ptr,  # [6, >= B * Q] int64: token_ids, positions, slots, ancestors, keys, sample_positions
+    short_ptr,  # [3, >= B] int32: context_lens, num_drafted, num_valid
+    long_stride,
+    short_stride,
     dummy_slot,
     tokens_stride,
     block_tables_stride,
@@ -135,7 +141,7 @@ def _prepare_kernel(
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     text = tl.load(text_ptr + row).to(tl.int64)
     active = tl.load(active_ptr + row) != 0
     length = tl.where(active, tl.load(lengths_ptr + text), 1)
@@ -165,17 +171,16 @@ def _prepare_kernel(
 
     num_tokens = 1 + NUM_NODES
     stored = column < num_tokens
-    field = num_rows * num_tokens
     out_ptr = long_ptr + row * num_tokens + column
     tl.store(out_ptr, tl.where(valid, token, 0).to(tl.int64), mask=stored)
-    tl.store(out_ptr + field, position.to(tl.int64), mask=stored)
-    tl.store(out_ptr + 2 * field, tl.where(valid, slot, dummy_slot), mask=stored)
-    tl.store(out_ptr + 3 * field, ancestors, mask=stored)
-    tl.store(out_ptr + 4 * field, tl.zeros([TOKENS], tl.int64) + key, mask=stored)
-    tl.store(out_ptr + 5 * field, (position + 1).to(tl.int64), mask=stored)
+    tl.store(out_ptr + long_stride, position.to(tl.int64), mask=stored)
+    tl.store(out_ptr + 2 * long_stride, tl.where(valid, slot, dummy_slot), mask=stored)
+    tl.store(out_ptr + 3 * long_stride, ancestors, mask=stored)
+    tl.store(out_ptr + 4 * long_stride, tl.zeros([TOKENS], tl.int64) + key, mask=stored)
+    tl.store(out_ptr + 5 * long_stride, (position + 1).to(tl.int64), mask=stored)
     tl.store(short_ptr + row, tl.where(active, length - 1, 0))
-    tl.store(short_ptr + num_rows + row, NUM_NODES)
-    tl.store(short_ptr + 2 * num_rows + row, num_valid)
+    tl.store(short_ptr + short_stride + row, NUM_NODES)
+    tl.store(short_ptr + 2 * short_stride + row, num_valid)
 
 
 @triton.jit
@@ -195,7 +200,8 @@ def _commit_kernel(
     logprobs_ptr,
     stop_ids_ptr,
     host_ptr,  # [B, 3 + 3 Q] int32: CycleResult.host
-    moves_ptr,  # [2, B, M] int64: sources, destinations
+    moves_ptr,  # [2, >= B * M] int64: sources, destinations
+    moves_stride,
     tokens_stride,
     block_tables_stride,
     draft_ids_stride,
@@ -205,7 +211,7 @@ def _commit_kernel(
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    row, num_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
     text = tl.load(text_ptr + row).to(tl.int64)
     active = tl.load(active_ptr + row) != 0
     length = tl.load(lengths_ptr + text)
@@ -276,7 +282,7 @@ def _commit_kernel(
         source_slot = tl.where(moved, source_block * BLOCK_SIZE + source % BLOCK_SIZE, -1)
         target_slot = tl.where(moved, target_block * BLOCK_SIZE + target % BLOCK_SIZE, -1)
         moves_ptr += row * NUM_NODES
-        targets_ptr = moves_ptr + num_rows * NUM_NODES
+        targets_ptr = moves_ptr + moves_stride
         at = is_node & kept & (place <= accepted)
         tl.store(moves_ptr + place - 1, source_slot, mask=at)
         tl.store(targets_ptr + place - 1, target_slot, mask=at)
@@ -289,3 +295,8 @@ def _num_nodes(drafts: Drafts | None) -> int:
     num_nodes = 0 if drafts is None else drafts.token_ids.shape[1]
     assert num_nodes <= MAX_NODES, f"{num_nodes} nodes exceed the {MAX_NODES} an ancestor mask has bits for"
     return num_nodes
+
+
+def _aligned(num_elements: int) -> int:
+    """Room for a field, so that the next begins where a kernel that is compiled for aligned pointers may read it."""
+    return triton.cdiv(num_elements, 16) * 16

@@ -97,7 +97,8 @@ def _bucket(end_ptr, group, sizes, known, BUCKETS: tl.constexpr, LONGEST: tl.con
     return ((state ^ (state >> 15)) % BUCKETS).to(tl.int32)
 
 
-@triton.jit
+# one compilation whatever slice of texts and however many places
+@triton.jit(do_not_specialize=["max_places"], do_not_specialize_on_alignment=["text_ids_ptr"])
 def _insert_kernel(
     tokens_ptr,
     lengths_ptr,

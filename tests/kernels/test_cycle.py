@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -224,6 +225,16 @@ def test_a_logprob_that_is_not_a_number_reaches_the_host(committed: Any) -> None
     _, _, result = cycle(case, committed=committed)
     assert result.counts.sum() > 0
     assert torch.equal(result.logprobs.isnan(), torch.arange(6) < result.counts[:, None])
+
+
+@pytest.mark.parametrize("committed", [commit_reference, commit_triton])
+def test_the_result_is_written_where_the_caller_wants_it(committed: Any) -> None:
+    case = random_case(0, 4, 5)
+    _, _, expected = cycle(case)
+    out = torch.full_like(expected.host, -77)
+    _, _, result = cycle(case, committed=partial(committed, out=out))
+    assert result.host is out
+    assert torch.equal(out, expected.host)
 
 
 def test_more_nodes_than_a_mask_has_bits_are_refused() -> None:
