@@ -70,6 +70,7 @@ class RolloutConfig:
     prefill_tokens: int = 2048  # prompt tokens forwarded in one cycle
     block_size: int = 16  # tokens in a KV block
     kv_tokens: int = 0  # capacity of the KV cache; 0 means what max_running sequences can need, within memory
+    graph_mb: int = 4096  # GPU memory that CUDA graphs may take; 0 launches every kernel by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,9 @@ class SpecConfig:
     """How rollouts are drafted. No value here can change a sample, only the speed."""
 
     source: Literal["off", "suffix"] = "suffix"
+    # Which draft, how long. "goodput": the most tokens a second by measured times and acceptance, off among the arms;
+    # "beg_mab": TLT's bandit; "fixed": always depth, top_k and num_verify. auto: goodput on a GPU, fixed on a CPU.
+    choice: Literal["auto", "goodput", "beg_mab", "fixed"] = "auto"
     depth: int = 6  # levels drafted at most
     top_k: int = 1  # children kept a node; 1 drafts a chain
     num_verify: int = 6  # drafted tokens verified at most, a sequence and cycle

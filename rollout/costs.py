@@ -1,0 +1,128 @@
+"""What a cycle costs: measured by arm, batch and context where it has run, predicted from there elsewhere."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log2
+
+# Relative to reading the weights once: forwarding this many tokens, or attending to this many cached ones, costs as
+# much again. From decode times on one H100 (SmolLM2-135M and 1.7B: 110 to 140 tokens; 8B: 450) and from its memory
+# bandwidth. They only shape predictions; reports soon replace those.
+TOKENS_AT_ROOF = 128
+CACHED_AT_ROOF = 131_072
+
+WINDOW = 15  # reports remembered a cell: timings that vary by 10 % have a median that varies by 3
+STALE_CYCLES = 256  # after which a cell's reports count as one: the machine may have changed since
+FEW_CACHED_BITS = 15  # fewer than 32768 cached tokens in all hardly cost anything, and share a cell
+OTHER_ARM = 0.5  # octaves that another arm's cell lies further away: it drafts otherwise, and pads otherwise
+
+Place = tuple[int, int]  # rows, and the number of bits of the number of tokens cached in all
+
+
+@dataclass(slots=True)
+class Cell:
+    """Recent cycles of one arm at one place, in units: seconds over the roofline's shape.
+
+    unit: their lower median. context and cycle: of the last report. octave: log2 of the tokens forwarded.
+    """
+
+    units: deque[float]
+    unit: float
+    context: float
+    cycle: int
+    octave: float
+
+
+class CostTable:
+    """Seconds of a cycle under each arm; arm 0 decodes plainly.
+
+    tokens_per_row: tokens a row forwards under each arm, the pending one included. Cycles that forward equally many
+    tokens cost about the same, however many rows they are spread over: so arms predict one another.
+    """
+
+    def __init__(self, tokens_per_row: Sequence[int]) -> None:
+        assert tokens_per_row[0] == 1, "arm 0 forwards the pending token alone"
+        self._tokens = list(tokens_per_row)
+        self._cells: list[dict[Place, Cell]] = [{} for _ in tokens_per_row]
+        self._predicted: list[dict[Place, float]] = [{} for _ in tokens_per_row]
+
+    @property
+    def anchored(self) -> bool:
+        """Whether a plain cycle has been measured anywhere, so that seconds are seconds."""
+        return bool(self._cells[0])
+
+    def seconds(self, rows: int, context: float) -> list[float]:
+        """Expected seconds under each arm. Drafting never makes a cycle cheaper: none is below the first."""
+        place = _place(rows, context)
+        plain = self._unit(0, place) * _shape(rows, 1, context)
+        expected = [plain]
+        for arm in range(1, len(self._tokens)):
+            expected.append(max(plain, self._unit(arm, place) * _shape(rows, self._tokens[arm], context)))
+        return expected
+
+    def observe(self, arm: int, rows: int, context: float, seconds: float, cycle: int) -> None:
+        """A cycle took this long. One report far off the others changes nothing."""
+        place = _place(rows, context)
+        cell = self._cells[arm].get(place)
+        if cell is None:
+            # the prediction counts as a report: the first true one may hold a compilation or the capture of a graph
+            units = deque([self._unit(arm, place)] if self.anchored else (), maxlen=WINDOW)
+            cell = self._cells[arm][place] = Cell(units, 0.0, 0.0, cycle, log2(rows * self._tokens[arm]))
+        elif cycle - cell.cycle > STALE_CYCLES:
+            cell.units.clear()
+            cell.units.append(cell.unit)
+        cell.units.append(seconds / _shape(rows, self._tokens[arm], context))
+        count = len(cell.units)
+        cell.unit = sorted(cell.units)[(count - 1) // 2]
+        cell.context = context
+        cell.cycle = cycle
+        if count & (count - 1) == 0:  # now and then, while the cell is young
+            self._forget_predictions()
+
+    def prime(self, arm: int, rows: int, context: float, seconds: float) -> None:
+        """Take up a calibrated time, to be outvoted by two reports."""
+        unit = seconds / _shape(rows, self._tokens[arm], context)
+        octave = log2(rows * self._tokens[arm])
+        self._cells[arm][_place(rows, context)] = Cell(deque([unit], maxlen=WINDOW), unit, context, 0, octave)
+        self._forget_predictions()
+
+    def measured(self, arm: int) -> dict[int, float]:
+        """Seconds by rows, where they were measured, at the context seen there last."""
+        cells = sorted(self._cells[arm].items(), key=lambda item: (item[0][0], item[1].cycle))
+        return {rows: cell.unit * _shape(rows, self._tokens[arm], cell.context) for (rows, _), cell in cells}
+
+    def _unit(self, arm: int, place: Place) -> float:
+        """The measured unit, or a mean of the nearest measured ones."""
+        cell = self._cells[arm].get(place)
+        if cell is not None:
+            return cell.unit
+        unit = self._predicted[arm].get(place)
+        if unit is None:
+            unit = self._predicted[arm][place] = self._interpolated(arm, place)
+        return unit
+
+    def _interpolated(self, arm: int, place: Place) -> float:
+        """Inverse-distance weighting (Shepard 1968) over tokens forwarded and tokens cached, both in octaves."""
+        octave, bits = log2(place[0] * self._tokens[arm]), place[1]
+        total, weights = 0.0, 0.0
+        for other, cells in enumerate(self._cells):
+            apart = 0.0 if other == arm else OTHER_ARM
+            for (_, cell_bits), cell in cells.items():
+                distance = abs(cell.octave - octave) + abs(cell_bits - bits) + apart
+                weight = 1.0 / (distance * distance)
+                total += weight * cell.unit
+                weights += weight
+        return total / weights if weights else 1.0
+
+    def _forget_predictions(self) -> None:
+        for predicted in self._predicted:
+            predicted.clear()
+
+
+def _place(rows: int, context: float) -> Place:
+    return rows, max(FEW_CACHED_BITS, int(rows * context).bit_length())
+
+
+def _shape(rows: int, tokens: int, context: float) -> float:
+    """A cycle's time over that of reading the weights: a roofline whose corner is rounded off."""
+    return 1.0 + rows * (tokens / TOKENS_AT_ROOF + context / CACHED_AT_ROOF)
