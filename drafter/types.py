@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from kernels.cycle import Drafts as Drafts
 from kernels.cycle import Rows as Rows
@@ -73,6 +73,7 @@ class Drafter(Protocol):
         """Take up a saved state, replacing the present one."""
 
 
+@runtime_checkable
 class ResidentDrafter(Protocol):
     """Proposes from and into tensors on the device, so that a cycle needs no word from the host."""
 
@@ -94,3 +95,9 @@ class ResidentDrafter(Protocol):
 
     def release(self, texts: Sequence[int]) -> None:
         """These texts are free again."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As Drafter.state_dict."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As Drafter.load_state_dict."""

@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 
 from configs.errors import ConfigError, PreflightError
 from configs.schema import Config
+from drafter.ngram import NgramDrafter
 from drafter.suffix import SuffixDrafter
-from drafter.types import OFF, Drafter, Strategy
+from drafter.types import Drafter, ResidentDrafter
 from rl.checkpoint import CheckpointStore
 from rl.data import DataSet, load_data
 from rl.loop import Loop
@@ -29,11 +30,8 @@ from rl.warmstart import solver
 from rollout.engine import NativeEngine
 from rollout.model import context_length, load_config, load_policy, resolve_compute
 from rollout.pretrained import load_tokenizer, resolve
+from rollout.strategy import make_chooser
 from rollout.types import Engine
-
-# How many tokens' time a forward takes before its first: about 32 measured on two CPU cores; an H100 does some 300
-# bfloat16 operations in the time of reading a byte
-OVERHEAD_TOKENS = {"cpu": 32.0, "cuda": 300.0}
 
 
 def train_run(config: Config, run: RunDir, *, resume: bool, progress: Progress) -> None:
@@ -107,24 +105,21 @@ def build_worker(config: Config, path: Path, *, device: str, dtype: str) -> tupl
         device=device,
     )
     engine = NativeEngine(
-        policy, drafter=make_drafter(config, device), strategy=make_strategy(config), rollout=config.rollout
+        policy,
+        drafter=make_drafter(config, device),
+        chooser=make_chooser(config.spec, device=device, seed=config.run.seed),
+        rollout=config.rollout,
     )
     return engine, trainer
 
 
-def make_strategy(config: Config) -> Strategy:
-    """The fixed strategy the config asks for."""
-    spec = config.spec
-    if spec.source == "off":
-        return OFF
-    return Strategy(source=spec.source, depth=spec.depth, top_k=spec.top_k, num_verify=spec.num_verify)
-
-
-def make_drafter(config: Config, device: str) -> Drafter | None:
-    """The drafter behind the strategy; None when speculation is off."""
+def make_drafter(config: Config, device: str) -> Drafter | ResidentDrafter | None:
+    """The drafter behind the strategy, on the device where the engine's state is; None when speculation is off."""
     if config.spec.source == "off":
         return None
-    return SuffixDrafter(min_match=config.spec.min_match, overhead_tokens=OVERHEAD_TOKENS[device])
+    if device == "cuda":
+        return NgramDrafter(min_match=config.spec.min_match)
+    return SuffixDrafter(min_match=config.spec.min_match)
 
 
 def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -8,11 +8,12 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from configs.errors import PreflightError
+from configs.errors import DivergedError, PreflightError
 from kernels.attention import PagedSequences
 from rollout.compiled import ModuleDecoder
 from rollout.fused import FusedDecoder, NotStandardError
 from rollout.model import PagedCache, alone, forward_paged, layers_of
+from rollout.runner import NOT_FINITE
 
 NUM_TOKENS = 8  # of a proof
 
@@ -88,6 +89,7 @@ def prove_layers(decoder: FusedDecoder, model: PreTrainedModel) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+    _require_finite(logits)
     if not torch.equal(decoder.embed(token_ids), entered[0]):
         raise NotStandardError("its embeddings are not used as they are")
     cache, seqs = alone(model, num_tokens=NUM_TOKENS)
@@ -109,12 +111,19 @@ def prove(decoder: Decoder, model: PreTrainedModel) -> None:
     token_ids, positions = _some_tokens(model)
     cache, seqs = alone(model, num_tokens=NUM_TOKENS)
     theirs = forward_paged(model, token_ids, positions, seqs, cache, positions)
+    _require_finite(theirs)
     cache, seqs = alone(model, num_tokens=NUM_TOKENS)
     ours = decoder.logits(decoder.forward(token_ids, positions, seqs, cache))
     # the compiler keeps in float32 what the module rounds, in every layer
     depth = model.config.get_text_config().num_hidden_layers
     if not _close(ours, theirs, addition=theirs * depth**0.5):
         raise PreflightError(f"{type(model).__name__} gives other logits when its decoder and head run apart")
+
+
+def _require_finite(logits: torch.Tensor) -> None:
+    """Weights that are not numbers prove nothing about a decoder. Raises DivergedError."""
+    if not logits.isfinite().all():
+        raise DivergedError(NOT_FINITE)
 
 
 def _some_tokens(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:

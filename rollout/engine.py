@@ -2,46 +2,85 @@
 
 import asyncio
 from collections import abc
-from typing import Any
+from typing import Any, Literal, Protocol
 
-import torch
 from transformers import PreTrainedModel
 
 from configs.errors import DataError, ResourceError
 from configs.schema import RolloutConfig
-from drafter.types import Drafter, DraftState, Strategy
+from drafter.types import Drafter, ResidentDrafter
 from kernels.sample import noise_key
 from rollout.blocks import BlockPool
+from rollout.decoder import Decoder, make_decoder
+from rollout.graphs import GraphPool
+from rollout.hosted import HostedCycles
 from rollout.memory import cache_budget
 from rollout.model import PagedCache, bytes_per_block, context_length
-from rollout.runner import Drawn, draw
-from rollout.scheduler import Scheduler, Work
+from rollout.residency import Residency
+from rollout.resident import ResidentCycles
+from rollout.scheduler import Scheduler
 from rollout.sequence import Sequence
-from rollout.speculate import verify
+from rollout.strategy import Chooser
 from rollout.types import Prompt, Rollout, Sampling
+
+LENGTH_STEP = 1024  # resident sequences have room for a multiple of so many tokens: graphs outlive a longer prompt
+TEXT_BYTES = 256 << 20  # at most, for texts that are only quoted
+
+
+class Cycles(Protocol):
+    """Advances the scheduler's sequences, one cycle a step. HostedCycles and ResidentCycles."""
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether finished sequences may still come after the scheduler has none left."""
+
+    def step(self, version: int) -> list[Sequence]:
+        """One cycle; the sequences found complete."""
+
+    def drain(self) -> None:
+        """Know every token that was sampled."""
+
+    def vacate(self) -> None:
+        """Hold nothing for any sequence: the scheduler has preempted them all."""
+
+    def close(self) -> None:
+        """Nothing will be stepped any more; sequences still unfinished are dropped."""
 
 
 class NativeEngine:
     """Samples rollouts from a policy whose weights it shares with whoever trains it.
 
-    drafter None, or a strategy whose source is "off", decodes token by token; what is sampled is the same.
+    cycles: "resident" keeps the sequences' state on the device (a GPU's default), with a ResidentDrafter; "hosted"
+    plans each cycle on the host, with a Drafter. drafter None, or a strategy whose source is "off", decodes token by
+    token. What is sampled is the same.
     One generate at a time. The KV cache is allocated by the first one and grows when a later one can use more, up to
     what the device could afford when the first one asked.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, drafter: Drafter | None, strategy: Strategy, rollout: RolloutConfig
+        self,
+        model: PreTrainedModel,
+        *,
+        drafter: Drafter | ResidentDrafter | None,
+        chooser: Chooser,
+        rollout: RolloutConfig,
+        cycles: Literal["auto", "hosted", "resident"] = "auto",
     ) -> None:
         self.version = 0
         self._model = model
         self._drafter = drafter
-        self._strategy = strategy
+        self._chooser = chooser
         self._config = rollout
+        self._resident = cycles == "resident" or (cycles == "auto" and model.device.type == "cuda")
+        self._graphs = GraphPool(model.device, max_bytes=rollout.graph_mb << 20)
+        self._decoder: Decoder | None = None
+        self._residency: Residency | None = None
         self._kv_blocks = rollout.kv_tokens // rollout.block_size
         self._max_kv_blocks = 0  # 0: not measured yet
         self._cache: PagedCache | None = None
         self._pool = BlockPool(0, rollout.block_size)
         self._scheduler: Scheduler | None = None
+        self._running: Cycles | None = None
 
     async def generate(self, prompts: abc.Sequence[Prompt], sampling: Sampling) -> abc.AsyncGenerator[Rollout, None]:
         """num_samples rollouts of every prompt, each as it finishes.
@@ -61,25 +100,35 @@ class NativeEngine:
             for sample in range(sampling.num_samples):
                 scheduler.add(self._sequence(prompt, sample, sampling))
         self._scheduler = scheduler
+        cycles = self._running = self._cycles(scheduler, sampling, prompts)
         was_training = self._model.training
         self._model.eval()
         try:
-            while scheduler.running or scheduler.waiting:
-                for rollout in self._cycle(scheduler, sampling):
-                    yield rollout
+            while scheduler.running or scheduler.waiting or cycles.in_flight:
+                for sequence in cycles.step(self.version):
+                    yield sequence.rollout()
                 await asyncio.sleep(0)
         finally:
             # also where the caller leaves early: nothing may stay behind
-            self._abandon(scheduler)
-            self._scheduler = None
+            cycles.close()
+            scheduler.clear()
+            self._scheduler = self._running = None
             self._model.train(was_training)
+
+    @property
+    def graph_bytes(self) -> int:
+        """Device memory of the CUDA graphs held now."""
+        return self._graphs.num_bytes
 
     def update(self, version: int) -> None:
         """The weights hold this version now: recompute what running sequences have cached, find nothing older."""
-        self.version = version
-        if self._scheduler is not None:
+        if self._scheduler is not None and self._running is not None:
+            self._running.drain()
             self._scheduler.preempt_all()
+            self._running.vacate()
+        self.version = version
         self._pool.forget()
+        self._chooser.policy_changed()
 
     def state_dict(self) -> dict[str, Any]:
         """The drafter's state, and the cache's size and bound: from other free memory, they could change the batches.
@@ -100,96 +149,69 @@ class NativeEngine:
         if self._drafter is not None and state["drafter"]:
             self._drafter.load_state_dict(state["drafter"])
 
-    @torch.inference_mode()
-    def _cycle(self, scheduler: Scheduler, sampling: Sampling) -> list[Rollout]:
-        """Plan, draft, forward, verify and commit once; the rollouts that became complete."""
+    def _cycles(self, scheduler: Scheduler, sampling: Sampling, prompts: abc.Sequence[Prompt]) -> Cycles:
+        """What runs the cycles of one call."""
         assert self._cache is not None
-        works = scheduler.plan()
-        self._draft(scheduler, works)
-        drawn = draw(self._model, self._cache, works, sampling, block_size=self._config.block_size)
-        paths = [
-            verify(work.draft.token_ids, work.draft.parents, target.token_ids)
-            for work, target in zip(works, drawn, strict=True)
-        ]
-        self._move_accepted(works, paths)
-        stop = frozenset(sampling.stop_token_ids)
-        finished = []
-        for work, target, path in zip(works, drawn, paths, strict=True):
-            sequence = work.sequence
-            if not work.samples:
-                scheduler.advance(sequence, sequence.num_cached + work.num_tokens)
-                continue
-            length = len(sequence.tokens)
-            self._commit(work, target, path, stop)
-            if sequence.finish is None:
-                scheduler.advance(sequence, length + len(path))
-            else:
-                scheduler.finish(sequence)
-                finished.append(sequence.rollout())
-        return finished
-
-    def _draft(self, scheduler: Scheduler, works: abc.Sequence[Work]) -> None:
-        """Attach a draft to every work that samples in this cycle."""
-        if self._drafter is None:
-            return
-        drafting = [work for work in works if work.samples]
-        states = []
-        for work in drafting:
-            sequence = work.sequence
-            if not sequence.logprobs:
-                self._drafter.begin(sequence.prompt.id, sequence.sample, sequence.prompt.token_ids)
-            states.append(
-                DraftState(
-                    prompt_id=sequence.prompt.id,
-                    sample=sequence.sample,
-                    token_ids=sequence.tokens,
-                    max_tokens=sequence.num_remaining,
-                )
+        block_size = self._config.block_size
+        if not self._resident:
+            assert not isinstance(self._drafter, ResidentDrafter)
+            return HostedCycles(
+                self._model,
+                self._cache,
+                scheduler,
+                sampling,
+                drafter=self._drafter,
+                chooser=self._chooser,
+                block_size=block_size,
             )
-        if self._strategy.source == "off" or not states:
-            return
-        drafts = self._drafter.propose(states, self._strategy)
-        for work, draft in zip(drafting, drafts, strict=True):
-            scheduler.attach(work, draft, max_nodes=self._strategy.num_verify)
-
-    def _commit(self, work: Work, target: Drawn, path: list[int], stop: frozenset[int]) -> None:
-        """Append what the target sampled along the accepted path, and tell the drafter."""
-        sequence = work.sequence
-        rows = [0, *(node + 1 for node in path)]
-        count = sequence.commit(
-            [target.token_ids[row] for row in rows],
-            [target.logprobs[row] for row in rows],
-            stop_token_ids=stop,
-            version=self.version,
+        assert self._drafter is None or isinstance(self._drafter, ResidentDrafter)
+        longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
+        decoder = self._provide_decoder(longest)
+        residency = self._provide_residency(longest)
+        for prompt in prompts:
+            residency.expect(prompt.id, sampling.num_samples)
+        return ResidentCycles(
+            decoder,
+            self._cache,
+            scheduler,
+            sampling,
+            residency=residency,
+            graphs=self._graphs,
+            drafter=self._drafter,
+            chooser=self._chooser,
+            block_size=block_size,
         )
-        sequence.count_forward(work.depths, min(len(path), count))
-        if self._drafter is not None:
-            self._drafter.extend(sequence.prompt.id, sequence.sample, sequence.tokens[-count:])
-            if sequence.finish is not None:
-                self._drafter.finish(sequence.prompt.id, sequence.sample)
 
-    def _move_accepted(self, works: abc.Sequence[Work], paths: abc.Sequence[list[int]]) -> None:
-        """Bring the accepted nodes' keys and values to the slots of the tokens they have become."""
+    def _provide_decoder(self, longest: int) -> Decoder:
+        """The policy's forward; a new one, and no graphs, where the parameters have moved since."""
+        if self._decoder is None or not self._decoder.is_current():
+            self._graphs.clear()
+            self._decoder = make_decoder(self._model)
+        if self._decoder.reach(longest):
+            self._graphs.clear()
+        return self._decoder
+
+    def _provide_residency(self, longest: int) -> Residency:
+        """Rows and texts for sequences of this length; larger ones, and no graphs, where the present are too small."""
         assert self._cache is not None
-        sources: list[int] = []
-        targets: list[int] = []
-        for work, path in zip(works, paths, strict=True):
-            length = len(work.sequence.tokens)
-            for place, node in enumerate(path):
-                if place != node:
-                    sources.append(work.sequence.slot(length + node))
-                    targets.append(work.sequence.slot(length + place))
-        if sources:
-            device = self._cache.storage.device
-            self._cache.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device))
-
-    def _abandon(self, scheduler: Scheduler) -> None:
-        """Drop what is still in flight. The drafter keeps what it has seen."""
-        if self._drafter is not None:
-            for sequence in (*scheduler.running, *scheduler.waiting):
-                if sequence.logprobs:
-                    self._drafter.finish(sequence.prompt.id, sequence.sample)
-        scheduler.clear()
+        residency = self._residency
+        if residency is None or residency.max_length < longest:
+            self._graphs.clear()
+            max_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+            num_rows = self._config.max_running
+            residency = self._residency = Residency(
+                num_rows=num_rows,
+                # finished siblings and earlier epochs are quoted from what is left
+                num_texts=num_rows + min(3 * num_rows, TEXT_BYTES // (4 * max_length)),
+                max_length=max_length,
+                table_width=-(-max_length // self._config.block_size),
+                max_nodes=max(1, self._chooser.max_num_verify),
+                dummy_block=self._cache.dummy_slot // self._config.block_size,
+                device=self._model.device,
+            )
+            if isinstance(self._drafter, ResidentDrafter):
+                self._drafter.attach(residency.texts)
+        return residency
 
     def _sequence(self, prompt: Prompt, sample: int, sampling: Sampling) -> Sequence:
         return Sequence(
@@ -235,6 +257,8 @@ class NativeEngine:
         if self._pool.num_blocks == self._kv_blocks:
             return
         self._cache = None  # before the new one is allocated beside it
+        self._residency = None
+        self._graphs.clear()
         try:
             self._cache = PagedCache(
                 self._model.config,

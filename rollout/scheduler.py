@@ -48,8 +48,21 @@ class Scheduler:
         assert len(sequence.block_table) <= self._pool.num_blocks
         self.waiting.append(sequence)
 
-    def plan(self) -> list[Work]:
-        """Reserve blocks for the next cycle's tokens and say which they are; drafts are still empty."""
+    def fits(self, ahead: int) -> bool:
+        """Whether every running sequence can have blocks for its present tokens and ahead more: plan preempts none."""
+        lacking = (self._num_blocks_ahead(sequence, ahead) - sequence.num_blocks for sequence in self.running)
+        return sum(count for count in lacking if count > 0) <= self._pool.num_free
+
+    def holds(self, sequence: Sequence, ahead: int) -> bool:
+        """Whether a sequence has blocks for its present tokens and ahead more."""
+        return sequence.num_blocks >= self._num_blocks_ahead(sequence, ahead)
+
+    def plan(self, *, ahead: int = 0) -> list[Work]:
+        """Reserve blocks for the next cycle's tokens and say which they are; drafts are still empty.
+
+        ahead: tokens past its present ones for which a decoding sequence gets blocks too, up to its longest: what
+        cycles that are not planned one by one may write.
+        """
         works: list[Work] = []
         budget = self._prefill_tokens
         preempted = False
@@ -58,13 +71,16 @@ class Scheduler:
         while index < len(self.running):
             sequence = self.running[index]
             num_tokens, budget = _chunk(sequence, budget)
-            while not self._fits(sequence, sequence.num_cached + num_tokens):
+            until = sequence.num_cached + num_tokens
+            if sequence.num_uncached == 1:
+                until = min(until + ahead, sequence.max_length)
+            while not self._fits(sequence, until):
                 self.preempt()
                 preempted = True
                 if index == len(self.running):
                     return works
             if num_tokens:
-                self._reserve(sequence, sequence.num_cached + num_tokens)
+                self._reserve(sequence, until)
                 works.append(Work(sequence, num_tokens))
             index += 1
         if not preempted:
@@ -85,6 +101,11 @@ class Scheduler:
 
     def advance(self, sequence: Sequence, num_cached: int) -> None:
         """The first num_cached tokens are cached now: make their full blocks findable, return the blocks past them."""
+        self.extend(sequence, num_cached)
+        self._truncate(sequence, self._pool.num_blocks_for(num_cached))
+
+    def extend(self, sequence: Sequence, num_cached: int) -> None:
+        """The first num_cached tokens are cached now: make their full blocks findable, keep those reserved ahead."""
         full_before = sequence.num_cached // self._pool.block_size
         sequence.num_cached = num_cached
         full = num_cached // self._pool.block_size
@@ -92,7 +113,6 @@ class Scheduler:
             hashes = sequence.block_hashes(full)
             for index in range(full_before, full):
                 self._pool.register(int(sequence.block_table[index]), hashes[index])
-        self._truncate(sequence, self._pool.num_blocks_for(num_cached))
 
     def finish(self, sequence: Sequence) -> None:
         """A running sequence is complete: its blocks are free."""
@@ -161,7 +181,10 @@ class Scheduler:
 
     def _num_lacking(self, sequence: Sequence) -> int:
         """Blocks for the rest of its present tokens, and one to grow: with less it would soon be preempted."""
-        return self._pool.num_blocks_for(len(sequence.tokens)) - sequence.num_blocks + 1
+        return max(0, self._pool.num_blocks_for(len(sequence.tokens)) - sequence.num_blocks + 1)
+
+    def _num_blocks_ahead(self, sequence: Sequence, ahead: int) -> int:
+        return self._pool.num_blocks_for(min(len(sequence.tokens) + ahead, sequence.max_length))
 
     def _fits(self, sequence: Sequence, num_tokens: int) -> bool:
         return self._pool.num_blocks_for(num_tokens) - sequence.num_blocks <= self._pool.num_free

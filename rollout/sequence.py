@@ -86,17 +86,18 @@ class Sequence:
         self.version_spans[-1] = (version, self.version_spans[-1][1] + count)
         return count
 
-    def count_forward(self, draft_depths: list[int], num_accepted: int) -> None:
-        """Record one verification: the depth of every drafted node, and how many of them were committed."""
+    def count_forward(self, proposed_by_depth: abc.Sequence[int], num_accepted: int) -> None:
+        """Record one verification: drafted nodes d + 1 levels down, and how many of them were committed."""
         self.num_forwards += 1
-        if not draft_depths:
-            return
-        missing = max(draft_depths) - len(self.proposed_by_depth)
+        deepest = len(proposed_by_depth)
+        while deepest and not proposed_by_depth[deepest - 1]:
+            deepest -= 1
+        missing = deepest - len(self.proposed_by_depth)
         if missing > 0:
             self.proposed_by_depth += [0] * missing
             self.accepted_by_depth += [0] * missing
-        for depth in draft_depths:
-            self.proposed_by_depth[depth - 1] += 1
+        for level in range(deepest):
+            self.proposed_by_depth[level] += proposed_by_depth[level]
         for level in range(num_accepted):
             self.accepted_by_depth[level] += 1
 

@@ -5,16 +5,18 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from configs.schema import RolloutConfig
-from drafter.types import OFF, Draft, Drafter, DraftState, Strategy
+from drafter.types import OFF, Draft, Drafter, Drafts, DraftState, ResidentDrafter, Rows, Strategy, Texts
 from rollout.engine import NativeEngine
 from rollout.model import load_policy
 from rollout.sequence import Sequence as RolloutSequence
+from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 
 Key = tuple[str, int]
@@ -89,6 +91,65 @@ class ScriptedDrafter:
         self.seed = state["seed"]
 
 
+@dataclass
+class ResidentScripted:
+    """The scripted drafter over texts on the device. Checks what it is told: tokens, begin and finish."""
+
+    truth: dict[Key, list[int]]
+    hit_rate: float
+    vocab_size: int
+    prompts: dict[int, tuple[str, int]] = field(default_factory=dict)  # text: prompt id and length
+    num_finished: int = 0
+
+    def attach(self, texts: Texts) -> None:
+        assert (texts.groups == -1).all()
+
+    def begin(self, text: int, group: int, prompt_id: str, prompt_ids: Sequence[int], free_texts: Sequence[int]) -> int:
+        assert text not in self.prompts, "a text in use is given away"
+        assert text not in free_texts
+        self.prompts[text] = (prompt_id, len(prompt_ids))
+        return 0
+
+    def propose(self, texts: Texts, rows: Rows, strategy: Strategy, out: Drafts) -> None:
+        for row in range(out.token_ids.shape[0]):
+            text = int(rows.text[row])
+            draft = Draft([], [])
+            if rows.active[row]:
+                tokens = texts.tokens[text, : int(texts.lengths[text])].tolist()
+                draft = self._draft(text, tokens, strategy)
+            out.num_nodes[row] = len(draft.token_ids)
+            out.token_ids[row] = out.parents[row] = 7  # what lies past the nodes must not matter
+            out.token_ids[row, : len(draft.token_ids)] = torch.tensor(draft.token_ids)
+            out.parents[row, : len(draft.parents)] = torch.tensor(draft.parents)
+
+    def finish(self, text: int, prompt_id: str, token_ids: Sequence[int]) -> None:
+        assert self.prompts[text][0] == prompt_id
+        self.num_finished += 1
+
+    def release(self, texts: Sequence[int]) -> None:
+        for text in texts:
+            del self.prompts[text]
+
+    def _draft(self, text: int, tokens: list[int], strategy: Strategy) -> Draft:
+        prompt_id, prompt_len = self.prompts[text]
+        response = tokens[prompt_len:]
+        # a text does not say which sample it is: the first that agrees so far
+        agreeing = (
+            key for key, truth in self.truth.items() if key[0] == prompt_id and truth[: len(response)] == response
+        )
+        key = next(agreeing, (prompt_id, 0))
+        scripted = ScriptedDrafter(self.truth, self.hit_rate, self.vocab_size)
+        scripted.texts[key], scripted.prompt_lens[key] = tokens, prompt_len
+        state = DraftState(prompt_id=prompt_id, sample=key[1], token_ids=tokens, max_tokens=1)
+        return scripted.propose([state], strategy)[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
 @pytest.fixture
 def chain() -> Strategy:
     return CHAIN
@@ -102,6 +163,11 @@ def tree() -> Strategy:
 @pytest.fixture
 def scripted_drafter() -> type[ScriptedDrafter]:
     return ScriptedDrafter
+
+
+@pytest.fixture
+def resident_scripted() -> type[ResidentScripted]:
+    return ResidentScripted
 
 
 @pytest.fixture
@@ -146,9 +212,15 @@ def prompts() -> list[Prompt]:
 def make_engine(policy: PreTrainedModel) -> Callable[..., NativeEngine]:
     """An engine around the tiny policy; keyword arguments are RolloutConfig's."""
 
-    def make(drafter: Drafter | None = None, strategy: Strategy = OFF, **options: Any) -> NativeEngine:
+    def make(
+        drafter: Drafter | ResidentDrafter | None = None,
+        strategy: Strategy = OFF,
+        *,
+        cycles: Literal["hosted", "resident"] = "hosted",
+        **options: Any,
+    ) -> NativeEngine:
         rollout = RolloutConfig(**({"block_size": 4, "max_running": 8} | options))
-        return NativeEngine(policy, drafter=drafter, strategy=strategy, rollout=rollout)
+        return NativeEngine(policy, drafter=drafter, chooser=FixedChooser(strategy), rollout=rollout, cycles=cycles)
 
     return make
 

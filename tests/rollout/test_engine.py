@@ -17,6 +17,7 @@ from kernels.attention import paged_sequences
 from rollout.engine import NativeEngine
 from rollout.model import PagedCache, forward_paged, load_policy
 from rollout.sequence import Sequence
+from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 
 Key = tuple[str, int]
@@ -104,7 +105,8 @@ def test_weights_that_change_between_cycles_count_from_the_next_token_on(
     tiny_model_dir: Path, prompts: list[Prompt]
 ) -> None:
     model = load_policy(tiny_model_dir, device="cpu", dtype="float32")
-    engine = NativeEngine(model, drafter=None, strategy=OFF, rollout=RolloutConfig(block_size=4, max_running=8))
+    rollout = RolloutConfig(block_size=4, max_running=8)
+    engine = NativeEngine(model, drafter=None, chooser=FixedChooser(OFF), rollout=rollout)
     sampling = replace(SAMPLING, num_samples=2, temperature=0.0, stop_token_ids=(), max_new_tokens=8)
     short = Prompt(id="short", token_ids=[5, 6], answer="")
 
@@ -134,7 +136,7 @@ def test_weights_that_change_between_cycles_count_from_the_next_token_on(
         old = rollout.version_spans[0][1]
         tokens = [*by_id[rollout.prompt_id].token_ids, *rollout.token_ids[:old]]
         follow_up = Prompt(id="again", token_ids=tokens, answer="")
-        fresh = NativeEngine(model, drafter=None, strategy=OFF, rollout=RolloutConfig(block_size=4))
+        fresh = NativeEngine(model, drafter=None, chooser=FixedChooser(OFF), rollout=RolloutConfig(block_size=4))
         rest = replace(sampling, num_samples=1, max_new_tokens=8 - old)
 
         async def run(engine: NativeEngine, prompt: Prompt, sampling: Sampling) -> Rollout:
@@ -257,6 +259,6 @@ def test_a_policy_that_turned_to_nan_stops_the_rollouts(
     broken = load_policy(tiny_model_dir, device="cpu", dtype="float32")
     with torch.no_grad():
         broken.get_input_embeddings().weight.fill_(torch.nan)
-    engine = NativeEngine(broken, drafter=None, strategy=OFF, rollout=RolloutConfig(block_size=4))
+    engine = NativeEngine(broken, drafter=None, chooser=FixedChooser(OFF), rollout=RolloutConfig(block_size=4))
     with pytest.raises(DivergedError, match="not finite"):
         collect(engine, prompts, replace(SAMPLING, temperature=temperature))

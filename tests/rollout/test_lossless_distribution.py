@@ -14,6 +14,7 @@ from configs.schema import RolloutConfig
 from drafter.types import Strategy
 from rollout.engine import NativeEngine
 from rollout.model import load_policy
+from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 
 VOCAB = 5
@@ -74,7 +75,7 @@ def test_the_joint_distribution_of_three_tokens_is_the_models(
     engine = NativeEngine(
         load_policy(toy_dir, device="cpu", dtype="float32"),
         drafter=drafter,
-        strategy=strategy,
+        chooser=FixedChooser(strategy),
         rollout=RolloutConfig(max_running=2048, prefill_tokens=8192, block_size=4),
     )
     sampling = Sampling(

@@ -13,6 +13,7 @@ from rollout.engine import NativeEngine
 from rollout.model import load_policy
 from rollout.pretrained import resolve
 from rollout.scheduler import Scheduler
+from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 
 Key = tuple[str, int]
@@ -47,7 +48,7 @@ def test_real_rollouts_are_the_same_under_every_strategy_and_preemption(
 ) -> None:
     def roll_out(drafter: Drafter | None, strategy: Strategy, *, kv_tokens: int = 0) -> dict[Key, Rollout]:
         rollout = RolloutConfig(kv_tokens=kv_tokens, prefill_tokens=50)
-        engine = NativeEngine(smollm, drafter=drafter, strategy=strategy, rollout=rollout)
+        engine = NativeEngine(smollm, drafter=drafter, chooser=FixedChooser(strategy), rollout=rollout)
         return collect(engine, questions, SAMPLING)
 
     expected = roll_out(None, OFF)

@@ -1,0 +1,307 @@
+"""Cycles whose state lives on the device: the host plans ahead, launches, and reads results one cycle late.
+
+A cycle is two launch sequences, each a CUDA graph: the drafter's proposal, and the target's part - prepare, forward,
+sample, walk, commit, compact - which strategies that verify equally many tokens share (DESIGN.md, one cycle).
+"""
+
+import time
+from collections import abc
+from dataclasses import dataclass
+from math import isfinite
+
+import numpy as np
+import torch
+
+from configs.errors import DivergedError
+from drafter.types import ResidentDrafter, Strategy
+from kernels.attention import paged_sequences
+from kernels.cache import compact
+from kernels.cycle import commit, prepare
+from kernels.sample import sample
+from rollout.decoder import Decoder
+from rollout.graphs import GraphPool, bucket
+from rollout.model import PagedCache
+from rollout.residency import Residency
+from rollout.runner import NOT_FINITE, group_by_length, pack
+from rollout.scheduler import Scheduler, Work
+from rollout.sequence import Sequence
+from rollout.strategy import Chooser, CycleReport
+from rollout.types import Sampling
+
+COUNT, FINISH, ACCEPTED, TOKENS = 0, 1, 2, 3  # columns of CycleResult.host
+
+
+@dataclass(slots=True)
+class Launched:
+    """A cycle under way: whose rows it works on, and where its results will be.
+
+    results: [B, 3 + 3 Q] int32, pinned, valid after done. begun: the end of the cycle before, so that the host's time
+    counts where the device waits for it. timed: whether it tells what such a cycle costs: not where a graph was being
+    captured or prompts were computed.
+    """
+
+    sequences: list[Sequence]
+    strategy: Strategy
+    num_rows: int
+    context: float
+    results: torch.Tensor
+    version: int
+    begun: torch.cuda.Event | float
+    done: torch.cuda.Event | float
+    timed: bool
+
+    def wait(self) -> float:
+        """Block until the results are there; the seconds the cycle took."""
+        if isinstance(self.done, float):
+            assert isinstance(self.begun, float)
+            return self.done - self.begun
+        self.done.synchronize()
+        assert not isinstance(self.begun, float)
+        return float(self.begun.elapsed_time(self.done)) / 1e3
+
+
+class ResidentCycles:
+    """Runs the sequences of one generate call over rows on the device.
+
+    Blocks are reserved for what the cycle in flight and the next one can commit at most. When they run short the host
+    first reads what is in flight, so that only sequences whose length is known are ever sent back.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: PagedCache,
+        scheduler: Scheduler,
+        sampling: Sampling,
+        *,
+        residency: Residency,
+        graphs: GraphPool,
+        drafter: ResidentDrafter | None,
+        chooser: Chooser,
+        block_size: int,
+    ) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._scheduler = scheduler
+        self._sampling = sampling
+        self._residency = residency
+        self._graphs = graphs
+        self._drafter = drafter
+        self._chooser = chooser
+        self._block_size = block_size
+        self._device = cache.storage.device
+        self._stop = frozenset(sampling.stop_token_ids)
+        self._stop_ids = residency.stop_ids(sampling.stop_token_ids)
+        self._transform = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        self._launched: Launched | None = None
+        self._last_done: torch.cuda.Event | float | None = None  # None where something else ran since
+        self._early: list[Sequence] = []  # finished, found out while draining, not yet handed on
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a cycle's results are still to come."""
+        return self._launched is not None or bool(self._early)
+
+    @torch.inference_mode()
+    def step(self, version: int) -> list[Sequence]:
+        """Launch a cycle, then read the one before; the sequences that became complete."""
+        previous = self._launched
+        finished, self._early = self._early, []
+        batch = max(1, len(self._residency.sequences))
+        strategy = self._chooser.choose(batch=batch, context=self._context())
+        ahead = strategy.num_verify + (1 + previous.strategy.num_verify if previous else 0)
+        if previous is not None and not self._scheduler.fits(ahead):
+            finished += self._collect(previous)
+            previous = self._launched = None
+        works = self._scheduler.plan(ahead=ahead)
+        self._residency.leave([s for s in self._residency.sequences if s.num_blocks == 0], self._drafter)
+        decoding = [work.sequence for work in works if work.sequence.num_uncached == 1]
+        # one admitted just now, its whole prompt known, has no blocks ahead yet; the next plan gives them
+        ready = [s for s in decoding if s not in self._residency and self._scheduler.holds(s, ahead)]
+        self._residency.enter(ready, self._drafter)
+        self._residency.upload_blocks()
+        self._launched = self._launch(strategy, version) if self._residency.sequences else None
+        if prefilling := [work for work in works if work.sequence.num_uncached > 1]:
+            self._prefill(prefilling)
+        if previous is not None:
+            finished += self._collect(previous)
+        return finished
+
+    @torch.inference_mode()
+    def drain(self) -> None:
+        """Read what is in flight: afterwards the host knows every token that the device does."""
+        if self._launched is not None:
+            self._early += self._collect(self._launched)
+            self._launched = None
+        self._residency.leave([s for s in self._residency.sequences if s.num_blocks == 0], self._drafter)
+
+    def close(self) -> None:
+        """Vacate all rows. What is in flight is waited for and dropped."""
+        if self._launched is not None:
+            self._launched.wait()
+            self._launched = None
+        self._residency.clear(self._drafter)
+
+    def vacate(self) -> None:
+        """Take all sequences off their rows; those the scheduler plans again will enter again."""
+        assert self._launched is None
+        self._residency.leave(list(self._residency.sequences), self._drafter)
+
+    def _context(self) -> float:
+        """Mean tokens of the running sequences."""
+        sequences = self._residency.sequences
+        return sum(len(sequence.tokens) for sequence in sequences) / max(1, len(sequences))
+
+    def _launch(self, strategy: Strategy, version: int) -> Launched:
+        """Enqueue one cycle over all rows."""
+        residency = self._residency
+        num_rows = min(bucket(len(residency.sequences)), residency.num_rows)
+        num_nodes = strategy.num_verify
+        context = self._context()
+        begun = self._last_done or self._now()
+        timed = True
+        if num_nodes:
+            assert self._drafter is not None
+            drafter, drafts = self._drafter, residency.drafts(num_rows, num_nodes)
+            timed &= self._graphs.run(
+                ("draft", strategy, num_rows),
+                lambda: drafter.propose(residency.texts, residency.rows, strategy, drafts),
+            )
+        device_results = residency.results(num_rows, num_nodes)
+        timed &= self._graphs.run(
+            ("target", num_rows, num_nodes, self._transform, self._sampling.stop_token_ids),
+            lambda: self._target(num_rows, num_nodes, device_results),
+        )
+        results = residency.host_results(num_rows, num_nodes)
+        results.copy_(device_results, non_blocking=True)
+        self._last_done = self._now()
+        return Launched(
+            sequences=list(residency.sequences),
+            strategy=strategy,
+            num_rows=num_rows,
+            context=context,
+            results=results,
+            version=version,
+            begun=begun,
+            done=self._last_done,
+            timed=timed,
+        )
+
+    def _target(self, num_rows: int, num_nodes: int, results: torch.Tensor) -> None:
+        """Forward every row's pending token and draft, sample after each, commit what agrees."""
+        residency, cache, size = self._residency, self._cache, self._block_size
+        texts, rows = residency.texts, residency.rows
+        drafts = residency.drafts(num_rows, num_nodes) if num_nodes else None
+        inputs = prepare(texts, rows, drafts, num_rows=num_rows, block_size=size, dummy_slot=cache.dummy_slot)
+        # a captured forward must be right for any context; an eager one on a CPU is dearer the wider it looks
+        on_cpu = self._device.type == "cpu"
+        seqs = paged_sequences(
+            cu_seqlens_q=residency.cu_seqlens(num_rows, 1 + num_nodes),
+            max_seqlen_q=1 + num_nodes,
+            context_lens=inputs.context_lens,
+            max_context=int(inputs.context_lens.max()) if on_cpu else residency.max_length,
+            block_tables=rows.block_tables[:num_rows],
+            slots=inputs.slots,
+            block_size=size,
+            positions=inputs.positions,
+            ancestors=inputs.ancestors if num_nodes else None,
+            num_drafted=inputs.num_drafted if num_nodes else None,
+        )
+        hidden = self._decoder.forward(inputs.token_ids, inputs.positions, seqs, cache)
+        temperature, top_k, top_p, min_p = self._transform
+        token_ids, logprobs = sample(
+            self._decoder.logits(hidden),
+            inputs.keys,
+            inputs.sample_positions,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+        )
+        result = commit(
+            texts,
+            rows,
+            drafts,
+            inputs,
+            token_ids,
+            logprobs,
+            num_rows=num_rows,
+            block_size=size,
+            stop_ids=self._stop_ids,
+            out=results,
+        )
+        if num_nodes:
+            compact(cache.storage, result.src_slots, result.dst_slots)
+
+    def _prefill(self, works: abc.Sequence[Work]) -> None:
+        """Compute prompts up to their last token, which the first cycle forwards as the row's pending token."""
+        shares = [Work(w.sequence, min(w.num_tokens, w.sequence.num_uncached - 1)) for w in works]
+        groups = group_by_length(shares) if self._device.type == "cpu" else [list(range(len(shares)))]
+        for group in groups:
+            packed = pack([shares[index] for index in group], block_size=self._block_size, device=self._device)
+            self._decoder.forward(packed.token_ids, packed.positions, packed.seqs, self._cache)
+        self._last_done = None
+        for share in shares:
+            self._scheduler.advance(share.sequence, share.sequence.num_cached + share.num_tokens)
+
+    def _collect(self, launched: Launched) -> list[Sequence]:
+        """Commit on the host what a cycle committed on the device; the sequences that became complete."""
+        seconds = launched.wait()
+        width = 1 + launched.strategy.num_verify
+        table = launched.results.numpy()
+        counts = table[:, COUNT].tolist()
+        token_ids = table[:, TOKENS : TOKENS + width].tolist()
+        logprobs = table[:, TOKENS + width : TOKENS + 2 * width].view(np.float32).tolist()
+        proposed = table[:, TOKENS + 2 * width : TOKENS + 3 * width - 1]
+        proposed_lists = proposed.tolist() if width > 1 else None
+        accepted = table[:, ACCEPTED].tolist()
+        finished = []
+        for row, sequence in enumerate(launched.sequences):
+            count = counts[row]
+            if count == 0:  # it finished one cycle earlier
+                continue
+            if not all(map(isfinite, logprobs[row][:count])):
+                raise DivergedError(NOT_FINITE)
+            taken = sequence.commit(
+                token_ids[row][:count], logprobs[row][:count], stop_token_ids=self._stop, version=launched.version
+            )
+            assert taken == count, "host and device disagree about the end of a sequence"
+            sequence.count_forward(proposed_lists[row] if proposed_lists else (), accepted[row])
+            if sequence.finish is None:
+                self._scheduler.extend(sequence, len(sequence.tokens) - 1)
+            else:
+                self._scheduler.finish(sequence)
+                finished.append(sequence)
+        if launched.timed:
+            self._report(launched, seconds, sum(counts), proposed, accepted)
+        self._residency.leave(finished, self._drafter)
+        return finished
+
+    def _report(
+        self, launched: Launched, seconds: float, committed: int, proposed: np.ndarray, accepted: list[int]
+    ) -> None:
+        strategy = launched.strategy
+        by_depth = np.bincount(np.asarray(accepted[: len(launched.sequences)]), minlength=strategy.depth + 1)
+        self._chooser.observe(
+            CycleReport(
+                strategy=strategy,
+                batch=len(launched.sequences),
+                bucket=launched.num_rows,
+                context=launched.context,
+                seconds=seconds,
+                committed=committed,
+                proposed_by_depth=proposed.sum(axis=0)[: strategy.depth].tolist(),
+                # a row that accepted n passed levels 1 to n
+                accepted_by_depth=by_depth[::-1].cumsum()[::-1][1 : strategy.depth + 1].tolist(),
+                rows_with_draft=int((proposed[:, :1] > 0).sum()),
+                shadow_hits=0,
+                shadow_total=0,
+            )
+        )
+
+    def _now(self) -> torch.cuda.Event | float:
+        if self._device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
