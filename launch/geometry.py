@@ -1,0 +1,151 @@
+"""Named geometries: the shapes of known models, for measurements that need no weights to be fetched."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+
+from configs.errors import ConfigError, PreflightError, ResourceError
+from rollout.model import ATTENTION, load_policy
+from rollout.pretrained import load_tokenizer, resolve
+from rollout.projections import lay_side_by_side
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+Device = Literal["auto", "cpu", "cuda"]
+
+# None has dropout: load_policy takes it out of a real model, and these stand for one.
+_GEOMETRIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "tiny": (
+        LlamaConfig,
+        {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "smollm2-135m": (
+        LlamaConfig,
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-1.7b": (
+        Qwen3Config,
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "tie_word_embeddings": False,  # the published model ties them; vLLM was measured without
+        },
+    ),
+    "qwen3-8b": (
+        Qwen3Config,
+        {
+            "vocab_size": 151936,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+
+
+def geometry(name: str) -> PretrainedConfig:
+    """The config of a named geometry. Raises ConfigError for an unknown one."""
+    if name not in _GEOMETRIES:
+        raise ConfigError(f"--geometry {name}: unknown; choose one of {', '.join(_GEOMETRIES)}")
+    kind, shape = _GEOMETRIES[name]
+    architecture = {LlamaConfig: "LlamaForCausalLM", Qwen3Config: "Qwen3ForCausalLM"}[kind]
+    return kind(architectures=[architecture], bos_token_id=1, eos_token_id=2, **shape)
+
+
+def random_policy(name: str, *, device: str, dtype: str, seed: int) -> PreTrainedModel:
+    """A named geometry with random weights, made on the device: otherwise what load_policy returns.
+
+    Weights are drawn as the architecture initialises them, norms are 1. What load_policy proves of a model, every
+    benchmark proves of its engine before it times it. Raises ConfigError and ResourceError.
+    """
+    config = geometry(name)
+    devices = [torch.device(device)] if device != "cpu" else []
+    try:
+        with torch.random.fork_rng(devices), torch.device(device):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=ATTENTION)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(f"--geometry {name}: its {dtype} weights do not fit on {device}") from error
+    lay_side_by_side(model)
+    return model.eval()
+
+
+def placement(device: Device, dtype: Dtype) -> tuple[str, str]:
+    """The device and dtype meant by a command's options. Raises PreflightError without the device."""
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise PreflightError("--device cuda: torch sees no CUDA device; leave --device out, or give --device cpu")
+    if device == "auto":
+        device = "cuda" if has_cuda else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    return device, dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to measure. name as the user gave it; folder: where its weights came from, None for random ones."""
+
+    name: str
+    model: PreTrainedModel
+    folder: Path | None
+
+    @classmethod
+    def load(cls, geometry: str | None, model: str | None, *, device: Device, dtype: Dtype, seed: int) -> "Subject":
+        """The named geometry with random weights, or the given model: a folder or a shipped name.
+
+        Raises ConfigError, PreflightError and ResourceError.
+        """
+        if (geometry is None) == (model is None):
+            raise ConfigError("give --geometry NAME for random weights or --model MODEL, as in --geometry qwen3-8b")
+        where, kind = placement(device, dtype)
+        if geometry is not None:
+            return cls(geometry, random_policy(geometry, device=where, dtype=kind, seed=seed), None)
+        assert model is not None
+        folder = resolve(model)
+        return cls(model, load_policy(folder, device=where, dtype=kind), folder)
+
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end the model's answers; random weights have none."""
+        if self.folder is None:
+            return ()
+        from launch.cluster import stop_token_ids  # which imports all that training needs
+
+        return stop_token_ids(self.folder, load_tokenizer(self.folder))
