@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from configs.errors import ConfigError, PreflightError
 from configs.schema import Config, DataConfig, RolloutConfig, TrainConfig
-from launch import bench, bench_trl
-from launch.bench import Arm
+from launch import bench, bench_loop, bench_trl
+from launch.bench_loop import Arm
 from rollout.types import Prompt
 
 # Stands in for the python of TRL's environment: imports anything, and takes a second a step, half of it in generate.
@@ -43,7 +43,7 @@ def prompts() -> list[Prompt]:
     return [Prompt(str(n), list(range(10 + n)), "", {"question": f"what is {n}?"}) for n in range(4)]
 
 
-def step(seconds: float, tokens: int) -> bench.Step:
+def step(seconds: float, tokens: int) -> bench_loop.Step:
     return {
         "seconds": seconds,
         "seconds_rollout": seconds / 2,
@@ -54,7 +54,7 @@ def step(seconds: float, tokens: int) -> bench.Step:
 
 
 def test_the_peer_is_given_the_same_job(config: Config, prompts: list[Prompt]) -> None:
-    job = bench.peer_job(config, Path("model"), (2,), prompts, threads=2, micro=0)
+    job = bench_loop.peer_job(config, Path("model"), (2,), prompts, threads=2, micro=0)
     assert job["messages"][1] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Q: what is 1?"},
@@ -72,21 +72,21 @@ def test_the_peers_passes_hold_no_more_tokens_than_ours(config: Config, prompts:
     longest = 13 + 30
     for micro_tokens, expected in ((8 * longest, 8), (8 * longest - 1, 4), (2 * longest, 2), (longest, 1)):
         limited = replace(config, train=replace(config.train, micro_tokens=micro_tokens))
-        job = bench.peer_job(limited, Path("model"), (2,), prompts, threads=1, micro=0)
+        job = bench_loop.peer_job(limited, Path("model"), (2,), prompts, threads=1, micro=0)
         assert job["trl"]["per_device_train_batch_size"] == expected
     with pytest.raises(ConfigError, match="--peer-micro=3"):
-        bench.peer_job(config, Path("model"), (2,), prompts, threads=1, micro=3)
+        bench_loop.peer_job(config, Path("model"), (2,), prompts, threads=1, micro=3)
 
 
 def test_what_the_sides_do_differently_is_refused(config: Config) -> None:
     with pytest.raises(ConfigError, match=r"train\.kl_coef=0\.1"):
-        bench._require_comparable(replace(config, train=replace(config.train, kl_coef=0.1)))
+        bench_loop._require_comparable(replace(config, train=replace(config.train, kl_coef=0.1)))
 
 
 def test_the_report_compares_steps_and_tokens(config: Config) -> None:
     peer = Arm("trl", steps=[step(8.0, 40), step(10.0, 40), step(30.0, 40)])
     ours = Arm("paceline off", steps=[step(5.0, 60) | {"accept_length": 1.5}] * 2)
-    result = bench.report([peer, ours], config, threads=2, rounds=1)
+    result = bench_loop.report([peer, ours], config, threads=2, rounds=1)
     assert result["arms"][0]["seconds"] == {"median": 10.0, "min": 8.0, "max": 30.0}
     assert result["arms"][0]["accept_length"] is None
     assert result["arms"][1]["accept_length"] == 1.5
@@ -94,19 +94,19 @@ def test_the_report_compares_steps_and_tokens(config: Config) -> None:
     # 120 tokens in 48 s against 120 in 10 s
     assert result["speedup"] == {"paceline off": {"step": 2.0, "tokens_per_s": pytest.approx(4.8)}}
     assert json.loads(json.dumps(result))["arms"][1]["steps"][0]["seconds"] == 5.0
-    assert bench.table(result).row_count == 2
+    assert bench_loop.table(result).row_count == 2
 
 
 def test_a_peer_that_is_missing_is_a_preflight_error(tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match="does not run"):
-        bench._require_peer(tmp_path / "python", "trl")
+        bench_loop._require_peer(tmp_path / "python", "trl")
     with pytest.raises(PreflightError, match="pip install"):
-        bench._require_peer(Path(sys.executable), "no_such_peer")
+        bench_loop._require_peer(Path(sys.executable), "no_such_peer")
 
 
 def test_a_side_that_fails_is_reported_with_its_last_word() -> None:
     with pytest.raises(PreflightError, match="ended with 1: out of luck"):
-        bench._run([sys.executable, "-c", "raise SystemExit('out of luck')"], threads=1)
+        bench_loop._run([sys.executable, "-c", "raise SystemExit('out of luck')"], threads=1)
 
 
 def test_the_peers_script_imports_nothing_of_ours() -> None:
