@@ -3,15 +3,30 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from configs.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launch.bench_peer import PeerChoice
+
 app = typer.Typer(help="Measure Paceline against its peers.")
 
+Geometry = Annotated[str | None, typer.Option(metavar="NAME", help="A known shape, random weights: qwen3-8b, ...")]
+Model = Annotated[str | None, typer.Option(metavar="MODEL", help="A model folder or a shipped name instead.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU where there is one.")]
+Dtype = Annotated[Literal["auto", "bfloat16", "float32"], typer.Option(help="auto: bfloat16 on a GPU.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Times every figure is measured.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of weights, prompts and noise.")]
+Vllm = Annotated[Literal["vllm"] | None, typer.Option(help="Measure this peer in a child process, in turns with us.")]
+PeerPython = Annotated[Path, typer.Option(metavar="PATH", help="Python of an environment that has the peer.")]
+PeerMemory = Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of the GPU's memory the peer may take.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Where the results go.")]
 
+PYTHON = Path(sys.executable)
 LOG_WIDTH = 160
 
 
@@ -62,6 +77,206 @@ def loop(
         peer_micro=peer_micro,
     )
     _show(result, bench_loop.table(result), out)
+
+
+@app.command()
+def decode(
+    geometry: Geometry = None,
+    model: Model = None,
+    batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8,32,128,256",
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps a figure is the mean of.")] = 128,
+    rounds: Rounds = 3,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    peer: Vllm = None,
+    peer_python: PeerPython = PYTHON,
+    peer_memory: PeerMemory = 0.45,
+    out: Json = None,
+) -> None:
+    """Milliseconds per decode step at temperature 1, by batch size; with --peer vllm its own beside ours."""
+    sizes = _numbers("--batches", batches)
+    choice = _prepare(peer, peer_python, peer_memory)
+    from launch import bench_decode
+    from launch.geometry import Subject
+
+    subject = Subject.load(geometry, model, device=device, dtype=dtype, seed=seed)
+    job = bench_decode.Job(tuple(sizes), prompt_len, new_tokens, rounds, seed)
+    result = bench_decode.run(subject, job, peer=choice)
+    _show(result, bench_decode.table(result), out)
+
+
+@app.command()
+def prefill(
+    geometry: Geometry = None,
+    model: Model = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "128,512,2048,8192",
+    total_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens at once; at least one prompt.")] = 16384,
+    rounds: Rounds = 5,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    peer: Vllm = None,
+    peer_python: PeerPython = PYTHON,
+    peer_memory: PeerMemory = 0.45,
+    out: Json = None,
+) -> None:
+    """Prompt tokens per second by length, against the transformers module with SDPA, and a peer."""
+    sizes = _numbers("--lengths", lengths)
+    choice = _prepare(peer, peer_python, peer_memory)
+    from launch import bench_prefill
+    from launch.geometry import Subject
+
+    subject = Subject.load(geometry, model, device=device, dtype=dtype, seed=seed)
+    job = bench_prefill.Job(tuple(sizes), total_tokens, rounds, seed)
+    result = bench_prefill.run(subject, job, peer=choice)
+    _show(result, bench_prefill.table(result), out)
+
+
+@app.command()
+def start(
+    geometry: Geometry = None,
+    model: Model = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Warm starts after the cold one.")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    peer: Vllm = None,
+    peer_python: PeerPython = PYTHON,
+    peer_memory: PeerMemory = 0.45,
+    out: Json = None,
+) -> None:
+    """Seconds from loaded weights to the first token, in fresh processes: compilers' caches empty, then kept."""
+    choice = _prepare(peer, peer_python, peer_memory)
+    from launch import bench_start
+
+    job = bench_start.Job(geometry, model, device, dtype, seed, rounds)
+    result = bench_start.run(job, peer=choice)
+    _show(result, bench_start.table(result), out)
+
+
+@app.command()
+def cycle(
+    geometry: Geometry = None,
+    model: Model = None,
+    batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,2,4,8",
+    graph_batch: Annotated[int, typer.Option(min=0, help="Weigh the graphs up to this batch; 0: do not.")] = 256,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Cycles a figure is the mean of.")] = 64,
+    rounds: Rounds = 3,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Json = None,
+) -> None:
+    """A speculative cycle in plain steps, and the graph memory of several strategies against one's."""
+    sizes = _numbers("--batches", batches)
+    _prepare(None)
+    from launch import bench_cycle
+    from launch.geometry import Subject
+
+    subject = Subject.load(geometry, model, device=device, dtype=dtype, seed=seed)
+    job = bench_cycle.Job(tuple(sizes), graph_batch, prompt_len, new_tokens, rounds, seed)
+    result = bench_cycle.run(subject, job)
+    _show(result, bench_cycle.table(result), out)
+
+
+@app.command()
+def gain(
+    geometry: Geometry = None,
+    model: Model = None,
+    batches: Annotated[str, typer.Option(help="Rollouts at once.")] = "1,8,32,128,256",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a rollout at most.")] = 256,
+    rounds: Rounds = 3,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Json = None,
+) -> None:
+    """Rollouts with drafts, the strategy chosen as they run, over rollouts without; also where drafts never match."""
+    sizes = _numbers("--batches", batches)
+    _prepare(None)
+    from launch import bench_gain
+    from launch.geometry import Subject
+
+    subject = Subject.load(geometry, model, device=device, dtype=dtype, seed=seed)
+    result = bench_gain.run(subject, bench_gain.Job(tuple(sizes), new_tokens, rounds, seed))
+    _show(result, bench_gain.table(result), out)
+
+
+@app.command()
+def drift(
+    geometry: Geometry = None,
+    model: Model = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to answer.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each.")] = 4,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 128,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Json = None,
+) -> None:
+    """Rollouts with drafts against rollouts without, and both against the training forward: agreement and drift."""
+    _prepare(None)
+    from launch import bench_drift
+    from launch.geometry import Subject
+
+    subject = Subject.load(geometry, model, device=device, dtype=dtype, seed=seed)
+    result = bench_drift.run(subject, bench_drift.Job(prompts, samples, new_tokens, seed))
+    _show(result, bench_drift.table(result), out)
+
+
+@app.command()
+def kernels(
+    geometry: Annotated[str, typer.Option(metavar="NAME", help="Whose heads and widths.")] = "qwen3-8b",
+    batches: Annotated[str, typer.Option(help="Sequences that attend.")] = "1,4,8,16",
+    contexts: Annotated[str, typer.Option(help="Keys of each.")] = "8192,32768,131072",
+    max_keys: Annotated[int, typer.Option(min=1, help="Leave out batches of more keys.")] = 1 << 19,
+    tokens: Annotated[str, typer.Option(help="Rows of products and samplings.")] = "1,8,16,128",
+    logprob_rows: Annotated[int, typer.Option(min=1, help="Rows of log-probs.")] = 2048,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Json = None,
+) -> None:
+    """Attention, products, sampling and log-probs against torch's, at a geometry's shapes."""
+    sizes = [(batch, keys) for keys in _numbers("--contexts", contexts) for batch in _numbers("--batches", batches)]
+    rows = _numbers("--tokens", tokens)
+    _prepare(None)
+    from launch import bench_kernels
+    from launch.geometry import placement
+
+    where, kind = placement(device, dtype)
+    kept = tuple((batch, keys) for batch, keys in sizes if batch * keys <= max_keys)
+    job = bench_kernels.Job(geometry, where, kind, kept, tuple(rows), logprob_rows, seed)
+    result = bench_kernels.run(job)
+    _show(result, bench_kernels.table(result), out)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """The numbers of a comma-separated list, in order. Raises ConfigError."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"{option} {text!r}: give different positive numbers with commas between, as in 1,8,32")
+    return numbers
+
+
+def _prepare(peer: str | None, python: Path = PYTHON, memory: float = 0.0) -> "PeerChoice | None":
+    """What comes before the first heavy import; the peer that was asked for. Raises PreflightError."""
+    from launch.bench_peer import PeerChoice, require_peer
+    from launch.logs import check_kernels, disable_progress_bars, quiet_libraries
+
+    check_kernels()
+    quiet_libraries()
+    disable_progress_bars()
+    if peer is None:
+        return None
+    require_peer(python, peer)
+    return PeerChoice(peer, python, memory)
 
 
 def _show(result: dict[str, Any], table: Any, out: Path | None) -> None:
