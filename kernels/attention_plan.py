@@ -73,16 +73,19 @@ class Plan:
 
 
 def choose_launch(rows: int, head_dim: int, dtype: torch.dtype) -> Launch:
-    """A launch for tiles of so many rows (new tokens times query heads a key head), by measurement on an H100."""
+    """A launch for tiles of so many rows (new tokens times query heads a key head)."""
     block_m = min(max(16, triton.next_power_of_2(rows)), 128)
     if dtype.itemsize == 4:
         # exact float32 products take no tensor cores; small steps keep them in registers
         return Launch(min(block_m, 32), 32, num_warps=4, num_stages=2, programs_per_sm=1, fold=True)
+    # programs_per_sm: what 64 Ki registers and 227 KB of shared memory hold
     if head_dim > 128:
-        return Launch(min(block_m, 64), 32, num_warps=4, num_stages=3, programs_per_sm=2, fold=block_m == 16)
-    if block_m == 128:
-        return Launch(block_m, 64, num_warps=8, num_stages=3, programs_per_sm=1, fold=False)
-    return Launch(block_m, 64, num_warps=4, num_stages=5, programs_per_sm=2, fold=block_m == 16)
+        return Launch(min(block_m, 64), 32, num_warps=4, num_stages=2, programs_per_sm=2, fold=block_m == 16)
+    if block_m == 16:
+        return Launch(block_m, 64, num_warps=4, num_stages=3, programs_per_sm=3, fold=True)
+    if block_m < 128:
+        return Launch(block_m, 64, num_warps=4, num_stages=2, programs_per_sm=2, fold=False)
+    return Launch(block_m, 64, num_warps=8, num_stages=3, programs_per_sm=1, fold=False)
 
 
 def plan_for(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:

@@ -204,11 +204,15 @@ def _attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     table = block_tables + sequence.to(tl.int64) * table_stride
     head_dims = head * HEAD_DIM + dims
+    step = tl.arange(0, BLOCK_N)
+    # a step ahead, in registers: the pipeline holds copies of keys and values alone, which wait for nothing
+    block = tl.load(table + tl.minimum(first_key + step, last_key - 1) // BLOCK_SIZE)
     for begin in tl.range(first_key, last_key, BLOCK_N, num_stages=STAGES):
-        key_index = begin + tl.arange(0, BLOCK_N)
+        key_index = begin + step
         readable = tl.minimum(key_index, last_key - 1)
-        block = tl.load(table + readable // BLOCK_SIZE).to(tl.int64)
-        entry = (block * BLOCK_SIZE + readable % BLOCK_SIZE) * (KV_HEADS * HEAD_DIM)
+        slot = block.to(tl.int64) * BLOCK_SIZE + readable % BLOCK_SIZE
+        block = tl.load(table + tl.minimum(key_index + BLOCK_N, last_key - 1) // BLOCK_SIZE)
+        entry = slot * (KV_HEADS * HEAD_DIM)
         if HEAD_DIM == BLOCK_D:
             k = tl.load(key_cache + entry[:, None] + head_dims[None, :])
             v = tl.load(value_cache + entry[:, None] + head_dims[None, :])
@@ -250,10 +254,10 @@ def _attention_kernel(
         where = (token_row * (KV_HEADS * GROUPS) + query_head)[:, None] * HEAD_DIM + dims[None, :]
         tl.store(output + where, result.to(output.dtype.element_ty), mask=mask)
         return
-    slot = ((first_partial + chunk).to(tl.int64) * KV_HEADS + head) * room + rows
-    tl.store(maxima + slot, maximum, mask=in_use)
-    tl.store(sums + slot, total, mask=in_use)
-    tl.store(partials + slot[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
+    part = ((first_partial + chunk).to(tl.int64) * KV_HEADS + head) * room + rows
+    tl.store(maxima + part, maximum, mask=in_use)
+    tl.store(sums + part, total, mask=in_use)
+    tl.store(partials + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
     if FOLD:
         tl.debug_barrier()  # every thread has stored before one of them says so
         done = tl.atomic_add(arrived + tile * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
