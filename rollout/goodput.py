@@ -11,9 +11,9 @@ from rollout.graphs import bucket
 if TYPE_CHECKING:
     from rollout.strategy import CycleReport
 
-# How much of the leader's goodput a challenger must promise. Plain decoding wins near-ties: its tokens are certain.
-MARGIN = 1.02
-MARGIN_OFF = 0.99
+# A challenger must promise this much more than the leader. Plain decoding wins near-ties: its tokens are certain.
+MARGIN = 0.02
+MARGIN_OFF = -0.01
 
 PROBE_SHARE = 0.005  # of all time may be lost to probes
 PROBE_CYCLES = 2.0  # plain cycles' worth of loss allowed ahead of that
@@ -48,7 +48,7 @@ class GoodputChooser:
         self._gains = [Share(0.0, 0.0) for _ in range(count)]
         self._tokens = [1.0] * count
         self._refresh()
-        self._leader = 0
+        self._lead(0)
         self._leader_rate = 0.0  # tokens a row and second
         self._cycle = 0
         self._chosen = [0] * count
@@ -63,8 +63,11 @@ class GoodputChooser:
         self._probe_loss_s = 0.0
 
     def prime(self, strategy: Strategy, rows: int, seconds: float, *, context: float = 0.0) -> None:
-        """Take up a calibrated time of a cycle; off first, the others are priced by it."""
-        self._costs.prime(self._index[strategy], bucket(rows), context, seconds)
+        """Take up a calibrated time of a cycle over so many rows with so many tokens cached on average."""
+        arm = self._index[strategy]
+        self._costs.prime(arm, bucket(rows), context, seconds)
+        if arm == 0:
+            self._credit = PROBE_CYCLES * seconds
 
     def choose(self, *, batch: int, context: float) -> Strategy:
         """The leader by goodput, or an arm whose probe is due."""
@@ -120,27 +123,30 @@ class GoodputChooser:
         return {"choice": "goodput", "cycles": self._cycle, "arms": arms, "sources": sources, "probes": probes}
 
     def _select(self, rows: int, context: float) -> int:
+        """The arm of most expected tokens a second, unless another's turn to be probed has come."""
         if rows >= 2 * self._rows or 2 * rows <= self._rows:
             self._rows = rows  # the few that are left of a batch are not like the many that have finished
             self._weaken(NEW_BATCH_TRIALS)
         visits = self._visits[rows] = self._visits.get(rows, 0) + 1
         seconds = self._costs.seconds(rows, context)
         rates = [tokens / cost for tokens, cost in zip(self._tokens, seconds, strict=True)]
-        best, needed = self._leader, rates[self._leader]
-        for arm, rate in enumerate(rates):
-            bar = needed if best != self._leader else needed * (MARGIN if arm else MARGIN_OFF)
-            if rate > bar:
-                best, needed = arm, rate
+        best = max(range(len(rates)), key=[rate / bar for rate, bar in zip(rates, self._bars, strict=True)].__getitem__)
         if best != self._leader:
             self._interval[self._leader] = FIRST_INTERVAL
             self._due[self._leader] = self._cycle + FIRST_INTERVAL
-            self._leader = best
+            self._lead(best)
         self._leader_rate = rates[best]
         return self._probe(seconds, rates) if visits > KNOWN_CYCLES else best
 
+    def _lead(self, arm: int) -> None:
+        """Let an arm lead, and set the bars that others must pass."""
+        self._leader = arm
+        self._bars = [1.0 + (MARGIN if other else MARGIN_OFF) for other in range(len(self._arms))]
+        self._bars[arm] = 1.0
+
     def _probe(self, seconds: list[float], rates: list[float]) -> int:
         """The arm whose probe is longest due, if the expected loss is covered; else the leader."""
-        chosen = self._leader
+        chosen, reserved = self._leader, 0.0
         for arm, cost in enumerate(seconds):
             if arm == self._leader or self._due[arm] > self._cycle:
                 continue

@@ -129,6 +129,7 @@ def test_unknown_key_names_the_closest_known_one(unknown: str, meant: str) -> No
         ("train.zero_stage=3", "train.zero_stage=3: expected one of 0, 1, 2"),
         ("train.zero_stage=true", "train.zero_stage=true: expected one of 0, 1, 2"),
         ("compute.device=gpu", "compute.device='gpu': expected one of auto, cpu, cuda"),
+        ("spec.choice=best", "spec.choice='best': expected one of auto, goodput, beg_mab, fixed"),
         ("data.options=[1,", "has a value that is not valid YAML"),
         ("=3", "is not of the form a.b=c"),
         ("run.name=${nope}", "Interpolation key 'nope' not found"),
