@@ -1,11 +1,10 @@
-"""A layer's products over packed tokens, with the norm before them and the sum after them in one call.
+"""A layer's products over packed tokens, with the norm before them and the sum after them.
 
 At decoding a product reads far more weights than it does arithmetic. linear and gated_linear say what is computed; on a
 GPU a small table (tile_for) chooses between our kernels and cuBLAS.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +23,7 @@ class Tile:
     """How a product is cut into programs of block_n weight rows by block_m tokens.
 
     Fewer than 8 tokens are multiplied and added without tensor cores. block_k columns are loaded at once, num_stages
-    tiles are on their way, split_k programs share a row's columns. norm: apart is a kernel before; first_pass reads the
-    tokens twice and rounds like transformers; in_loop scales the result by 1/rms, with one rounding fewer. overlap:
-    when the next kernel may start, at once ("early"), when the weights are read ("late") or at the end ("none").
-    prefetch: columns of each weight row asked for before the previous kernel has ended.
+    tiles are on their way, split_k programs share a row's columns.
     """
 
     block_m: int
@@ -36,9 +32,6 @@ class Tile:
     num_stages: int
     num_warps: int = 4
     split_k: int = 1
-    norm: Literal["apart", "first_pass", "in_loop"] = "apart"
-    overlap: Literal["none", "early", "late"] = "late"
-    prefetch: int = 1024
 
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -64,13 +57,12 @@ def linear(
     """
     if not x.is_cuda:
         return linear_reference(x, weight, bias=bias, norm=norm, residual=residual)
+    x = x if norm is None else rms_norm(x, norm)
     tile = tile_for(PLAIN, x.shape[0], weight) if _aligned(x, weight) else None
-    if norm is not None and (tile is None or tile.norm == "apart"):
-        x, norm = rms_norm(x, norm), None
     if tile is not None:
         from kernels.linear_triton import linear_triton
 
-        return linear_triton(x, weight, bias=bias, norm=norm, residual=residual, tile=tile)
+        return linear_triton(x, weight, bias=bias, residual=residual, tile=tile)
     if residual is not None and bias is None:
         return torch.addmm(residual, x, weight.t())
     out = F.linear(x, weight, bias)
@@ -81,13 +73,12 @@ def gated_linear(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, norm:
     """silu(norm(x) gate^T) * (norm(x) up^T), without gradients. x [T, K]; gate, up [N, K]. Returns [T, N]."""
     if not x.is_cuda:
         return gated_linear_reference(x, gate, up, norm=norm)
+    x = x if norm is None else rms_norm(x, norm)
     tile = tile_for(GATED, x.shape[0], gate) if _aligned(x, gate, up) else None
-    if norm is not None and (tile is None or tile.norm == "apart"):
-        x, norm = rms_norm(x, norm), None
     if tile is not None:
         from kernels.linear_triton import gated_linear_triton
 
-        return gated_linear_triton(x, gate, up, norm=norm, tile=tile)
+        return gated_linear_triton(x, gate, up, tile=tile)
     if (both := _side_by_side(gate, up)) is not None:
         return silu_mul(*F.linear(x, both).chunk(2, dim=1))
     return silu_mul(F.linear(x, gate), F.linear(x, up))
@@ -137,50 +128,74 @@ def gated_linear_reference(
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """The tile for products of at most max_tokens tokens with at most max_features weight rows; None is cuBLAS."""
+    """The tile for at most max_tokens tokens and a weight of at most max_features rows and max_columns columns.
+
+    None is cuBLAS.
+    """
 
     max_tokens: int
     max_features: int
+    max_columns: int
     tile: Tile | None
 
 
 ANY = 1 << 31
-# the first rule that holds; beyond the last, cuBLAS. Chosen by occupancy, before any measurement
+# The first rule that holds; beyond the last, cuBLAS. Measured on an H100 at 1, 8, 16, 32, 64, 128 and 256 tokens: short
+# rows need many small programs to fill the chip, few rows need several programs a row, a vocabulary needs neither.
 PLAIN = (
-    Rule(8, 2048, Tile(8, 16, 128, 5)),
-    Rule(8, 8192, Tile(8, 32, 128, 5)),
-    Rule(8, ANY, Tile(8, 64, 128, 4)),
-    Rule(16, 2048, Tile(16, 16, 128, 5)),
-    Rule(16, 8192, Tile(16, 32, 128, 5)),
-    Rule(16, ANY, Tile(16, 64, 128, 4)),
-    Rule(32, 2048, Tile(32, 16, 128, 5)),
-    Rule(32, 8192, Tile(32, 32, 128, 5)),
-    Rule(32, ANY, Tile(32, 64, 128, 4)),
+    Rule(1, 8192, 1024, Tile(8, 16, 64, 6, split_k=3)),
+    Rule(1, 8192, ANY, Tile(1, 8, 512, 4)),
+    Rule(8, 8192, 1536, Tile(8, 16, 64, 6, split_k=3)),
+    Rule(8, 2048, ANY, Tile(8, 64, 64, 6, split_k=4)),
+    Rule(8, 8192, 2048, Tile(16, 16, 128, 6)),
+    Rule(8, 8192, ANY, Tile(8, 64, 128, 4, split_k=2)),
+    Rule(8, ANY, 1024, Tile(8, 64, 64, 6)),
+    Rule(8, ANY, ANY, Tile(8, 32, 128, 5)),
+    Rule(16, 8192, 1536, Tile(16, 16, 64, 6, split_k=3)),
+    Rule(16, 2048, 2048, Tile(16, 64, 64, 6, split_k=4)),
+    Rule(16, 2048, ANY, Tile(16, 64, 128, 4, split_k=3)),
+    Rule(16, 8192, 2048, Tile(16, 16, 128, 6)),
+    Rule(16, 8192, ANY, Tile(16, 64, 128, 4, split_k=2)),
+    Rule(16, ANY, 1024, Tile(16, 64, 64, 6)),
+    Rule(16, ANY, ANY, Tile(16, 64, 128, 4)),
+    Rule(32, 8192, 1536, Tile(32, 16, 64, 6, split_k=3)),
+    Rule(32, 2048, ANY, Tile(32, 64, 128, 4, split_k=2)),
+    Rule(32, 4096, 4096, Tile(32, 16, 128, 6)),
+    Rule(32, 4096, ANY, Tile(32, 64, 128, 4, split_k=2)),
+    Rule(32, 8192, ANY, Tile(32, 64, 128, 4)),
+    Rule(32, ANY, 1024, Tile(32, 64, 64, 6)),
+    Rule(32, ANY, ANY, Tile(32, 32, 128, 5)),
+    Rule(64, 8192, 1024, Tile(64, 16, 64, 6)),
+    Rule(64, 2048, 4096, None),
+    Rule(64, 2048, ANY, Tile(64, 64, 64, 4, split_k=4)),
 )
 GATED = (
-    Rule(8, 8192, Tile(8, 32, 64, 5)),
-    Rule(8, ANY, Tile(8, 64, 64, 4)),
-    Rule(16, 8192, Tile(16, 32, 64, 5)),
-    Rule(16, ANY, Tile(16, 64, 64, 4)),
-    Rule(32, 8192, Tile(32, 32, 64, 5)),
-    Rule(32, ANY, Tile(32, 64, 64, 4)),
+    Rule(8, 2048, ANY, Tile(8, 16, 64, 8, num_warps=2)),
+    Rule(8, ANY, ANY, Tile(8, 64, 128, 3)),
+    Rule(16, 2048, ANY, Tile(16, 16, 64, 8, num_warps=2)),
+    Rule(16, ANY, ANY, Tile(16, 64, 128, 3)),
+    Rule(32, 2048, ANY, Tile(32, 16, 64, 8)),
+    Rule(32, ANY, ANY, Tile(32, 64, 128, 3)),
+    Rule(64, 2048, ANY, Tile(64, 64, 64, 6)),
+    Rule(64, 8192, ANY, Tile(64, 64, 64, 4)),
+    Rule(64, ANY, ANY, Tile(64, 64, 64, 3)),
 )
 
 
 def tile_for(rules: tuple[Rule, ...], num_tokens: int, weight: torch.Tensor) -> Tile | None:
     """The choice for num_tokens tokens and weight [N, K]; None is cuBLAS."""
-    num_features, num_inner = weight.shape
+    num_features, num_columns = weight.shape
     for rule in rules:
-        if num_tokens <= rule.max_tokens and num_features <= rule.max_features:
-            return None if rule.tile is None else fit(rule.tile, num_inner)
+        if num_tokens <= rule.max_tokens and num_features <= rule.max_features and num_columns <= rule.max_columns:
+            return None if rule.tile is None else fit(rule.tile, num_columns)
     return None
 
 
-def fit(tile: Tile, num_inner: int) -> Tile | None:
-    """The tile with columns that divide num_inner; None where even 32 do not."""
-    while num_inner % (tile.block_k * tile.split_k):
+def fit(tile: Tile, num_columns: int) -> Tile | None:
+    """The tile with columns that divide num_columns; None where even 32 do not."""
+    while num_columns % (tile.block_k * tile.split_k):
         if tile.split_k > 1:
-            tile = replace(tile, split_k=1)
+            tile = replace(tile, split_k=tile.split_k - 1)
         elif tile.block_k > 32:
             tile = replace(tile, block_k=tile.block_k // 2)
         else:

@@ -6,10 +6,9 @@ With T tokens each weight is worth 2 T operations for 2 bytes read, so up to a f
 memory is all that counts. Three things keep that way busy:
   - a program owns BLOCK_N rows of the weight and streams them through a pipeline of num_stages tiles; the product is
     taken as weight tile x tokens^T, so that the long side fills the tensor cores and 8 tokens are no worse than 1;
-  - norm, bias, residual, silu and product ride along, and no intermediate leaves the chip;
-  - kernels of a chain overlap (programmatic dependent launch): while one drains, the next is already resident and asks
-    for the head of its weights. It asks by prefetches into L2, never by loads: L2 is where writes arrive, so weights
-    that an earlier kernel of the stream changes are still read correctly.
+  - bias, residual, silu and product ride along, and no intermediate leaves the chip;
+  - kernels of a chain overlap (programmatic dependent launch): while one drains, the next is already resident.
+The norm is a kernel before: in the loop it costs the tokens' way past the copy engine, and loses from 8 tokens on.
 """
 
 from functools import cache
@@ -29,20 +28,17 @@ def linear_triton(
     weight: torch.Tensor,
     *,
     bias: torch.Tensor | None,
-    norm: Norm | None,
     residual: torch.Tensor | None,
     tile: Tile,
 ) -> torch.Tensor:
     """linear, in one launch. With split_k > 1, calls on one device must be ordered: they share arrival counters."""
-    return _launch(x, weight, None, bias=bias, norm=norm, residual=residual, tile=tile)
+    return _launch(x, weight, None, bias=bias, residual=residual, tile=tile)
 
 
-def gated_linear_triton(
-    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, norm: Norm | None, tile: Tile
-) -> torch.Tensor:
+def gated_linear_triton(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, tile: Tile) -> torch.Tensor:
     """gated_linear, in one launch. Both weights have the same row stride."""
     assert tile.split_k == 1 and gate.stride() == up.stride() and gate.shape == up.shape
-    return _launch(x, gate, up, bias=None, norm=norm, residual=None, tile=tile)
+    return _launch(x, gate, up, bias=None, residual=None, tile=tile)
 
 
 def rms_norm_triton(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -84,28 +80,25 @@ def _launch(
     up: torch.Tensor | None,
     *,
     bias: torch.Tensor | None,
-    norm: Norm | None,
     residual: torch.Tensor | None,
     tile: Tile,
 ) -> torch.Tensor:
-    num_tokens, num_inner = x.shape
+    num_tokens, num_columns = x.shape
     num_features = weight.shape[0]
-    assert num_inner % (tile.block_k * tile.split_k) == 0, (num_inner, tile)
+    assert num_columns % (tile.block_k * tile.split_k) == 0, (num_columns, tile)
     assert x.stride(1) == weight.stride(1) == 1
     out = x.new_empty(num_tokens, num_features)
     grid = (triton.cdiv(num_tokens, tile.block_m), triton.cdiv(num_features, tile.block_n), tile.split_k)
     parts = arrivals = out  # not touched without a split
     if tile.split_k > 1:
-        assert norm is None, "a program of a split product sees only part of a row"
         assert grid[0] * grid[1] <= MAX_SPLIT_TILES
         parts = x.new_empty(grid[0] * grid[1] * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
         arrivals = _arrivals(x.device)
-    overlap = tile.overlap if _overlaps(x.device) else "none"
+    overlap = _overlaps(x.device)
     _linear_kernel[grid](
         x,
         weight,
         weight if up is None else up,
-        weight if norm is None else norm.weight,
         weight if bias is None else bias,
         x if residual is None else residual,
         out,
@@ -113,12 +106,10 @@ def _launch(
         arrivals,
         num_tokens,
         num_features,
-        num_inner,
+        num_columns,
         x.stride(0),
         weight.stride(0),
         0 if residual is None else residual.stride(0),
-        0.0 if norm is None else norm.eps,
-        NORM="none" if norm is None else tile.norm,
         GATED=up is not None,
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
@@ -127,14 +118,12 @@ def _launch(
         BLOCK_K=tile.block_k,
         SPLIT_K=tile.split_k,
         OVERLAP=overlap,
-        PREFETCH=tile.prefetch if overlap != "none" else 0,
-        THREADS=32 * tile.num_warps,
         STAGES=tile.num_stages,
         # fp32 serves tests and small models: as exact as torch's
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        launch_pdl=overlap != "none",
+        launch_pdl=overlap,
     )
     return out
 
@@ -150,44 +139,6 @@ def _arrivals(device: torch.device) -> torch.Tensor:
     """Zeros, to which every kernel returns them."""
     assert device.type == "cpu" or not torch.cuda.is_current_stream_capturing(), "run once before capturing"
     return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
-
-
-@triton.jit
-def _prefetch(weight_ptr, first_row, num_rows, stride, k_start, k_end, BLOCK_N, COLUMNS, THREADS):
-    """Ask for the first COLUMNS columns of BLOCK_N rows to come into L2, one stretch of a row a thread."""
-    lane = tl.arange(0, THREADS)
-    stretch: tl.constexpr = COLUMNS * BLOCK_N // THREADS
-    row = tl.minimum(first_row + lane % BLOCK_N, num_rows - 1).to(tl.int64)
-    start = k_start + lane // BLOCK_N * stretch
-    num_bytes = tl.minimum(stretch, k_end - start) * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    address = (weight_ptr + row * stride + start).to(tl.int64, bitcast=True)
-    tl.inline_asm_elementwise(
-        """{
-            .reg .pred inside;
-            setp.gt.s32 inside, $2, 0;
-            @inside cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.b32 $0, 0;
-        }""",
-        "=r,l,r",
-        [address, num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _rstd(x_ptr, tokens, num_tokens, x_stride, width, eps, BLOCK_M):
-    """1 / rms of each token. Returns [BLOCK_M] float32."""
-    # wide: nothing is pipelined here, so each round costs the latency of L2
-    wide: tl.constexpr = 8192 // BLOCK_M
-    squares = tl.zeros([BLOCK_M, wide], tl.float32)
-    x_rows = x_ptr + tokens[:, None].to(tl.int64) * x_stride
-    for k in range(0, width, wide):
-        column = k + tl.arange(0, wide)[None, :]
-        x = tl.load(x_rows + column, mask=(tokens[:, None] < num_tokens) & (column < width), other=0.0)
-        squares += x.to(tl.float32) * x.to(tl.float32)
-    return tl.rsqrt(tl.sum(squares, 1) / width + eps)
 
 
 @triton.jit
@@ -213,7 +164,6 @@ def _linear_kernel(
     x_ptr,
     weight_ptr,
     up_ptr,
-    norm_ptr,
     bias_ptr,
     residual_ptr,
     out_ptr,
@@ -221,12 +171,10 @@ def _linear_kernel(
     arrivals_ptr,
     num_tokens,
     num_features,
-    num_inner,
+    num_columns,
     x_stride,
     weight_stride,
     residual_stride,
-    eps,
-    NORM: tl.constexpr,  # none, first_pass or in_loop
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -234,9 +182,7 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    OVERLAP: tl.constexpr,  # none, early or late
-    PREFETCH: tl.constexpr,  # columns of each weight row
-    THREADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -246,17 +192,10 @@ def _linear_kernel(
     tokens = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     features = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # counted in blocks, so that the compiler sees what divides these
-    num_blocks = num_inner // (BLOCK_K * SPLIT_K)
+    num_blocks = num_columns // (BLOCK_K * SPLIT_K)
     k_start, k_end = split * num_blocks * BLOCK_K, (split + 1) * num_blocks * BLOCK_K
 
-    if OVERLAP == "early":
-        gdc_launch_dependents()
-    if PREFETCH > 0:
-        first_row = block_n * BLOCK_N
-        _prefetch(weight_ptr, first_row, num_features, weight_stride, k_start, k_end, BLOCK_N, PREFETCH, THREADS)
-        if GATED:
-            _prefetch(up_ptr, first_row, num_features, weight_stride, k_start, k_end, BLOCK_N, PREFETCH, THREADS)
-    if OVERLAP != "none":
+    if OVERLAP:
         gdc_wait()
 
     column = tl.arange(0, BLOCK_K)
@@ -265,11 +204,6 @@ def _linear_kernel(
     rows = tl.minimum(features, num_features - 1)[:, None].to(tl.int64) * weight_stride + column[None, :]
     weight_ptrs, up_ptrs = weight_ptr + rows, up_ptr + rows
 
-    rstd = tl.zeros([BLOCK_M], tl.float32)
-    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    if NORM == "first_pass":
-        rstd = _rstd(x_ptr, tokens, num_tokens, x_stride, num_inner, eps, BLOCK_M)
-
     # fewer tokens than a tensor core takes: multiply and add, and sum along the columns once at the end
     has_dot: tl.constexpr = BLOCK_M >= 8
     acc = tl.zeros([BLOCK_N, BLOCK_M] if has_dot else [BLOCK_N, BLOCK_M, BLOCK_K], tl.float32)
@@ -277,14 +211,6 @@ def _linear_kernel(
     for k in tl.range(k_start, k_end, BLOCK_K, num_stages=STAGES):
         weight = tl.load(weight_ptrs + k)
         tile = tl.load(x_ptrs + k, mask=is_token, other=0.0)
-        if NORM != "none":
-            norm = tl.load(norm_ptr + k + column).to(tl.float32)[None, :]
-            wide = tile.to(tl.float32)
-            if NORM == "first_pass":
-                wide = (wide * rstd[:, None]).to(dtype).to(tl.float32)
-            else:
-                squares += wide * wide
-            tile = (wide * norm).to(dtype)
         if has_dot:
             acc = tl.dot(weight, tl.trans(tile), acc, input_precision=PRECISION)
         else:
@@ -298,13 +224,8 @@ def _linear_kernel(
     if not has_dot:
         acc, acc_up = tl.sum(acc, 2), tl.sum(acc_up, 2)
 
-    if OVERLAP == "late":
+    if OVERLAP:
         gdc_launch_dependents()
-    if NORM == "in_loop":
-        scale = tl.rsqrt(tl.sum(squares, 1) / num_inner + eps)[None, :]
-        acc *= scale
-        acc_up *= scale
-
     is_last = True
     if SPLIT_K > 1:
         place = block_n * tl.num_programs(0) + block_m
