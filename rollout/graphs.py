@@ -71,6 +71,9 @@ class GraphPool:
         """Drop all graphs: the memory they address is about to change."""
         self._graphs.clear()
         self._refused.clear()
+        if self._captures:
+            # torch frees a pool with its last graph, and refuses its handle afterwards
+            self._memory = torch.cuda.graph_pool_handle()
 
     def _capture(self, key: Hashable, launch: Callable[[], None]) -> None:
         assert self._stream is not None
