@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure Paceline against its peers.")
 
 Geometry = Annotated[str | None, typer.Option(metavar="NAME", help="A known shape, random weights: qwen3-8b, ...")]
+Geometries = Annotated[str, typer.Option(metavar="NAMES", help="Known shapes, random weights: smollm2-135m,qwen3-8b")]
 Model = Annotated[str | None, typer.Option(metavar="MODEL", help="A model folder or a shipped name instead.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU where there is one.")]
 Dtype = Annotated[Literal["auto", "bfloat16", "float32"], typer.Option(help="auto: bfloat16 on a GPU.")]
@@ -81,7 +82,7 @@ def loop(
 
 @app.command()
 def decode(
-    geometry: Geometry = None,
+    geometry: Geometries = "",
     model: Model = None,
     batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8,32,128,256",
     prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
@@ -92,18 +93,19 @@ def decode(
     seed: Seed = 0,
     peer: Vllm = None,
     peer_python: PeerPython = PYTHON,
-    peer_memory: PeerMemory = 0.45,
+    peer_memory: PeerMemory = 0.2,
     out: Json = None,
 ) -> None:
     """Milliseconds per decode step at temperature 1, by batch size; with --peer vllm its own beside ours."""
     sizes = _numbers("--batches", batches)
     choice = _prepare(peer, peer_python, peer_memory)
+    if bool(geometry) == (model is not None):
+        raise ConfigError("give --geometry NAMES for random weights or --model MODEL, as in --geometry qwen3-8b")
     from launch import bench_decode
-    from launch.geometry import Subject
 
-    subject = Subject.load(geometry, model, device=device, dtype=dtype, seed=seed)
     job = bench_decode.Job(tuple(sizes), prompt_len, new_tokens, rounds, seed)
-    result = bench_decode.run(subject, job, peer=choice)
+    names = geometry.split(",") if geometry else []
+    result = bench_decode.run(names, model, job, device=device, dtype=dtype, peer=choice)
     _show(result, bench_decode.table(result), out)
 
 

@@ -8,14 +8,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+from transformers import PretrainedConfig
 
 from configs.errors import PreflightError
-
-if TYPE_CHECKING:
-    from launch.geometry import Subject
 
 PATIENCE_S = 20.0  # for a peer whose input has ended
 
@@ -30,9 +30,10 @@ class PeerChoice:
 
 
 class Peer:
-    """A running peer, as a contender: launch/bench_vllm.py, or what speaks its language.
+    """A peer in its process, as a contender: launch/bench_vllm.py, or what speaks its language.
 
-    ready: what it said of itself when its engine stood. Raises PreflightError, with its last word, when it ends.
+    Its engine is being made once this one is; the first question waits for it. Raises PreflightError, with its last
+    word, when it has ended.
     """
 
     name = "vllm"
@@ -47,11 +48,12 @@ class Peer:
             text=True,
             env={**os.environ, **(environment or {})},
         )
-        try:
-            self.ready = self._ask(job)
-        except BaseException:
-            self.close()
-            raise
+        self._tell(job)
+
+    @cached_property
+    def ready(self) -> dict[str, Any]:
+        """What it says of itself once its engine stands."""
+        return self._answer()
 
     def __enter__(self) -> Self:
         return self
@@ -63,8 +65,10 @@ class Peer:
 
     def seconds(self, *, batch: int, prompt_len: int, new_tokens: int, seed: int) -> float:
         """As launch.bench_rollout.Contender says."""
+        assert self.ready
         order = {"batch": batch, "prompt_len": prompt_len, "new_tokens": new_tokens, "seed": seed}
-        return float(self._ask(order)["seconds"])
+        self._tell(order)
+        return float(self._answer()["seconds"])
 
     def close(self) -> None:
         """End the process: by the end of its input, and if that does not move it, by force."""
@@ -78,11 +82,14 @@ class Peer:
             self._process.wait()
         self._stderr.close()
 
-    def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+    def _tell(self, order: dict[str, Any]) -> None:
+        assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the answer that is missing says so
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
         answer = self._process.stdout.readline()
         if not answer:
             code = self._process.wait()
@@ -97,25 +104,31 @@ class Peer:
 @contextlib.contextmanager
 def running(
     choice: PeerChoice | None,
-    subject: "Subject",
+    model: PretrainedConfig | Path,
     *,
     max_len: int,
     max_num_seqs: int,
+    kv_bytes: int | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Peer | None]:
-    """The chosen peer with the same model until the block ends; None where none was chosen."""
+    """The chosen peer until the block ends; None where none was chosen.
+
+    model: a folder, or a config, whose weights it draws at random. kv_bytes: of its KV cache; None is what the
+    choice's share of memory leaves, which only one peer at a time can find out.
+    """
     if choice is None:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="paceline-peer-") as folder:
-        if subject.folder is None:
-            subject.model.config.save_pretrained(folder)
+        if not isinstance(model, Path):
+            model.save_pretrained(folder)
         job = {
-            "model": folder if subject.folder is None else str(subject.folder),
-            "load_format": "dummy" if subject.folder is None else "auto",
+            "model": str(model) if isinstance(model, Path) else folder,
+            "load_format": "auto" if isinstance(model, Path) else "dummy",
             "max_len": max_len,
             "max_num_seqs": max_num_seqs,
             "memory": choice.memory,
+            "kv_bytes": kv_bytes,
         }
         with Peer(choice.python, job, environment=environment) as peer:
             yield peer

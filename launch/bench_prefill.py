@@ -81,7 +81,7 @@ def run(subject: Subject, job: Job, *, peer: PeerChoice | None) -> dict[str, Any
     most = max(job.batch(length) * (length + 64) for length in job.lengths)
     ours = Ours(model, max_running=max_running, tokens_each=-(-most // max_running))
     drift = verify(ours.engine, model, seed=job.seed)
-    with running(peer, subject, max_len=longest + 1, max_num_seqs=max_running) as other:
+    with running(peer, subject.source, max_len=longest + 1, max_num_seqs=max_running) as other:
         sides: list[Contender] = [ours, Module(model), *([] if other is None else [other])]
         cells = [_cell(sides, length, job) for length in job.lengths]
         about_peer = None if other is None else other.ready

@@ -61,7 +61,7 @@ def _start(job: Job, peer: tuple[PeerChoice, Subject] | None, environment: dict[
     """One start. first_token_s: from loaded weights, the peer's from nothing, which it does not tell apart."""
     if peer is not None:
         choice, subject = peer
-        with running(choice, subject, max_len=512, max_num_seqs=256, environment=environment) as other:
+        with running(choice, subject.source, max_len=512, max_num_seqs=256, environment=environment) as other:
             assert other is not None
             ready = other.ready
             return {"ready_s": ready["ready_s"], "first_token_s": ready["ready_s"] + ready["first_token_s"]}

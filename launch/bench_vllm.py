@@ -1,9 +1,9 @@
 """vLLM as the peer of `paceline bench`: generates what it is told, line by line, and says how long that took.
 
 A script of its own, run by a Python that has vLLM: it imports nothing of Paceline. Standard input holds one JSON
-object a line: first how to make the engine (model, load_format, max_len, max_num_seqs, memory), then orders (batch,
-prompt_len, new_tokens, seed). Each is answered by one JSON line on standard output; whatever vLLM prints goes to
-standard error.
+object a line: first how to make the engine (model, load_format, max_len, max_num_seqs, memory, kv_bytes), then orders
+(batch, prompt_len, new_tokens, seed). Each is answered by one JSON line on standard output; whatever vLLM prints goes
+to standard error.
 """
 
 import json
@@ -53,6 +53,7 @@ def serve(orders: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         max_model_len=job["max_len"],
         max_num_seqs=job["max_num_seqs"],
         gpu_memory_utilization=job["memory"],
+        kv_cache_memory_bytes=job["kv_bytes"],
         enable_prefix_caching=False,  # every prompt is new: looking for it would be wasted
         disable_log_stats=True,
     )

@@ -142,6 +142,11 @@ class Subject:
         folder = resolve(model)
         return cls(model, load_policy(folder, device=where, dtype=kind), folder)
 
+    @property
+    def source(self) -> PretrainedConfig | Path:
+        """What a peer makes the same model from: its folder, or the config of its random weights."""
+        return self.folder or self.model.config
+
     def stop_token_ids(self) -> tuple[int, ...]:
         """The tokens that end the model's answers; random weights have none."""
         if self.folder is None:

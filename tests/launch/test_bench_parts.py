@@ -156,7 +156,7 @@ def test_the_peers_script_answers_orders_on_a_clean_stdout(tmp_path: Path) -> No
     about.mkdir()
     (package / "__init__.py").write_text(VLLM)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n")
-    job = {"model": "m", "load_format": "dummy", "max_len": 64, "max_num_seqs": 4, "memory": 0.5}
+    job = {"model": "m", "load_format": "dummy", "max_len": 64, "max_num_seqs": 4, "memory": 0.5, "kv_bytes": None}
     with Peer(Path(sys.executable), job, environment={"PYTHONPATH": str(tmp_path)}) as peer:
         assert peer.ready["versions"]["vllm"] == "0.26.0"
         assert peer.ready["settings"]["load_format"] == "dummy"
@@ -167,5 +167,5 @@ def test_a_peer_that_ends_is_reported_with_its_last_word(tmp_path: Path) -> None
     python = tmp_path / "python"
     python.write_text(f"#!{sys.executable}\nraise SystemExit('out of luck')\n")
     python.chmod(0o755)
-    with pytest.raises(PreflightError, match="ended with 1: out of luck"):
-        Peer(python, {})
+    with Peer(python, {}) as peer, pytest.raises(PreflightError, match="ended with 1: out of luck"):
+        _ = peer.ready
