@@ -30,6 +30,7 @@ from rl.checkpoint import write_tensors
 from rl.loss import RECORD, clipped_policy_loss, importance_weights, k3_divergence, step_stats
 from rl.types import Batch, StepStats
 from rollout.model import forward_packed
+from rollout.projections import grouped_parameters
 
 PARAMS, OPTIMIZER, REFERENCE, STATE = (
     "params.safetensors",
@@ -107,8 +108,10 @@ class DeepSpeedTrainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.policy = PackedPolicy(model)
         self.reference: dict[str, torch.Tensor] | None = None
+        # in this order DeepSpeed's flat buffers leave the projections of a layer side by side, as rollouts read them
+        ordered = [param for param in grouped_parameters(model) if param.requires_grad]
         self.adam = torch.optim.AdamW(
-            self.params.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+            ordered, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         deepspeed = start_deepspeed(self.device)
         self.fragments = deepspeed.utils

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from configs.errors import DivergedError, StorageError
 from configs.schema import TrainConfig
@@ -21,6 +21,7 @@ from rl.batch import pack, supervised_batch
 from rl.trainer import DeepSpeedTrainer, learning_rate
 from rl.types import Batch, Group
 from rollout.model import AttentionContext, load_policy
+from rollout.projections import side_by_side
 
 MakeTrainer = Callable[..., DeepSpeedTrainer]
 # in bfloat16, stage 0 runs as stage 1
@@ -215,6 +216,22 @@ def test_checkpoint_of_another_dtype_or_model_is_refused(make_trainer: MakeTrain
 
 
 @by_kind
+@pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("bfloat16", 1), ("float32", 2)])
+def test_projections_with_biases_stay_side_by_side_under_deepspeed(tmp_path: Path, dtype: str, stage: int) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=259, num_hidden_layers=2, **shape)).save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, device="cpu", dtype=dtype)
+    config = TrainConfig(zero_stage=stage)
+    DeepSpeedTrainer(policy, config, total_steps=1, temperature=1.0, device="cpu")
+    for layer in policy.base_model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        assert (
+            side_by_side([each.weight for each in (attention.q_proj, attention.k_proj, attention.v_proj)]) is not None
+        )
+        assert side_by_side([each.bias for each in (attention.q_proj, attention.k_proj, attention.v_proj)]) is not None
+        assert side_by_side([mlp.gate_proj.weight, mlp.up_proj.weight]) is not None
+
+
 @pytest.mark.parametrize("culprit", ["loss", "gradient"])
 def test_divergence_is_named_and_leaves_the_trainer_untouched(
     make_trainer: MakeTrainer, batch: Batch, dtype: str, stage: int, culprit: str
