@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from configs.errors import DivergedError, PreflightError
 from kernels.attention import PagedSequences
+from rollout.collectives import ranks_of
 from rollout.compiled import ModuleDecoder
 from rollout.fused import FusedDecoder, NotStandardError
 from rollout.model import PagedCache, alone, forward_paged, layers_of
@@ -47,13 +48,17 @@ class Decoder(Protocol):
 def make_decoder(model: PreTrainedModel) -> Decoder:
     """The fastest decoder that computes what the module does; where it is not the fused one, it is said once why.
 
+    Of a policy that ranks hold together, every rank makes its own at the same time.
     Raises PreflightError where not even the module's own parts give the whole's logits.
     """
+    ranks = ranks_of(model)
     try:
-        decoder = FusedDecoder(model)
+        decoder = FusedDecoder(model, ranks)
         prove_layers(decoder, model)
         return decoder
     except NotStandardError as error:
+        if ranks is not None:
+            raise PreflightError(f"{type(model).__name__} cannot be shared by GPUs, because {error}") from error
         _warn(f"{type(model).__name__} decodes through its own module, which is slower, because {error}")
     if model.device.type == "cuda":
         compiled = ModuleDecoder(model, backend="inductor")
@@ -108,16 +113,28 @@ def prove(decoder: Decoder, model: PreTrainedModel) -> None:
 
     Raises PreflightError.
     """
+    theirs = some_logits(model)
     token_ids, positions = _some_tokens(model)
     cache, seqs = alone(model, num_tokens=NUM_TOKENS)
-    theirs = forward_paged(model, token_ids, positions, seqs, cache, positions)
-    _require_finite(theirs)
-    cache, seqs = alone(model, num_tokens=NUM_TOKENS)
     ours = decoder.logits(decoder.forward(token_ids, positions, seqs, cache))
-    # the compiler keeps in float32 what the module rounds, in every layer
-    depth = model.config.get_text_config().num_hidden_layers
-    if not _close(ours, theirs, addition=theirs * depth**0.5):
+    if not agree_up_to_rounding(ours, theirs, model):
         raise PreflightError(f"{type(model).__name__} gives other logits when its decoder and head run apart")
+
+
+@torch.inference_mode()
+def some_logits(model: PreTrainedModel) -> torch.Tensor:
+    """The module's logits of a few tokens that are always the same, [NUM_TOKENS, V]. Raises DivergedError."""
+    token_ids, positions = _some_tokens(model)
+    cache, seqs = alone(model, num_tokens=NUM_TOKENS)
+    logits = forward_paged(model, token_ids, positions, seqs, cache, positions)
+    _require_finite(logits)
+    return logits
+
+
+def agree_up_to_rounding(ours: torch.Tensor, theirs: torch.Tensor, model: PreTrainedModel) -> bool:
+    """Whether logits differ by no more than forwards of this model do that round differently in every layer."""
+    depth = model.config.get_text_config().num_hidden_layers
+    return _close(ours, theirs, addition=theirs * depth**0.5)
 
 
 def _require_finite(logits: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from kernels.attention import PagedSequences, paged_attention
 from kernels.cache import rope_and_write
 from kernels.linear import Norm, gated_linear, linear, rms_norm
+from rollout.collectives import Ranks
 from rollout.model import PagedCache
 from rollout.projections import addresses, side_by_side
 
@@ -62,13 +63,15 @@ class FusedDecoder:
     """rollout.decoder.Decoder for the standard architecture.
 
     Reads parameters where they are when it is made: updates in place are seen at once, and parameters that have moved
-    make it stale. Raises NotStandardError for another architecture, as far as
+    make it stale. ranks: who holds the other shares of the parameters (rollout/parallel.py); None where these are all.
+    Raises NotStandardError for another architecture, as far as
     that can be told from its modules and config (rollout/decoder.py compares the numbers).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
         _require_standard_config(model)
         self._model = model
+        self._ranks = ranks
         base = model.base_model
         _require_children(base, "embed_tokens", "layers", "norm", "rotary_emb")
         _require_children(model, model.base_model_prefix, "lm_head")
@@ -95,7 +98,8 @@ class FusedDecoder:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, H] to [S, V], in the model's dtype."""
-        return linear(hidden, self._head.weight, bias=self._head.bias)
+        logits = linear(hidden, self._head.weight, bias=self._head.bias)
+        return logits if self._ranks is None else self._ranks.gather_columns(logits)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] int64 to [T, H]."""
@@ -149,7 +153,11 @@ class FusedDecoder:
 
     def _add(self, projection: Projection, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """What attention and MLP give back to the residual stream; everything that does passes here."""
-        return linear(x, projection.weight, bias=projection.bias, residual=residual)
+        if self._ranks is None:
+            return linear(x, projection.weight, bias=projection.bias, residual=residual)
+        # in one rank's product the residual costs nothing, and it enters the sum once
+        once = residual if self._ranks.rank == 0 else None
+        return self._ranks.sum(linear(x, projection.weight, bias=projection.bias, residual=once))
 
     @torch.no_grad()
     def _rotary(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
