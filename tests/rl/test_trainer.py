@@ -216,7 +216,6 @@ def test_checkpoint_of_another_dtype_or_model_is_refused(make_trainer: MakeTrain
 
 
 @by_kind
-@pytest.mark.parametrize(("dtype", "stage"), [("float32", 0), ("bfloat16", 1), ("float32", 2)])
 def test_projections_with_biases_stay_side_by_side_under_deepspeed(tmp_path: Path, dtype: str, stage: int) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     Qwen2ForCausalLM(Qwen2Config(vocab_size=259, num_hidden_layers=2, **shape)).save_pretrained(tmp_path)
@@ -232,6 +231,7 @@ def test_projections_with_biases_stay_side_by_side_under_deepspeed(tmp_path: Pat
         assert side_by_side([mlp.gate_proj.weight, mlp.up_proj.weight]) is not None
 
 
+@by_kind
 @pytest.mark.parametrize("culprit", ["loss", "gradient"])
 def test_divergence_is_named_and_leaves_the_trainer_untouched(
     make_trainer: MakeTrainer, batch: Batch, dtype: str, stage: int, culprit: str
