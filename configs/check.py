@@ -29,6 +29,7 @@ _AT_LEAST: dict[str, float] = {
     "rollout.top_k": 0,
     "rollout.min_p": 0,
     "rollout.max_running": 1,
+    "rollout.graph_mb": 0,
     "rollout.prefill_tokens": 1,
     "rollout.block_size": 1,
     "rollout.kv_tokens": 0,
@@ -50,7 +51,13 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.keep": 1,
 }
 _ABOVE_ZERO = ("reward.timeout_s", "rollout.top_p", "rollout.temperature", "train.lr", "warmstart.lr")
-_AT_MOST: dict[str, float] = {"rollout.top_p": 1, "data.max_bad_fraction": 1, "train.clip_low": 1}
+_AT_MOST: dict[str, float] = {
+    "rollout.top_p": 1,
+    "data.max_bad_fraction": 1,
+    "train.clip_low": 1,
+    "spec.num_verify": 63,  # a node's ancestors are the bits of a word
+    "spec.depth": 63,
+}
 _BELOW: dict[str, float] = {"rollout.min_p": 1}
 _REWARDS = ("task", "math", "format")
 

@@ -44,6 +44,7 @@ class Plan:
     kv_bytes: int
     activation_bytes: int
     logits_bytes: int
+    graph_bytes: int
     total_bytes: int
     available_bytes: int
     warnings: tuple[str, ...]
@@ -69,8 +70,9 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     activations = micro_tokens * _activation_elements(model_config, train.gradient_checkpointing) * itemsize
     logits = max(
         _training_logits_bytes(model_config, micro_tokens, itemsize, device),
-        _rollout_logits_bytes(model_config, running * (1 + _num_verify(config)), itemsize),
+        _rollout_logits_bytes(model_config, running * (1 + _num_verify(config)), itemsize, device),
     )
+    graphs = rollout.graph_mb << 20 if device == "cuda" else 0
     available = available_bytes(device) // (1 if device == "cuda" else workers)
 
     block_bytes = bytes_per_block(model_config, rollout.block_size, getattr(torch, dtype))
@@ -78,7 +80,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     blocks_each = ceil(longest / rollout.block_size)
     kv_blocks = rollout.kv_tokens // rollout.block_size or min(running * blocks_each, affordable)
     kv_bytes = kv_blocks * block_bytes
-    total = weights + optimizer + reference + kv_bytes + gradients + activations + logits
+    total = weights + optimizer + reference + kv_bytes + gradients + activations + logits + graphs
     shares = train.updates_per_step * workers
     warnings = [
         *_context_warnings(longest, context_length(model_config)),
@@ -111,6 +113,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         kv_bytes=kv_bytes,
         activation_bytes=activations,
         logits_bytes=logits,
+        graph_bytes=graphs,
         total_bytes=total,
         available_bytes=available,
         warnings=tuple(warnings),
@@ -163,6 +166,7 @@ def table(plan: Plan) -> Table:
         "KV cache": (plan.kv_bytes, ""),
         "activations": (plan.activation_bytes, "of one pass"),
         "logits": (plan.logits_bytes, "peak"),
+        "CUDA graphs": (plan.graph_bytes, "at most"),
     }
     section(*((name, _gigabytes(size), note) for name, (size, note) in parts.items() if size))
     available = f"estimate; {_gigabytes(plan.available_bytes)} available"
@@ -199,14 +203,15 @@ def _activation_elements(model_config: PretrainedConfig, checkpointing: bool) ->
 
 
 def _training_logits_bytes(model_config: PretrainedConfig, tokens: int, itemsize: int, device: str) -> int:
-    """Logits and their gradient, and two float32 chunks on the way."""
-    chunks = 2 * CHUNK_ELEMENTS[device] * FLOAT32_BYTES
+    """Logits and their gradient; without the GPU's kernel, two float32 chunks on the way."""
+    chunks = 0 if device == "cuda" else 2 * CHUNK_ELEMENTS[device] * FLOAT32_BYTES
     return int(2 * tokens * model_config.get_text_config().vocab_size * itemsize + chunks)
 
 
-def _rollout_logits_bytes(model_config: PretrainedConfig, rows: int, itemsize: int) -> int:
-    """Logits of one cycle and a float32 copy to sample from."""
-    return int(rows * model_config.get_text_config().vocab_size * (itemsize + FLOAT32_BYTES))
+def _rollout_logits_bytes(model_config: PretrainedConfig, rows: int, itemsize: int, device: str) -> int:
+    """Logits of one cycle; without the GPU's kernel, a float32 copy to sample from."""
+    copies = 0 if device == "cuda" else FLOAT32_BYTES
+    return int(rows * model_config.get_text_config().vocab_size * (itemsize + copies))
 
 
 def _context_warnings(longest: int, context: int) -> list[str]:
