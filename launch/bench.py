@@ -256,6 +256,30 @@ def kernels(
     _show(result, bench_kernels.table(result), out)
 
 
+@app.command("tensor-parallel")
+def tensor_parallel(
+    geometry: Annotated[str, typer.Option(metavar="NAME", help="A known shape, random weights.")] = "qwen3-8b",
+    world: Annotated[int, typer.Option(min=2, help="GPUs that share the policy.")] = 2,
+    batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,8,32",
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps a figure is the mean of.")] = 128,
+    rounds: Rounds = 3,
+    exact_layers: Annotated[int, typer.Option(min=1, help="Layers compared token by token in float32.")] = 4,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Json = None,
+) -> None:
+    """A policy over several GPUs against the same on one: whether rollouts agree, and milliseconds per step."""
+    sizes = tuple(_numbers("--batches", batches))
+    _prepare(None)
+    from launch import bench_tensor_parallel
+
+    job = bench_tensor_parallel.Job(geometry, world, sizes, prompt_len, new_tokens, rounds, exact_layers, seed)
+    result = bench_tensor_parallel.run(job, device=device, dtype=dtype)
+    _show(result, bench_tensor_parallel.table(result), out)
+
+
 def _numbers(option: str, text: str) -> list[int]:
     """The numbers of a comma-separated list, in order. Raises ConfigError."""
     try:

@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 ONE_SHOT_BYTES = 512 << 10  # beyond this, reading every peer's whole tensor costs more than a ring's hops
 ONE_SHOT_DTYPES = (torch.bfloat16, torch.float32)
 
+# torch 2.13 renames it
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class Ranks:
         """[S, N] of every rank, side by side in the order of ranks: [S, world N]."""
         num_rows, width = piece.shape
         together = piece.new_empty(self.world * num_rows, width)
-        dist.all_gather_into_tensor(together, piece.contiguous(), group=self._group)
+        _all_gather(together, piece.contiguous(), group=self._group)
         return together.view(self.world, num_rows, width).transpose(0, 1).reshape(num_rows, -1)
 
     def share(self, value: T) -> T:
