@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -74,7 +75,10 @@ def run_ranks(
     """
     if device == "cuda" and torch.cuda.device_count() < world:
         raise PreflightError(f"{world} GPUs are asked for and torch sees {torch.cuda.device_count()}; ask for fewer")
-    store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    # its own listener would be open to every network
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    store = TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     context = multiprocessing.get_context("spawn")
     processes: list[SpawnProcess] = []
     inboxes: list[Connection] = []
@@ -83,7 +87,7 @@ def run_ranks(
             inbox, outbox = context.Pipe(duplex=False)
             process = context.Process(
                 target=_run_rank,
-                args=(rank, world, store.port, device, os.getpid(), outbox, function, args, kwargs),
+                args=(rank, world, port, device, os.getpid(), outbox, function, args, kwargs),
                 name=f"rank-{rank}",
                 daemon=True,
             )
@@ -97,6 +101,7 @@ def run_ranks(
             process.join(max(0.0, deadline - time.monotonic()))
         return values
     finally:
+        del store  # the ranks meet in it until here
         # a kernel that waits for a peer never returns, and no handler of a milder signal runs meanwhile
         for process, inbox in zip(processes, inboxes, strict=True):
             process.kill()

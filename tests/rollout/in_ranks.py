@@ -5,9 +5,11 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from configs.errors import PreflightError
@@ -21,7 +23,7 @@ from rollout.fused import FusedDecoder
 from rollout.model import ATTENTION, PagedCache, alone
 from rollout.parallel import shard_policy
 from rollout.projections import lay_side_by_side
-from rollout.ranks import shared_engine
+from rollout.ranks import run_ranks, shared_engine
 from rollout.strategy import CycleReport, FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 
@@ -155,6 +157,30 @@ def of_each_family(ranks: Ranks) -> dict[str, Any]:
     return found
 
 
+def on_gpus(ranks: Ranks, one_shot_bytes: int) -> dict[str, Any]:
+    """Rollouts of one GPU and of all, with drafts and without, from graphs, in float32: differences are mistakes."""
+    assert dist.group.WORLD is not None
+    ranks = Ranks(dist.group.WORLD, ranks.device, one_shot_bytes=one_shot_bytes)
+    rollout = replace(CONFIG, block_size=16)  # kernels take blocks of 8 to 64
+    models = [tiny_model("qwen3", {"head_dim": 64, "hidden_size": 64}).to(ranks.device) for _ in range(2)]
+    for model in models:
+        lay_side_by_side(model)  # moving took them apart
+    shard_policy(models[1], ranks)
+    engines = {
+        "alone": NativeEngine(models[0], drafter=None, chooser=FixedChooser(OFF), rollout=rollout),
+        "shared": shared_engine(models[1], drafter=None, chooser=FixedChooser(OFF), rollout=rollout),
+        "drafted": shared_engine(
+            models[1], drafter=NgramDrafter(min_match=1), chooser=Fickle(ranks.rank), rollout=rollout
+        ),
+    }
+    found: dict[str, Any] = {name: roll_out(engine) for name, engine in engines.items()}
+    # prompts whose prefixes are cached, and graphs that are replayed from the start
+    found["again"] = roll_out(engines["shared"])
+    found["transport"] = ranks.transport
+    found["graphs"] = engines["shared"]._graphs.num_captures
+    return found
+
+
 def unplanned() -> PreTrainedModel:
     model = tiny_model("llama", {})
     model.tp_plan = model.tp_plan | {"model.layers.*.self_attn.o_proj": "all_reduce"}
@@ -180,3 +206,12 @@ def fail(ranks: Ranks, how: str) -> None:
     if how == "killed":
         time.sleep(600)
     ranks.all(True)
+
+
+def wait_forever(ranks: Ranks) -> None:
+    os.write(1, b"waiting\n")
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    run_ranks(2, "cpu", wait_forever)

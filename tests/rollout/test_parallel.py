@@ -1,6 +1,8 @@
 """A policy that two processes share samples what one process does, and both end together."""
 
 import multiprocessing
+import os
+import subprocess
 import sys
 from pathlib import Path
 from time import monotonic
@@ -12,7 +14,7 @@ import torch
 from configs.errors import ConfigError, PreflightError
 from configs.schema import RolloutConfig
 from drafter.types import OFF
-from rollout.collectives import held_by
+from rollout.collectives import ONE_SHOT_BYTES, held_by
 from rollout.decoder import some_logits
 from rollout.ranks import RankFailedError, run_ranks, shared_engine
 from rollout.strategy import FixedChooser
@@ -103,6 +105,30 @@ def test_ranks_end_together_when_one_fails(how: str, kind: type[Exception], word
         run_ranks(2, "cpu", in_ranks.fail, how)
     assert monotonic() - begun < 120, "a rank was waited for"
     assert not multiprocessing.active_children()
+
+
+def test_ranks_end_with_the_process_that_started_them() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(
+        [sys.executable, in_ranks.__file__], stdout=subprocess.PIPE, text=True, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        assert [parent.stdout.readline() for _ in range(2)] == ["waiting\n"] * 2
+        parent.kill()
+        # ends when nobody holds the pipe any more; the ranks would for ten minutes
+        assert parent.stdout.read() == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("one_shot_bytes", [0, ONE_SHOT_BYTES], ids=["nccl", "one-shot"])
+def test_two_gpus_sample_the_tokens_of_one_from_captured_graphs(one_shot_bytes: int) -> None:
+    for told in run_ranks(2, "cuda", in_ranks.on_gpus, one_shot_bytes):
+        assert told["graphs"] > 0
+        for name in ("shared", "again", "drafted"):
+            assert_same(told[name], told["alone"])
+        if one_shot_bytes == 0:
+            assert told["transport"] == "nccl"
 
 
 def test_too_few_gpus_are_refused_before_anything_starts() -> None:
