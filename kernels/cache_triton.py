@@ -5,6 +5,9 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.linear_triton import _overlaps as overlaps
 
 BLOCK_HEADS = 4  # of a program; 4 heads of 128 are 16 bytes for each thread of two warps
 MOVE_ELEMENTS = 8192  # that a program of compact holds in registers: all moves of a row, some columns of an entry
@@ -32,6 +35,7 @@ def rope_and_write_triton(
     assert qkv.stride(1) == 1 and cos.is_contiguous() and sin.is_contiguous()
     assert key_cache.is_contiguous() and value_cache.is_contiguous()
     query = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    overlap = overlaps(qkv.device)
     _rope_and_write_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, BLOCK_HEADS))](
         qkv,
         positions,
@@ -52,7 +56,9 @@ def rope_and_write_triton(
         ROTARY_DIM=rotary_dim,
         BLOCK_H=BLOCK_HEADS,
         BLOCK_D=triton.next_power_of_2(head_dim),
+        OVERLAP=overlap,
         num_warps=2,
+        launch_pdl=overlap,
     )
     return query
 
@@ -78,8 +84,12 @@ def _rope_and_write_kernel(
     ROTARY_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A few heads of one token: queries, keys and values alike, told apart by their number."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     dim = tl.arange(0, BLOCK_D)
@@ -133,6 +143,7 @@ def compact_triton(storage: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) 
     block_elements = min(triton.next_power_of_2(entry_size), max(16, MOVE_ELEMENTS // block_moves))
     columns = triton.cdiv(entry_size, block_elements)
     shares = min(num_planes, max(1, MOVE_PROGRAMS // (num_rows * columns)))
+    overlap = overlaps(storage.device)
     _compact_kernel[(num_rows, columns, shares)](
         storage,
         src,
@@ -143,7 +154,9 @@ def compact_triton(storage: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) 
         ENTRY_SIZE=entry_size,
         BLOCK_M=block_moves,
         BLOCK_E=block_elements,
+        OVERLAP=overlap,
         num_warps=4,
+        launch_pdl=overlap,
     )
 
 
@@ -158,8 +171,12 @@ def _compact_kernel(
     ENTRY_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row's moves, for some columns of the entries of some planes (a layer's keys, or its values)."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     move = tl.arange(0, BLOCK_M)
     exists = move < num_moves
     row = tl.program_id(0).to(tl.int64) * num_moves
