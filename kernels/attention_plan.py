@@ -13,10 +13,13 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import PagedSequences
+from kernels.linear_triton import _overlaps as overlaps
 
-MIN_CHUNK = 512  # keys below which a further chunk costs more to combine than it saves
+MIN_CHUNK = 128  # keys below which a further chunk costs more to combine than it saves
+FEW_PROGRAMS = 128  # sequences times key heads below which most are cut, to fill the multiprocessors
 INTERPRETED_PROGRAMS = 12  # of a machine without multiprocessors: few, so that small tests meet every case
 NO_WINDOW = 1 << 30
 ITEM_FIELDS = 16  # 64 bytes an item: one line holds what its program needs to start
@@ -28,6 +31,7 @@ class Launch:
     """How the attention kernel runs: rows and keys of a step, warps, pipeline stages, programs a multiprocessor holds.
 
     fold: the last program to finish a tile combines its chunks; otherwise a kernel of its own does.
+    slices: parts of a step, each its own warp's, that are merged after the last step; 1, or num_warps.
     """
 
     block_m: int
@@ -36,6 +40,7 @@ class Launch:
     num_stages: int
     programs_per_sm: int
     fold: bool
+    slices: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +77,27 @@ class Plan:
     may_split: bool
 
 
-def choose_launch(rows: int, head_dim: int, dtype: torch.dtype) -> Launch:
-    """A launch for tiles of so many rows (new tokens times query heads a key head)."""
+def choose_launch(rows: int, head_dim: int, dtype: torch.dtype, num_programs: int) -> Launch:
+    """A launch for tiles of so many rows (new tokens times query heads a key head).
+
+    num_programs: sequences times key heads.
+    """
     block_m = min(max(16, triton.next_power_of_2(rows)), 128)
     if dtype.itemsize == 4:
         # exact float32 products take no tensor cores; small steps keep them in registers
         return Launch(min(block_m, 32), 32, num_warps=4, num_stages=2, programs_per_sm=1, fold=True)
+    # where hardly a sequence is cut, a kernel that combines would start programs for nothing
+    fold = block_m == 16 or num_programs >= FEW_PROGRAMS
     # programs_per_sm: what 64 Ki registers and 227 KB of shared memory hold
     if head_dim > 128:
-        return Launch(min(block_m, 64), 32, num_warps=4, num_stages=2, programs_per_sm=2, fold=block_m == 16)
+        return Launch(min(block_m, 64), 32, num_warps=4, num_stages=2, programs_per_sm=2, fold=fold)
     if block_m == 16:
-        return Launch(block_m, 64, num_warps=4, num_stages=3, programs_per_sm=3, fold=True)
+        # short contexts are a chain of waits: deep pipelines, and no barriers among warps but for the copies
+        per_sm = 2 if head_dim > 64 else 4
+        return Launch(block_m, 64, num_warps=4, num_stages=4, programs_per_sm=per_sm, fold=True, slices=4)
     if block_m < 128:
-        return Launch(block_m, 64, num_warps=4, num_stages=2, programs_per_sm=2, fold=False)
-    return Launch(block_m, 64, num_warps=8, num_stages=3, programs_per_sm=1, fold=False)
+        return Launch(64, 64, num_warps=4, num_stages=3, programs_per_sm=2, fold=fold)
+    return Launch(block_m, 64, num_warps=8, num_stages=3, programs_per_sm=1, fold=fold)
 
 
 def plan_for(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:
@@ -127,6 +139,7 @@ def _make_plan(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:
         may_split=may_split,
     )
     is_tree = seqs.num_drafted is not None
+    overlap = overlaps(device)
     _plan_kernel[(num_sequences,)](
         seqs.cu_seqlens_q,
         seqs.context_lens,
@@ -148,7 +161,9 @@ def _make_plan(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:
         # few sizes, since each is compiled
         BLOCK_B=32 if num_sequences <= 32 else max(256, triton.next_power_of_2(num_sequences)),
         BLOCK_I=64,
+        OVERLAP=overlap,
         num_warps=4,
+        launch_pdl=overlap,
     )
     return plan
 
@@ -182,8 +197,12 @@ def _plan_kernel(
     TILE_FIELDS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program b lists the items of sequence b. All of them decide together how long a chunk is, each by itself."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     me = tl.program_id(0)
     row = tl.arange(0, BLOCK_B)
     valid = row < num_sequences

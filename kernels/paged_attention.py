@@ -11,6 +11,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import PagedSequences
 from kernels.attention_plan import (
@@ -23,8 +24,10 @@ from kernels.attention_plan import (
     choose_launch,
     plan_for,
 )
+from kernels.linear_triton import _overlaps as overlaps
 
 COMBINE_ROWS = 4  # rows that a program of the combining kernel merges
+FOLD_ROWS = 16  # rows that a folding program merges at once: it waits for them in turn
 
 
 def paged_attention_triton(
@@ -48,16 +51,19 @@ def paged_attention_triton(
     groups = num_heads // num_kv_heads
     assert query.stride(2) == 1 and key_cache.is_contiguous() and value_cache.is_contiguous()
     if launch is None:
-        launch = choose_launch(groups * seqs.max_seqlen_q, head_dim, query.dtype)
+        num_programs = seqs.context_lens.shape[0] * num_kv_heads
+        launch = choose_launch(groups * seqs.max_seqlen_q, head_dim, query.dtype, num_programs)
     assert seqs.block_tables.stride(1) == 1 and groups <= launch.block_m
+    assert launch.slices in (1, launch.num_warps)
     window = NO_WINDOW if sliding_window is None else sliding_window
     plan = plan_for(seqs, Geometry(groups, num_kv_heads, window, min_chunk, launch), head_dim)
     output = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
     is_tree = seqs.ancestors is not None
     block_d = max(16, triton.next_power_of_2(head_dim))
     # rows and splits that the merge holds in registers at once: 64 a thread of 4 warps
-    merge_rows = min(triton.next_power_of_2(plan.rows), COMBINE_ROWS)
+    merge_rows = min(triton.next_power_of_2(plan.rows), FOLD_ROWS if launch.fold else COMBINE_ROWS)
     merge_splits = max(1, 8192 // (merge_rows * block_d))
+    overlap = overlaps(query.device)
     _attention_kernel[(plan.items.shape[0] * num_kv_heads,)](
         query,
         key_cache,
@@ -95,8 +101,11 @@ def paged_attention_triton(
         MERGE_ROWS=merge_rows,
         MERGE_SPLITS=merge_splits,
         STAGES=launch.num_stages,
+        SLICES=launch.slices,
+        OVERLAP=overlap,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        launch_pdl=overlap,
     )
     if plan.may_split and not launch.fold:
         _combine_kernel[(plan.tiles.shape[0], num_kv_heads, triton.cdiv(plan.rows, merge_rows))](
@@ -114,7 +123,9 @@ def paged_attention_triton(
             BLOCK_D=block_d,
             MERGE_ROWS=merge_rows,
             MERGE_SPLITS=merge_splits,
+            OVERLAP=overlap,
             num_warps=4,
+            launch_pdl=overlap,
         )
     return output
 
@@ -158,7 +169,12 @@ def _attention_kernel(
     MERGE_ROWS: tl.constexpr,
     MERGE_SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    SLICES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     item = tl.program_id(0) // KV_HEADS
     head = tl.program_id(0) % KV_HEADS  # fastest: heads of one token lie side by side in memory
     field = items + item * FIELDS
@@ -199,12 +215,21 @@ def _attention_kernel(
     # keys that every row of the tile sees end here: at the first token's own, and at the first node
     common_end = tl.minimum(first_index + 1, first_node)
 
-    maximum = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     table = block_tables + sequence.to(tl.int64) * table_stride
     head_dims = head * HEAD_DIM + dims
+    row_index, row_bits = _as_rows(index, SLICES), _as_rows(bits, SLICES)
+    row_position = _as_rows(query_position, SLICES)
     step = tl.arange(0, BLOCK_N)
+    if SLICES == 1:
+        maximum = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    else:
+        # a product of its own for each warp: rows across warps would meet at nine barriers a step
+        step = tl.reshape(step, (SLICES, BLOCK_N // SLICES))
+        q = tl.broadcast_to(q[None, :, :], (SLICES, BLOCK_M, BLOCK_D))
+        maximum = tl.full([SLICES, BLOCK_M], -float("inf"), tl.float32)
+        acc = tl.zeros([SLICES, BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros_like(maximum)
     # a step ahead, in registers: the pipeline holds copies of keys and values alone, which wait for nothing
     block = tl.load(table + tl.minimum(first_key + step, last_key - 1) // BLOCK_SIZE)
     for begin in tl.range(first_key, last_key, BLOCK_N, num_stages=STAGES):
@@ -212,41 +237,49 @@ def _attention_kernel(
         readable = tl.minimum(key_index, last_key - 1)
         slot = block.to(tl.int64) * BLOCK_SIZE + readable % BLOCK_SIZE
         block = tl.load(table + tl.minimum(key_index + BLOCK_N, last_key - 1) // BLOCK_SIZE)
-        entry = slot * (KV_HEADS * HEAD_DIM)
+        entry = tl.expand_dims(slot * (KV_HEADS * HEAD_DIM), -1) + head_dims
         if HEAD_DIM == BLOCK_D:
-            k = tl.load(key_cache + entry[:, None] + head_dims[None, :])
-            v = tl.load(value_cache + entry[:, None] + head_dims[None, :])
+            k = tl.load(key_cache + entry)
+            v = tl.load(value_cache + entry)
         else:
-            k = tl.load(key_cache + entry[:, None] + head_dims[None, :], mask=is_dim[None, :], other=0.0)
-            v = tl.load(value_cache + entry[:, None] + head_dims[None, :], mask=is_dim[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale
+            k = tl.load(key_cache + entry, mask=is_dim, other=0.0)
+            v = tl.load(value_cache + entry, mask=is_dim, other=0.0)
+        turned = tl.trans(k) if SLICES == 1 else tl.permute(k, (0, 2, 1))
+        scores = tl.dot(q, turned, input_precision="ieee") * score_scale
         if HAS_SOFTCAP:
             # tanh x = 1 - 2 / (exp 2x + 1): right at both infinities
             scores = cap * (1.0 - 2.0 / (tl.exp2(scores * 2.8853900817779268) + 1.0))
         if HAS_WINDOW or begin + BLOCK_N > tl.minimum(common_end, last_key):
-            visible = key_index[None, :] <= index[:, None]
+            column = tl.expand_dims(key_index, -2)
+            visible = column <= row_index
             if IS_TREE:
-                node = tl.minimum(tl.maximum(key_index - first_node, 0), 63).to(tl.int64)
-                on_path = ((bits[:, None] >> node[None, :]) & 1) != 0
-                seen_by_node = (key_index < first_node)[None, :] | on_path
-                visible = tl.where((index < first_node)[:, None], visible, seen_by_node)
+                node = tl.minimum(tl.maximum(column - first_node, 0), 63).to(tl.int64)
+                on_path = ((row_bits >> node) & 1) != 0
+                visible = tl.where(row_index < first_node, visible, (column < first_node) | on_path)
             if HAS_WINDOW:
                 key_position = readable.to(tl.int64)
                 if IS_TREE:
                     new = readable - context
                     written = tl.load(positions + first_token - first_index + readable, mask=new >= 0, other=0)
                     key_position = tl.where(new >= 0, written, key_position)
-                visible = visible & (query_position[:, None] - key_position[None, :] < window)
-            visible = visible & (key_index < last_key)[None, :]
+                visible = visible & (row_position - tl.expand_dims(key_position, -2) < window)
+            visible = visible & (column < last_key)
             scores = tl.where(visible, scores, -float("inf"))
-        raised = tl.maximum(maximum, tl.max(scores, axis=1))
+        raised = tl.maximum(maximum, tl.max(scores, axis=-1))
         # a row that has seen nothing yet: -inf less -inf is not a number
         finite = tl.where(raised == -float("inf"), 0.0, raised)
-        probs = tl.exp2(scores - finite[:, None])
+        probs = tl.exp2(scores - tl.expand_dims(finite, -1))
         shrink = tl.exp2(maximum - finite)
-        total = total * shrink + tl.sum(probs, axis=1)
-        acc = tl.dot(probs.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        total = total * shrink + tl.sum(probs, axis=-1)
+        acc = tl.dot(probs.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision="ieee")
         maximum = raised
+    if SLICES > 1:
+        highest = tl.max(maximum, axis=0)
+        finite = tl.where(highest == -float("inf"), 0.0, highest)
+        weight = tl.exp2(maximum - finite[None, :])
+        total = tl.sum(total * weight, axis=0)
+        acc = _sum_slices(acc * weight[:, :, None], SLICES, BLOCK_M, BLOCK_D)
+        maximum = highest
 
     mask = in_use[:, None] & is_dim[None, :]
     if not MAY_SPLIT or num_chunks == 1:
@@ -270,6 +303,24 @@ def _attention_kernel(
                 )  # fmt: skip
 
 
+@triton.jit
+def _as_rows(values, SLICES: tl.constexpr):
+    """One value a row, shaped to go with scores: [M, 1], or [1, M, 1] with slices."""
+    return values[:, None] if SLICES == 1 else values[None, :, None]
+
+
+@triton.jit
+def _sum_slices(parts, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[SLICES, M, D] to [M, D] by halves: one pass through shared memory, where tl.sum takes one for each register."""
+    if SLICES == 1:
+        result = tl.reshape(parts, (BLOCK_M, BLOCK_D))
+    else:
+        halves = tl.permute(tl.reshape(parts, (2, SLICES // 2, BLOCK_M, BLOCK_D)), (1, 2, 3, 0))
+        first, second = tl.split(halves)
+        result = _sum_slices(first + second, SLICES // 2, BLOCK_M, BLOCK_D)
+    return result
+
+
 @triton.jit(do_not_specialize=["room"])
 def _combine_kernel(
     output,
@@ -286,8 +337,12 @@ def _combine_kernel(
     BLOCK_D: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MERGE_SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Some rows of one tile; nothing to do where one chunk is all."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     tile = tl.program_id(0)
     field = tiles + tile * FIELDS
     first_token = tl.load(field + 0)

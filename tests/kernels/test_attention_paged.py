@@ -32,6 +32,12 @@ def interpreted(*args: Any, fold: bool, **options: Any) -> torch.Tensor:
     return paged_attention_triton(*args, launch=launch, min_chunk=16, **options)
 
 
+def sliced(*args: Any, **options: Any) -> torch.Tensor:
+    """Each step in two slices, which are merged at the end."""
+    launch = Launch(block_m=16, block_n=32, num_warps=2, num_stages=2, programs_per_sm=1, fold=True, slices=2)
+    return paged_attention_triton(*args, launch=launch, min_chunk=32, **options)
+
+
 def folded(*args: Any, **options: Any) -> torch.Tensor:
     return interpreted(*args, fold=True, **options)
 
@@ -45,6 +51,7 @@ KERNELS = [
     pytest.param(Kernel(paged_attention_reference, "cpu", torch.float32, 1e-5), id="reference"),
     pytest.param(Kernel(folded, "cpu", torch.float32, 1e-5), id="folded", marks=on_cpu),
     pytest.param(Kernel(combined, "cpu", torch.float32, 1e-5), id="combined", marks=on_cpu),
+    pytest.param(Kernel(sliced, "cpu", torch.float32, 1e-5), id="sliced", marks=on_cpu),
     pytest.param(Kernel(folded, "cuda", torch.float32, 1e-4), id="float32", marks=pytest.mark.gpu),
     pytest.param(Kernel(paged_attention, "cuda", torch.bfloat16, 3e-2), id="bfloat16", marks=pytest.mark.gpu),
 ]
