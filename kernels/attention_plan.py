@@ -151,11 +151,11 @@ def _make_plan(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:
         num_sequences,
         wave,
         geometry.window,
+        max(1, geometry.min_chunk // launch.block_n) if may_split else 1 << 24,
         IS_TREE=is_tree,
         TOKENS=tokens,
         KV_HEADS=num_kv_heads,
         STEP=launch.block_n,
-        MIN_STEPS=max(1, geometry.min_chunk // launch.block_n) if may_split else 1 << 24,
         ITEM_FIELDS=ITEM_FIELDS,
         TILE_FIELDS=TILE_FIELDS,
         # few sizes, since each is compiled
@@ -176,7 +176,7 @@ def _num_programs(device: torch.device, per_sm: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count * per_sm
 
 
-@triton.jit(do_not_specialize=["num_sequences", "wave", "window"])
+@triton.jit(do_not_specialize=["num_sequences", "wave", "window", "min_steps"])
 def _plan_kernel(
     cu_seqlens,  # [B + 1] int32
     context_lens,  # [B] int32
@@ -188,11 +188,11 @@ def _plan_kernel(
     num_sequences,
     wave,
     window,
+    min_steps,
     IS_TREE: tl.constexpr,
     TOKENS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     STEP: tl.constexpr,
-    MIN_STEPS: tl.constexpr,
     ITEM_FIELDS: tl.constexpr,
     TILE_FIELDS: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -231,7 +231,7 @@ def _plan_kernel(
                 high = middle
             else:
                 low = middle + 1
-    longest = tl.maximum(high, MIN_STEPS)
+    longest = tl.maximum(high, min_steps)
     chunks = tl.maximum(tl.cdiv(steps, longest), 1)
     chunk_steps = tl.maximum(tl.cdiv(steps, chunks), 1)
     chunks = tl.maximum(tl.cdiv(steps, chunk_steps), 1)
