@@ -1,0 +1,98 @@
+# mypy: allow-untyped-defs
+# ruff: noqa: N803
+"""Merging the chunks of a tile, by the last program to finish it or by a kernel after (Triton)."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit(do_not_specialize=["room"])
+def combine_kernel(
+    output,
+    tiles,
+    counts,
+    maxima,
+    sums,
+    partials,
+    room,
+    KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    FIELDS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    MERGE_SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Some rows of one tile; nothing to do where one chunk is all."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile = tl.program_id(0)
+    field = tiles + tile * FIELDS
+    first_token = tl.load(field + 0)
+    num_tokens = tl.load(field + 1)
+    num_chunks = tl.load(field + 2)
+    first_partial = tl.load(field + 3)
+    first_row = tl.program_id(2) * MERGE_ROWS
+    if tile >= tl.load(counts + 1) or num_chunks == 1 or first_row >= num_tokens * GROUPS:
+        return
+    combine_chunks(
+        output, maxima, sums, partials, room, first_row, first_token, num_tokens, num_chunks, first_partial,
+        tl.program_id(1), KV_HEADS, GROUPS, HEAD_DIM, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def combine_chunks(
+    output,
+    maxima,
+    sums,
+    partials,
+    room,
+    first_row,
+    first_token,
+    num_tokens,
+    num_chunks,
+    first_partial,
+    head,
+    KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    MERGE_SPLITS: tl.constexpr,
+):
+    """Merge the chunks of MERGE_ROWS rows of a tile, MERGE_SPLITS at a time."""
+    rows = first_row + tl.arange(0, MERGE_ROWS)
+    dims = tl.arange(0, BLOCK_D)
+    in_use = rows < num_tokens * GROUPS
+    is_dim = dims < HEAD_DIM
+    maximum = tl.full([MERGE_ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([MERGE_ROWS], tl.float32)
+    acc = tl.zeros([MERGE_ROWS, BLOCK_D], tl.float32)
+    for begin in range(0, num_chunks, MERGE_SPLITS):
+        chunk = begin + tl.arange(0, MERGE_SPLITS)
+        exists = (chunk < num_chunks)[None, :] & in_use[:, None]
+        slot = ((first_partial + chunk).to(tl.int64)[None, :] * KV_HEADS + head) * room + rows[:, None]
+        # .cg: written by other multiprocessors, whose stores this one's first-level cache does not see
+        chunk_max = tl.load(maxima + slot, mask=exists, other=-float("inf"), cache_modifier=".cg")
+        chunk_sum = tl.load(sums + slot, mask=exists, other=0.0, cache_modifier=".cg")
+        chunk_acc = tl.load(
+            partials + slot[:, :, None] * HEAD_DIM + dims[None, None, :],
+            mask=exists[:, :, None] & is_dim[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        raised = tl.maximum(maximum, tl.max(chunk_max, axis=1))
+        finite = tl.where(raised == -float("inf"), 0.0, raised)
+        weight = tl.exp2(chunk_max - finite[:, None])
+        shrink = tl.exp2(maximum - finite)
+        total = total * shrink + tl.sum(chunk_sum * weight, axis=1)
+        acc = acc * shrink[:, None] + tl.sum(chunk_acc * weight[:, :, None], axis=1)
+        maximum = raised
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    token_row = (first_token + rows // GROUPS).to(tl.int64)
+    where = (token_row * (KV_HEADS * GROUPS) + head * GROUPS + rows % GROUPS)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(output + where, result.to(output.dtype.element_ty), mask=in_use[:, None] & is_dim[None, :])
