@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import PagedSequences
-from kernels.linear_triton import _overlaps as overlaps
+from kernels.linear_triton import overlaps
 
 MIN_CHUNK = 128  # keys below which a further chunk costs more to combine than it saves
 FEW_PROGRAMS = 128  # sequences times key heads below which most are cut, to fill the multiprocessors
@@ -92,9 +92,15 @@ def choose_launch(rows: int, head_dim: int, dtype: torch.dtype, num_programs: in
     if head_dim > 128:
         return Launch(min(block_m, 64), 32, num_warps=4, num_stages=2, programs_per_sm=2, fold=fold)
     if block_m == 16:
-        # short contexts are a chain of waits: deep pipelines, and no barriers among warps but for the copies
-        per_sm = 2 if head_dim > 64 else 4
-        return Launch(block_m, 64, num_warps=4, num_stages=4, programs_per_sm=per_sm, fold=True, slices=4)
+        # measured on an H200 from 96 to 2048 keys: warps that keep slices of their own pay where programs are neither
+        # so few that each waits alone nor so many that registers decide how many run at once
+        if head_dim <= 64:
+            if num_programs >= 64:
+                return Launch(block_m, 32, num_warps=2, num_stages=4, programs_per_sm=4, fold=True, slices=2)
+            return Launch(block_m, 64, num_warps=4, num_stages=4, programs_per_sm=4, fold=True, slices=4)
+        if 128 < num_programs <= 512:
+            return Launch(block_m, 64, num_warps=4, num_stages=3, programs_per_sm=2, fold=True, slices=4)
+        return Launch(block_m, 64, num_warps=4, num_stages=3, programs_per_sm=3, fold=True)
     if block_m < 128:
         return Launch(64, 64, num_warps=4, num_stages=3, programs_per_sm=2, fold=fold)
     return Launch(block_m, 64, num_warps=8, num_stages=3, programs_per_sm=1, fold=fold)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.linear_triton import _overlaps as overlaps
+from kernels.linear_triton import overlaps
 
 BLOCK_HEADS = 4  # of a program; 4 heads of 128 are 16 bytes for each thread of two warps
 MOVE_ELEMENTS = 8192  # that a program of compact holds in registers: all moves of a row, some columns of an entry

@@ -45,7 +45,7 @@ def rms_norm_triton(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """rms_norm, one program a row."""
     num_tokens, width = x.shape
     out = x.new_empty(num_tokens, width)
-    overlap = _overlaps(x.device)
+    overlap = overlaps(x.device)
     block = triton.next_power_of_2(width)
     _rms_norm_kernel[(num_tokens,)](
         x,
@@ -67,7 +67,7 @@ def silu_mul_triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     num_tokens, width = gate.shape
     assert gate.stride() == up.stride() and gate.stride(1) == 1
     out = gate.new_empty(num_tokens, width)
-    overlap = _overlaps(gate.device)
+    overlap = overlaps(gate.device)
     _silu_mul_kernel[(num_tokens, triton.cdiv(width, 1024))](
         gate, up, out, width, gate.stride(0), BLOCK=1024, OVERLAP=overlap, num_warps=4, launch_pdl=overlap
     )
@@ -94,7 +94,7 @@ def _launch(
         assert grid[0] * grid[1] <= MAX_SPLIT_TILES
         parts = x.new_empty(grid[0] * grid[1] * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
         arrivals = _arrivals(x.device)
-    overlap = _overlaps(x.device)
+    overlap = overlaps(x.device)
     _linear_kernel[grid](
         x,
         weight,
@@ -129,7 +129,7 @@ def _launch(
 
 
 @cache
-def _overlaps(device: torch.device) -> bool:
+def overlaps(device: torch.device) -> bool:
     """Whether a kernel may start while its predecessor drains."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 

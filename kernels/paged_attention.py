@@ -25,7 +25,7 @@ from kernels.attention_plan import (
     choose_launch,
     plan_for,
 )
-from kernels.linear_triton import _overlaps as overlaps
+from kernels.linear_triton import overlaps
 
 COMBINE_ROWS = 4  # rows that a program of the combining kernel merges
 FOLD_ROWS = 16  # rows that a folding program merges at once: it waits for them in turn

@@ -92,7 +92,7 @@ def forward(weights: Weights, inputs: Inputs, storage: torch.Tensor) -> torch.Te
 def test_a_chain_that_overlaps_replays_bit_for_bit_what_separate_launches_compute(
     monkeypatch: pytest.MonkeyPatch, batch: int, new: int
 ) -> None:
-    if not linear_triton._overlaps(torch.device("cuda", 0)):
+    if not linear_triton.overlaps(torch.device("cuda", 0)):
         pytest.skip("no overlap before compute capability 9.0")
     generator = torch.Generator().manual_seed(batch * new)
 
@@ -128,7 +128,7 @@ def test_a_chain_that_overlaps_replays_bit_for_bit_what_separate_launches_comput
 
     for module in (attention_plan, cache_triton, paged_attention):
         monkeypatch.setattr(module, "overlaps", lambda device: False)
-    monkeypatch.setattr(linear_triton, "_overlaps", lambda device: False)
+    monkeypatch.setattr(linear_triton, "overlaps", lambda device: False)
     separate = overlapping.clone()
     for _ in range(50):
         inputs.change(generator)
