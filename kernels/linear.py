@@ -23,7 +23,8 @@ class Tile:
     """How a product is cut into programs of block_n weight rows by block_m tokens.
 
     Fewer than 8 tokens are multiplied and added without tensor cores. block_k columns are loaded at once, num_stages
-    tiles are on their way, split_k programs share a row's columns.
+    tiles are on their way, split_k programs share a row's columns. With slices > 1, one for each warp, a tile's columns
+    are shared among the warps, which else share its rows: 16 rows then keep all warps busy.
     """
 
     block_m: int
@@ -32,6 +33,7 @@ class Tile:
     num_stages: int
     num_warps: int = 4
     split_k: int = 1
+    slices: int = 1
 
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -146,11 +148,9 @@ PLAIN = (
     Rule(1, 8192, 1024, Tile(8, 16, 64, 6, split_k=3)),
     Rule(1, 8192, ANY, Tile(1, 8, 512, 4)),
     Rule(8, 8192, 1536, Tile(8, 16, 64, 6, split_k=3)),
-    Rule(8, 2048, ANY, Tile(8, 64, 64, 6, split_k=4)),
-    Rule(8, 8192, 2048, Tile(16, 16, 128, 6)),
-    Rule(8, 8192, ANY, Tile(8, 64, 128, 4, split_k=2)),
+    Rule(8, 8192, ANY, Tile(8, 16, 256, 6, slices=4)),
     Rule(8, ANY, 1024, Tile(8, 64, 64, 6)),
-    Rule(8, ANY, ANY, Tile(8, 32, 128, 5)),
+    Rule(8, ANY, ANY, Tile(8, 32, 256, 5, slices=4)),
     Rule(16, 8192, 1536, Tile(16, 16, 64, 6, split_k=3)),
     Rule(16, 2048, 2048, Tile(16, 64, 64, 6, split_k=4)),
     Rule(16, 2048, ANY, Tile(16, 64, 128, 4, split_k=3)),
@@ -164,14 +164,15 @@ PLAIN = (
     Rule(32, 4096, ANY, Tile(32, 64, 128, 4, split_k=2)),
     Rule(32, 8192, ANY, Tile(32, 64, 128, 4)),
     Rule(32, ANY, 1024, Tile(32, 64, 64, 6)),
-    Rule(32, ANY, ANY, Tile(32, 32, 128, 5)),
+    Rule(32, ANY, ANY, Tile(32, 64, 128, 4)),
     Rule(64, 8192, 1024, Tile(64, 16, 64, 6)),
     Rule(64, 2048, 4096, None),
     Rule(64, 2048, ANY, Tile(64, 64, 64, 4, split_k=4)),
 )
 GATED = (
     Rule(8, 2048, ANY, Tile(8, 16, 64, 8, num_warps=2)),
-    Rule(8, ANY, ANY, Tile(8, 64, 128, 3)),
+    Rule(8, 8192, ANY, Tile(8, 64, 128, 3)),
+    Rule(8, ANY, ANY, Tile(8, 16, 256, 5, slices=4)),
     Rule(16, 2048, ANY, Tile(16, 16, 64, 8, num_warps=2)),
     Rule(16, ANY, ANY, Tile(16, 64, 128, 3)),
     Rule(32, 2048, ANY, Tile(32, 16, 64, 8)),
@@ -192,11 +193,11 @@ def tile_for(rules: tuple[Rule, ...], num_tokens: int, weight: torch.Tensor) -> 
 
 
 def fit(tile: Tile, num_columns: int) -> Tile | None:
-    """The tile with columns that divide num_columns; None where even 32 do not."""
+    """The tile with columns that divide num_columns; None where even the fewest do not."""
     while num_columns % (tile.block_k * tile.split_k):
         if tile.split_k > 1:
             tile = replace(tile, split_k=tile.split_k - 1)
-        elif tile.block_k > 32:
+        elif tile.block_k > 32 * tile.slices:
             tile = replace(tile, block_k=tile.block_k // 2)
         else:
             return None

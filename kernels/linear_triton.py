@@ -87,6 +87,7 @@ def _launch(
     num_features = weight.shape[0]
     assert num_columns % (tile.block_k * tile.split_k) == 0, (num_columns, tile)
     assert x.stride(1) == weight.stride(1) == 1
+    assert tile.slices == 1 or tile.block_m >= 8, tile
     out = x.new_empty(num_tokens, num_features)
     grid = (triton.cdiv(num_tokens, tile.block_m), triton.cdiv(num_features, tile.block_n), tile.split_k)
     parts = arrivals = out  # not touched without a split
@@ -117,6 +118,7 @@ def _launch(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         SPLIT_K=tile.split_k,
+        SLICES=tile.slices,
         OVERLAP=overlap,
         STAGES=tile.num_stages,
         # fp32 serves tests and small models: as exact as torch's
@@ -139,6 +141,18 @@ def _arrivals(device: torch.device) -> torch.Tensor:
     """Zeros, to which every kernel returns them."""
     assert device.type == "cpu" or not torch.cuda.is_current_stream_capturing(), "run once before capturing"
     return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _spread(rows, BLOCK_K: tl.constexpr, SLICES: tl.constexpr):
+    """A tile's offsets from its rows': [rows, columns] or, where warps share columns, [slices, rows, columns]."""
+    width: tl.constexpr = BLOCK_K // SLICES
+    column = tl.arange(0, width)
+    if SLICES == 1:
+        offsets = rows[:, None] + column[None, :]
+    else:
+        offsets = rows[None, :, None] + (tl.arange(0, SLICES)[:, None, None] * width + column[None, None, :])
+    return offsets
 
 
 @triton.jit
@@ -182,6 +196,7 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    SLICES: tl.constexpr,
     OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -198,15 +213,21 @@ def _linear_kernel(
     if OVERLAP:
         gdc_wait()
 
-    column = tl.arange(0, BLOCK_K)
-    is_token = tokens[:, None] < num_tokens
-    x_ptrs = x_ptr + tokens[:, None].to(tl.int64) * x_stride + column[None, :]
-    rows = tl.minimum(features, num_features - 1)[:, None].to(tl.int64) * weight_stride + column[None, :]
+    inside = (tokens[:, None] < num_tokens) & (features[None, :] < num_features)
+    if RESIDUAL:  # asked for here, for at the end everyone would wait for it
+        residual_ptrs = residual_ptr + tokens[:, None].to(tl.int64) * residual_stride + features[None, :]
+        residual = tl.load(residual_ptrs, mask=inside, other=0.0)
+    is_token = tokens[:, None] < num_tokens if SLICES == 1 else tokens[None, :, None] < num_tokens
+    x_ptrs = x_ptr + _spread(tokens.to(tl.int64) * x_stride, BLOCK_K, SLICES)
+    rows = _spread(tl.minimum(features, num_features - 1).to(tl.int64) * weight_stride, BLOCK_K, SLICES)
     weight_ptrs, up_ptrs = weight_ptr + rows, up_ptr + rows
 
     # fewer tokens than a tensor core takes: multiply and add, and sum along the columns once at the end
     has_dot: tl.constexpr = BLOCK_M >= 8
-    acc = tl.zeros([BLOCK_N, BLOCK_M] if has_dot else [BLOCK_N, BLOCK_M, BLOCK_K], tl.float32)
+    if SLICES > 1:
+        acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_N, BLOCK_M] if has_dot else [BLOCK_N, BLOCK_M, BLOCK_K], tl.float32)
     acc_up = acc
     for k in tl.range(k_start, k_end, BLOCK_K, num_stages=STAGES):
         weight = tl.load(weight_ptrs + k)
@@ -221,7 +242,9 @@ def _linear_kernel(
                 acc_up = tl.dot(up, tl.trans(tile), acc_up, input_precision=PRECISION)
             else:
                 acc_up += up.to(tl.float32)[:, None, :] * tile.to(tl.float32)[None, :, :]
-    if not has_dot:
+    if SLICES > 1:
+        acc, acc_up = tl.sum(acc, 0), tl.sum(acc_up, 0)
+    elif not has_dot:
         acc, acc_up = tl.sum(acc, 2), tl.sum(acc_up, 2)
 
     if OVERLAP:
@@ -232,17 +255,13 @@ def _linear_kernel(
         acc, is_last = _join(acc, parts_ptr, arrivals_ptr, place, split, SPLIT_K, BLOCK_N, BLOCK_M)
     if is_last:
         # rounded wherever torch's separate operations would
-        is_feature = features < num_features
-        inside = is_token & is_feature[None, :]
         y = tl.trans(acc)
         if BIAS:
-            y += tl.load(bias_ptr + features, mask=is_feature, other=0.0).to(tl.float32)[None, :]
+            y += tl.load(bias_ptr + features, mask=features < num_features, other=0.0).to(tl.float32)[None, :]
         y = y.to(dtype)
         if GATED:
             y = _silu_mul(y, tl.trans(acc_up).to(dtype))
         if RESIDUAL:
-            residual_ptrs = residual_ptr + tokens[:, None].to(tl.int64) * residual_stride + features[None, :]
-            residual = tl.load(residual_ptrs, mask=inside, other=0.0)
             y = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)
         tl.store(out_ptr + tokens[:, None].to(tl.int64) * num_features + features[None, :], y, mask=inside)
 
@@ -256,14 +275,16 @@ def _silu_mul(gate, up):
 
 @triton.jit
 def _rms_norm_kernel(x_ptr, norm_ptr, out_ptr, width, x_stride, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+    # before the wait: no kernel that starts its successors early writes weights
     norm = tl.load(norm_ptr + column, mask=inside, other=0.0)
+    if OVERLAP:
+        gdc_wait()
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
+    if OVERLAP:
+        gdc_launch_dependents()  # not sooner: what the next kernel prefetches would be served before this row
     wide = x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     normed = (wide * rstd).to(x.dtype).to(tl.float32) * norm.to(tl.float32)

@@ -17,6 +17,7 @@ TILES = [
     pytest.param(Tile(8, 16, 64, 3), id="8 tokens"),
     pytest.param(Tile(4, 16, 64, 3), id="4 tokens"),
     pytest.param(Tile(32, 64, 32, 4), id="32 tokens"),
+    pytest.param(Tile(8, 16, 64, 3, slices=4), id="8 tokens, 4 slices"),
 ]
 
 
@@ -75,7 +76,7 @@ def test_a_gated_product_equals_its_definition(tile: Tile, device: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize("split_k", [2, 3])
 def test_programs_that_share_columns_give_the_whole_sum_call_after_call(split_k: int, device: str) -> None:
-    tile = Tile(16, 32, 32, 3, 4, split_k)
+    tile = Tile(16, 32, 64, 3, 4, split_k, slices=2) if split_k == 3 else Tile(16, 32, 32, 3, 4, split_k)
     x, residual = data(18, 192, device=device), data(18, 72, device=device, seed=3)
     for seed in (1, 2):
         weight = data(72, 192, device=device, scale=0.1, seed=seed)
@@ -84,7 +85,7 @@ def test_programs_that_share_columns_give_the_whole_sum_call_after_call(split_k:
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_GPU])
-@pytest.mark.parametrize("tile", [Tile(16, 16, 64, 3), Tile(16, 32, 32, 3, 4, 3)])
+@pytest.mark.parametrize("tile", [Tile(16, 16, 64, 3), Tile(16, 32, 32, 3, 4, 3), Tile(16, 16, 64, 3, slices=4)])
 def test_a_row_is_bit_equal_whatever_shares_its_batch(tile: Tile, device: str) -> None:
     x, weight = data(37, 192, device=device), data(64, 192, device=device, scale=0.1, seed=1)
     whole = linear_triton(x, weight, bias=None, residual=None, tile=tile)
@@ -128,6 +129,7 @@ def test_a_tile_is_cut_to_columns_that_divide_the_row() -> None:
     assert fit(Tile(8, 32, 128, 4), 576) == Tile(8, 32, 64, 4)
     assert fit(Tile(8, 32, 128, 4, split_k=4), 1024) == Tile(8, 32, 128, 4, split_k=4)
     assert fit(Tile(8, 32, 128, 4, split_k=3), 1024) == Tile(8, 32, 128, 4, split_k=2)
+    assert fit(Tile(8, 16, 512, 4, slices=4), 576) is None
     assert fit(Tile(8, 32, 128, 4), 100) is None
 
 
