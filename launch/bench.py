@@ -17,7 +17,7 @@ app = typer.Typer(help="Measure Paceline against its peers.")
 
 Geometry = Annotated[str | None, typer.Option(metavar="NAME", help="A known shape, random weights: qwen3-8b, ...")]
 Geometries = Annotated[str, typer.Option(metavar="NAMES", help="Known shapes, random weights: smollm2-135m,qwen3-8b")]
-Model = Annotated[str | None, typer.Option(metavar="MODEL", help="A model folder or a shipped name instead.")]
+Model = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="A model folder or a shipped name instead.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU where there is one.")]
 Dtype = Annotated[Literal["auto", "bfloat16", "float32"], typer.Option(help="auto: bfloat16 on a GPU.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Times every figure is measured.")]
