@@ -7,7 +7,6 @@ sample, walk, commit, compact - which strategies that verify equally many tokens
 import time
 from collections import abc
 from dataclasses import dataclass
-from math import isfinite
 
 import numpy as np
 import torch
@@ -248,25 +247,26 @@ class ResidentCycles:
         """Commit on the host what a cycle committed on the device; the sequences that became complete."""
         seconds = launched.wait()
         width = 1 + launched.strategy.num_verify
-        table = launched.results.numpy()
-        counts = table[:, COUNT].tolist()
-        token_ids = table[:, TOKENS : TOKENS + width].tolist()
-        logprobs = table[:, TOKENS + width : TOKENS + 2 * width].view(np.float32).tolist()
+        table = launched.results[: len(launched.sequences)].numpy()
+        logprobs = table[:, TOKENS + width : TOKENS + 2 * width].view(np.float32)
+        if not np.isfinite(logprobs).all():  # zeros follow the committed ones
+            raise DivergedError(NOT_FINITE)
         proposed = table[:, TOKENS + 2 * width : TOKENS + 3 * width - 1]
-        proposed_lists = proposed.tolist() if width > 1 else None
-        accepted = table[:, ACCEPTED].tolist()
+        counts, accepted = table[:, COUNT].tolist(), table[:, ACCEPTED].tolist()
+        token_lists, logprob_lists = table[:, TOKENS : TOKENS + width].tolist(), logprobs.tolist()
+        proposed_lists = proposed.tolist()
         finished = []
         for row, sequence in enumerate(launched.sequences):
             count = counts[row]
             if count == 0:  # it finished one cycle earlier
                 continue
-            if not all(map(isfinite, logprobs[row][:count])):
-                raise DivergedError(NOT_FINITE)
+            if count < width:
+                del token_lists[row][count:], logprob_lists[row][count:]
             taken = sequence.commit(
-                token_ids[row][:count], logprobs[row][:count], stop_token_ids=self._stop, version=launched.version
+                token_lists[row], logprob_lists[row], stop_token_ids=self._stop, version=launched.version
             )
             assert taken == count, "host and device disagree about the end of a sequence"
-            sequence.count_forward(proposed_lists[row] if proposed_lists else (), accepted[row])
+            sequence.count_forward(proposed_lists[row], accepted[row])
             if sequence.finish is None:
                 self._scheduler.extend(sequence, len(sequence.tokens) - 1)
             else:
@@ -281,7 +281,7 @@ class ResidentCycles:
         self, launched: Launched, seconds: float, committed: int, proposed: np.ndarray, accepted: list[int]
     ) -> None:
         strategy = launched.strategy
-        by_depth = np.bincount(np.asarray(accepted[: len(launched.sequences)]), minlength=strategy.depth + 1)
+        by_depth = np.bincount(np.asarray(accepted), minlength=strategy.depth + 1)
         self._chooser.observe(
             CycleReport(
                 strategy=strategy,

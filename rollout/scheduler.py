@@ -50,8 +50,13 @@ class Scheduler:
 
     def fits(self, ahead: int) -> bool:
         """Whether every running sequence can have blocks for its present tokens and ahead more: plan preempts none."""
-        lacking = (self._num_blocks_ahead(sequence, ahead) - sequence.num_blocks for sequence in self.running)
-        return sum(count for count in lacking if count > 0) <= self._pool.num_free
+        size = self._pool.block_size
+        lacking = 0
+        for sequence in self.running:
+            missing = min(len(sequence.tokens) + ahead, sequence.max_length) - sequence.num_blocks * size
+            if missing > 0:
+                lacking += -(-missing // size)
+        return lacking <= self._pool.num_free
 
     def holds(self, sequence: Sequence, ahead: int) -> bool:
         """Whether a sequence has blocks for its present tokens and ahead more."""
@@ -68,8 +73,16 @@ class Scheduler:
         preempted = False
         # by index: preemption shortens the list from its far end
         index = 0
+        size = self._pool.block_size
         while index < len(self.running):
             sequence = self.running[index]
+            length = len(sequence.tokens)
+            if sequence.num_cached == length - 1 and sequence.num_blocks * size >= min(
+                length + ahead, sequence.max_length
+            ):
+                works.append(Work(sequence, 1))  # most of them, most of the time
+                index += 1
+                continue
             num_tokens, budget = _chunk(sequence, budget)
             until = sequence.num_cached + num_tokens
             if sequence.num_uncached == 1:
