@@ -1,6 +1,7 @@
 """The engine: sequences in, cycles of draft, verify and commit, rollouts out."""
 
 import asyncio
+import gc
 from collections import abc
 from typing import Any, Literal, Protocol
 
@@ -23,6 +24,7 @@ from rollout.sequence import Sequence
 from rollout.strategy import Chooser
 from rollout.types import Prompt, Rollout, Sampling
 
+NEVER = 1 << 30
 LENGTH_STEP = 1024  # resident sequences have room for a multiple of so many tokens: graphs outlive a longer prompt
 TEXT_BYTES = 256 << 20  # at most, for texts that are only quoted
 
@@ -103,6 +105,9 @@ class NativeEngine:
         cycles = self._running = self._cycles(scheduler, sampling, prompts)
         was_training = self._model.training
         self._model.eval()
+        thresholds = gc.get_threshold()
+        # a full collection walks all of torch and transformers, 0.1 s in which no cycle is launched
+        gc.set_threshold(thresholds[0], thresholds[1], NEVER)
         try:
             while scheduler.running or scheduler.waiting or cycles.in_flight:
                 for sequence in cycles.step(self.version):
@@ -110,6 +115,8 @@ class NativeEngine:
                 await asyncio.sleep(0)
         finally:
             # also where the caller leaves early: nothing may stay behind
+            if thresholds[2] != NEVER:  # set by another engine that is still at work, or was when this one began
+                gc.set_threshold(*thresholds)
             cycles.close()
             scheduler.clear()
             self._scheduler = self._running = None

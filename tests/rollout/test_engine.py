@@ -1,6 +1,7 @@
 """The engine around its cycles: caches after rejections, early exits, weight updates, errors, statistics."""
 
 import asyncio
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -185,6 +186,22 @@ def test_a_policy_in_training_mode_is_handed_back_in_training_mode(
     collect(make_engine(), prompts[:1], SAMPLING)
     assert policy.training
     policy.eval()
+
+
+def test_full_garbage_collections_wait_until_the_rollouts_are_done(
+    make_engine: MakeEngine, prompts: list[Prompt]
+) -> None:
+    before = gc.get_threshold()
+
+    async def take_one() -> int:
+        rollouts = make_engine().generate(prompts, SAMPLING)
+        await anext(rollouts)
+        during = gc.get_threshold()[2]
+        await rollouts.aclose()
+        return during
+
+    assert asyncio.run(take_one()) > 1_000_000
+    assert gc.get_threshold() == before
 
 
 def test_a_later_call_that_needs_more_cache_gets_it(
