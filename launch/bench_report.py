@@ -28,10 +28,10 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 def provenance(*, device: str, seed: int) -> dict[str, Any]:
     """Command, commit, versions, processor and GPU, seed.
 
-    PACELINE_COMMIT names the commit where the code came without its history, as on a machine without a network.
+    PACELINE_COMMIT names the commit where the code came without its history, as to a machine without a network.
     """
     found = environment()
-    found["commit"] = found["commit"] or os.environ.get("PACELINE_COMMIT")
+    found["commit"] = os.environ.get("PACELINE_COMMIT") or found["commit"]
     return found | {"gpu": gpu(device), "threads": torch.get_num_threads(), "seed": seed}
 
 
