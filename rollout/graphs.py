@@ -12,9 +12,12 @@ log = logging.getLogger(__name__)
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 
+LARGE_STEP = 128  # between buckets past the last
+
+
 def bucket(batch: int) -> int:
-    """Rows of the smallest graph that holds a batch; a batch above the largest is its own."""
-    return next((size for size in BUCKETS if size >= batch), batch)
+    """Rows of the smallest graph that holds a batch."""
+    return next((size for size in BUCKETS if size >= batch), -(-batch // LARGE_STEP) * LARGE_STEP)
 
 
 @dataclass(slots=True)
