@@ -12,6 +12,7 @@ from configs.errors import PacelineError, PreemptedError, ResourceError, Storage
 from rl.rundir import RunDir
 
 BUG, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+_SIGNALS = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
 _RESUMABLE = (PreemptedError.exit_code, INTERRUPTED, TERMINATED)
 
 
@@ -27,7 +28,9 @@ class EndedError(Exception):
 def run_command(command: Callable[[], object]) -> int:
     """Run a command and return its exit code; what went wrong stands on stderr, a line a problem."""
     try:
-        command()
+        # typer returns the code of its own Exit, which it makes of Ctrl-C too
+        if exited := command():
+            raise SystemExit(exited)
     except BaseException as error:
         code, reason = outcome(error)
         if code == BUG and not isinstance(error, EndedError):
@@ -74,7 +77,7 @@ def outcome(error: BaseException) -> tuple[int, str]:
         case KeyboardInterrupt() | typer.Abort():
             return INTERRUPTED, "interrupted"
         case SystemExit(code=int(code)):
-            return code, "terminated" if code == TERMINATED else f"exit {code}"
+            return code, _SIGNALS.get(code, f"exit {code}")
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return StorageError.exit_code, f"the disk is full ({error}); free some space, then resume"
     # by shape: typer brings a copy of click's errors in some versions, and click itself in others

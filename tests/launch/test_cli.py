@@ -179,6 +179,17 @@ def test_terminated_process_exits_143(paceline: Callable[..., int], training: Ca
     assert exit_record()["code"] == 143
 
 
+def test_ctrl_c_outside_a_run_exits_130(
+    paceline: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rl.rundir.read_status", interrupted)
+    assert paceline("status", "run") == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
 def test_existing_run_directory_is_left_alone(
     paceline: Callable[..., int], training: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
