@@ -1,6 +1,7 @@
 """`paceline bench`: measurements that prove what they time, beside a baseline from the same invocation and machine."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
     from launch.bench_peer import PeerChoice
@@ -17,7 +18,9 @@ app = typer.Typer(help="Measure Paceline against its peers.")
 
 Geometry = Annotated[str | None, typer.Option(metavar="NAME", help="A known shape, random weights: qwen3-8b, ...")]
 Geometries = Annotated[str, typer.Option(metavar="NAMES", help="Known shapes, random weights: smollm2-135m,qwen3-8b")]
-Model = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="A model folder or a shipped name instead.")]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="A model folder or a shipped name instead.")
+]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU where there is one.")]
 Dtype = Annotated[Literal["auto", "bfloat16", "float32"], typer.Option(help="auto: bfloat16 on a GPU.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Times every figure is measured.")]
@@ -28,7 +31,7 @@ PeerMemory = Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of th
 Json = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Where the results go.")]
 
 PYTHON = Path(sys.executable)
-LOG_WIDTH = 160
+ANY_WIDTH = 1000
 
 
 @app.callback()
@@ -44,10 +47,13 @@ def curve(
     """Keep a run's learning curve: every step and evaluation as JSON, and a picture."""
     from launch import curve as learning
 
+    data, picture = (out.with_name(out.name + suffix) for suffix in (".json", ".png"))
+    _require_writable("OUT", data)
+    _require_writable("OUT", picture)
     result = {"command": f"paceline bench curve {run} {out}"} | learning.curve(run)
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    learning.draw(result, out.with_suffix(".png"))
-    print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.png')}")
+    data.write_text(json.dumps(result, indent=1) + "\n")
+    learning.draw(result, picture)
+    print(f"wrote {data} and {picture}")
 
 
 @app.command()
@@ -64,6 +70,7 @@ def loop(
     out: Json = None,
 ) -> None:
     """Seconds per GRPO step against TRL's GRPOTrainer: same model, prompts, lengths and optimiser, float32."""
+    _require_writable("--json", out)
     from launch import bench_loop
 
     result = bench_loop.run(
@@ -98,7 +105,7 @@ def decode(
 ) -> None:
     """Milliseconds per decode step at temperature 1, by batch size; with --peer vllm its own beside ours."""
     sizes = _numbers("--batches", batches)
-    choice = _prepare(peer, peer_python, peer_memory)
+    choice = _prepare(out, peer, peer_python, peer_memory)
     if bool(geometry) == (model is not None):
         raise ConfigError("give --geometry NAMES for random weights or --model MODEL, as in --geometry qwen3-8b")
     from launch import bench_decode
@@ -126,7 +133,7 @@ def prefill(
 ) -> None:
     """Prompt tokens per second by length, against the transformers module with SDPA, and a peer."""
     sizes = _numbers("--lengths", lengths)
-    choice = _prepare(peer, peer_python, peer_memory)
+    choice = _prepare(out, peer, peer_python, peer_memory)
     from launch import bench_prefill
     from launch.geometry import Subject
 
@@ -150,7 +157,7 @@ def start(
     out: Json = None,
 ) -> None:
     """Seconds from loaded weights to the first token, in fresh processes: compilers' caches empty, then kept."""
-    choice = _prepare(peer, peer_python, peer_memory)
+    choice = _prepare(out, peer, peer_python, peer_memory)
     from launch import bench_start
 
     job = bench_start.Job(geometry, model, device, dtype, seed, rounds)
@@ -174,7 +181,7 @@ def cycle(
 ) -> None:
     """A speculative cycle in plain steps, and the graph memory of several strategies against one's."""
     sizes = _numbers("--batches", batches)
-    _prepare(None)
+    _prepare(out)
     from launch import bench_cycle
     from launch.geometry import Subject
 
@@ -198,7 +205,7 @@ def gain(
 ) -> None:
     """Rollouts with drafts, the strategy chosen as they run, over rollouts without; also where drafts never match."""
     sizes = _numbers("--batches", batches)
-    _prepare(None)
+    _prepare(out)
     from launch import bench_gain
     from launch.geometry import Subject
 
@@ -220,7 +227,7 @@ def drift(
     out: Json = None,
 ) -> None:
     """Rollouts with drafts against rollouts without, and both against the training forward: agreement and drift."""
-    _prepare(None)
+    _prepare(out)
     from launch import bench_drift
     from launch.geometry import Subject
 
@@ -245,7 +252,7 @@ def kernels(
     """Attention, products, sampling and log-probs against torch's, at a geometry's shapes."""
     sizes = [(batch, keys) for keys in _numbers("--contexts", contexts) for batch in _numbers("--batches", batches)]
     rows = _numbers("--tokens", tokens)
-    _prepare(None)
+    _prepare(out)
     from launch import bench_kernels
     from launch.geometry import placement
 
@@ -272,7 +279,7 @@ def tensor_parallel(
 ) -> None:
     """A policy over several GPUs against the same on one: whether rollouts agree, and milliseconds per step."""
     sizes = tuple(_numbers("--batches", batches))
-    _prepare(None)
+    _prepare(out)
     from launch import bench_tensor_parallel
 
     job = bench_tensor_parallel.Job(geometry, world, sizes, prompt_len, new_tokens, rounds, exact_layers, seed)
@@ -291,11 +298,14 @@ def _numbers(option: str, text: str) -> list[int]:
     return numbers
 
 
-def _prepare(peer: str | None, python: Path = PYTHON, memory: float = 0.0) -> "PeerChoice | None":
-    """What comes before the first heavy import; the peer that was asked for. Raises PreflightError."""
+def _prepare(
+    out: Path | None, peer: str | None = None, python: Path = PYTHON, memory: float = 0.0
+) -> "PeerChoice | None":
+    """What comes before the first heavy import; the peer that was asked for. Raises PreflightError, StorageError."""
     from launch.bench_peer import PeerChoice, require_peer
     from launch.logs import check_kernels, disable_progress_bars, quiet_libraries
 
+    _require_writable("--json", out)
     check_kernels()
     quiet_libraries()
     disable_progress_bars()
@@ -305,12 +315,25 @@ def _prepare(peer: str | None, python: Path = PYTHON, memory: float = 0.0) -> "P
     return PeerChoice(peer, python, memory)
 
 
-def _show(result: dict[str, Any], table: Any, out: Path | None) -> None:
-    if out is not None:
+def _require_writable(option: str, out: Path | None) -> None:
+    """Make the folder of a result before it is measured. Raises StorageError where the result could not be written."""
+    if out is None:
+        return
+    try:
         out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{option} {out}: its folder cannot be made ({error}); give another") from error
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise StorageError(f"{option} {out}: cannot be written; name a file in a folder of yours")
+
+
+def _show(result: dict[str, Any], table: Any, out: Path | None) -> None:
+    """Print the table, however wide, and write the result: columns that a narrow terminal cuts would be lost."""
+    console = Console()
+    needed = console.measure(table, options=console.options.update(max_width=ANY_WIDTH)).maximum
+    Console(width=max(console.width, needed)).print(table)
+    if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    # a pipe has no width of its own, and cut columns would be of no use in a log
-    Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(table)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from launch import bench, bench_vllm
+from launch.bench_report import plain_table
 from launch.exits import outcome
 
 # Stands in for the python of vLLM's environment: has every package, and takes 2 ms a token whatever the batch.
@@ -167,6 +168,29 @@ def test_a_measurement_needs_one_model(failure: Callable[..., tuple[int, str]]) 
         code, line = failure("cycle", *given)
         assert code == 2
         assert "--geometry" in line and "--model" in line
+
+
+def test_a_result_that_could_not_be_written_is_refused_before_it_is_measured(
+    failure: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for command in ("decode", "start", "kernels"):
+        for out in (tmp_path / "file" / "out.json", tmp_path):
+            # a geometry that is not there either: it would be found out later
+            code, line = failure(command, "--geometry", "nope", "--json", str(out))
+            assert code == 6
+            assert f"--json {out}" in line
+
+
+def test_no_column_is_cut_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = plain_table("a title that is longer than forty columns are wide", ["a column of twenty"] * 4)
+    shown.add_row(*("a value of twenty or so" for _ in range(4)))
+    bench._show({}, shown, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(line.count("a value of twenty or so") for line in lines) == 4
 
 
 def test_a_peer_that_is_not_installed_is_a_preflight_error(failure: Callable[..., tuple[int, str]]) -> None:
