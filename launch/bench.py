@@ -169,7 +169,7 @@ def start(
 def cycle(
     geometry: Geometry = None,
     model: Model = None,
-    batches: Annotated[str, typer.Option(help="Sequences decoded together.")] = "1,2,4,8",
+    batches: Annotated[str, typer.Option(help="Sequences decoded together; '': time no cycles.")] = "1,2,4,8",
     graph_batch: Annotated[int, typer.Option(min=0, help="Weigh the graphs up to this batch; 0: do not.")] = 256,
     prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Cycles a figure is the mean of.")] = 64,
@@ -180,7 +180,9 @@ def cycle(
     out: Json = None,
 ) -> None:
     """A speculative cycle in plain steps, and the graph memory of several strategies against one's."""
-    sizes = _numbers("--batches", batches)
+    sizes = _numbers("--batches", batches) if batches else []
+    if not sizes and not graph_batch:
+        raise ConfigError("--batches '' and --graph-batch 0 leave nothing to measure; give one of them another value")
     _prepare(out)
     from launch import bench_cycle
     from launch.geometry import Subject
@@ -188,6 +190,9 @@ def cycle(
     subject = Subject.load(geometry, model, device=device, dtype=dtype, seed=seed)
     job = bench_cycle.Job(tuple(sizes), graph_batch, prompt_len, new_tokens, rounds, seed)
     result = bench_cycle.run(subject, job)
+    if graph_batch:
+        _write(result, out)  # what was timed is kept, should the graphs not fit
+        result["graphs"] = bench_cycle.graph_memory(subject.model, job)
     _show(result, bench_cycle.table(result), out)
 
 
@@ -332,6 +337,10 @@ def _show(result: dict[str, Any], table: Any, out: Path | None) -> None:
     console = Console()
     needed = console.measure(table, options=console.options.update(max_width=ANY_WIDTH)).maximum
     Console(width=max(console.width, needed)).print(table)
+    _write(result, out)
+
+
+def _write(result: dict[str, Any], out: Path | None) -> None:
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

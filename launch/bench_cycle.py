@@ -32,6 +32,7 @@ from rollout.strategy import FixedChooser
 LIMIT = 1.35  # a cycle that verifies 16 tokens, in plain steps, for the 8B geometry (issue 3)
 GRAPH_LIMIT = 1.25  # graph memory of four strategies over that of one
 FOUR = tuple(Strategy("suffix", depth=min(8, nodes), top_k=2, num_verify=nodes) for nodes in (15, 7, 3, 1))
+GRAPH_TOKENS = 64  # of a row: graphs of all lengths up to rollout.engine.LENGTH_STEP are the same
 ALL_GRAPHS_MB = 1 << 16  # nothing is evicted while graph memory is measured
 # Special tokens in every vocabulary we know: what follows them in a draft is not what a policy samples.
 UNLIKELY = (5, 6)
@@ -39,9 +40,9 @@ UNLIKELY = (5, 6)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is measured: cycles at batches, each figure the mean of about new_tokens cycles; graphs up to a batch.
+    """What is measured: cycles at batches, each figure the mean of about new_tokens cycles; graphs up to graph_batch.
 
-    graph_batch 0 measures no graph memory.
+    No batches time no cycles, graph_batch 0 weighs no graphs.
     """
 
     batches: tuple[int, ...]
@@ -90,34 +91,10 @@ def hopeless_tree(strategy: Strategy) -> tuple[list[int], list[int]]:
 
 
 def run(subject: Subject, job: Job) -> dict[str, Any]:
-    """Verify plain and speculative cycles, then time them and weigh their graphs; JSON-able."""
+    """Verify plain and speculative cycles, then time them; JSON-able. Their graphs are left to graph_memory."""
     model = subject.model
     found = provenance(device=str(model.device), seed=job.seed)
-    plain, drafting = FixedChooser(OFF), FixedChooser(SPECULATIVE)
-    chooser = Switch(plain, drafting)
-    engine = make_engine(
-        model,
-        max_running=max(*job.batches, 6),
-        tokens_each=job.prompt_len + SHORT + job.new_tokens,
-        chooser=chooser,
-        drafter=Hopeless(ngram_drafter()),
-    )
-    verified = {}
-    for name, now in (("plain", plain), ("cycle", drafting)):
-        chooser.now = now
-        verified[name] = verify(engine, model, seed=job.seed)
-    cells = []
-    for batch in job.batches:
-        times: dict[str, list[float]] = {"plain": [], "cycle": []}
-        for number in range(job.rounds + 1):
-            for name, now in (("plain", plain), ("cycle", drafting)):
-                chooser.now = now
-                times[name].append(cycle_ms(engine, model, batch, job, seed=job.seed + 1000 * batch + number))
-        cell: dict[str, Any] = {"batch": batch} | {name: spread(values[1:]) for name, values in times.items()}
-        cell["ratio"] = cell["cycle"]["median"] / cell["plain"]["median"]
-        Console(file=sys.stderr).print(f"batch {batch}: a cycle is {cell['ratio']:.3f} plain steps", highlight=False)
-        cells.append(cell)
-    del engine
+    verified, cells = _cells(model, job) if job.batches else ({}, [])
     return {
         "what": "milliseconds per cycle",
         "model": subject.name,
@@ -127,8 +104,35 @@ def run(subject: Subject, job: Job) -> dict[str, Any]:
         "strategy": asdict(SPECULATIVE),
         "verified": verified,
         "cells": cells,
-        "graphs": graph_memory(model, job) if job.graph_batch else None,
+        "graphs": None,
     }
+
+
+def _cells(model: PreTrainedModel, job: Job) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """How either kind of cycle was verified, and what it takes at every batch size."""
+    kinds = {"plain": FixedChooser(OFF), "cycle": FixedChooser(SPECULATIVE)}
+    chooser = Switch(*kinds.values())
+    engine = make_engine(
+        model,
+        max_running=max(*job.batches, 6),
+        tokens_each=job.prompt_len + SHORT + job.new_tokens,
+        chooser=chooser,
+        drafter=Hopeless(ngram_drafter()),
+    )
+    verified = {}
+    for name, chooser.now in kinds.items():
+        verified[name] = verify(engine, model, seed=job.seed)
+    cells = []
+    for batch in job.batches:
+        times: dict[str, list[float]] = {name: [] for name in kinds}
+        for number in range(job.rounds + 1):
+            for name, chooser.now in kinds.items():
+                times[name].append(cycle_ms(engine, model, batch, job, seed=job.seed + 1000 * batch + number))
+        cell: dict[str, Any] = {"batch": batch} | {name: spread(values[1:]) for name, values in times.items()}
+        cell["ratio"] = cell["cycle"]["median"] / cell["plain"]["median"]
+        Console(file=sys.stderr).print(f"batch {batch}: a cycle is {cell['ratio']:.3f} plain steps", highlight=False)
+        cells.append(cell)
+    return verified, cells
 
 
 def cycle_ms(engine: NativeEngine, model: PreTrainedModel, batch: int, job: Job, *, seed: int) -> float:
@@ -144,9 +148,30 @@ def cycle_ms(engine: NativeEngine, model: PreTrainedModel, batch: int, job: Job,
 
 
 def graph_memory(model: PreTrainedModel, job: Job) -> dict[str, Any]:
-    """Bytes of all graphs over batches up to graph_batch: four strategies in one engine, and the widest alone."""
+    """Bytes of all graphs over batches up to graph_batch: of the widest of four strategies, and of all four.
+
+    A fresh engine captures the graphs of the widest first, as if it were alone, then those of the others beside them.
+    0 and no ratio on a CPU, which has none.
+    """
     batches = [size for size in BUCKETS if size <= job.graph_batch]
-    four, one = (graph_bytes(model, strategies, batches, job) for strategies in (FOUR, FOUR[:1]))
+    choosers = [FixedChooser(strategy) for strategy in FOUR]
+    chooser = Switch(*choosers)
+    engine = make_engine(
+        model,
+        max_running=max(batches),
+        tokens_each=GRAPH_TOKENS,
+        chooser=chooser,
+        drafter=Hopeless(ngram_drafter()),
+        graph_mb=ALL_GRAPHS_MB,
+    )
+    totals = []
+    for chooser.now in choosers:
+        _capture(engine, model, batches, seed=job.seed)
+        totals.append(engine.graph_bytes)
+        nodes = chooser.now.max_num_verify
+        say = f"graphs verifying {1 + nodes} tokens a row: {totals[-1] / 1e6:.0f} MB in all"
+        Console(file=sys.stderr).print(say, highlight=False)
+    one, four = totals[0], totals[-1]
     return {
         "batches": batches,
         "strategies": [asdict(strategy) for strategy in FOUR],
@@ -156,24 +181,15 @@ def graph_memory(model: PreTrainedModel, job: Job) -> dict[str, Any]:
     }
 
 
-def graph_bytes(model: PreTrainedModel, strategies: Sequence[Strategy], batches: Sequence[int], job: Job) -> int:
-    """Device memory of the graphs that a fresh engine captures for each strategy at each batch size; 0 on a CPU."""
-    choosers = [FixedChooser(strategy) for strategy in strategies]
-    chooser = Switch(*choosers)
-    engine = make_engine(
-        model,
-        max_running=max(batches),
-        tokens_each=job.prompt_len + SHORT,
-        chooser=chooser,
-        drafter=Hopeless(ngram_drafter()),
-        graph_mb=ALL_GRAPHS_MB,
-    )
+def _capture(engine: NativeEngine, model: PreTrainedModel, batches: Sequence[int], *, seed: int) -> None:
+    """Let an engine run a cycle, and so capture its graphs, at every batch size.
+
+    Graphs know nothing of what rows hold: prompts of one token need no prefill and are all there in the first cycle,
+    and one sampled token ends them.
+    """
     vocab_size = model.config.get_text_config().vocab_size
     for batch in reversed(batches):  # the largest first: it sizes the memory that all graphs share
-        for chooser.now in choosers:
-            prompts = random_prompts(batch, job.prompt_len, vocab_size, seed=job.seed + batch)
-            generate(engine, prompts, sampling(4, seed=job.seed))
-    return engine.graph_bytes
+        generate(engine, random_prompts(batch, 1, vocab_size, seed=seed + batch), sampling(1, seed=seed))
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from configs.errors import ResourceError
 from launch import bench, bench_vllm
 from launch.bench_report import plain_table
 from launch.exits import outcome
@@ -95,6 +96,30 @@ def test_a_cycle_verifies_full_trees_and_is_stated_in_plain_steps(measure: Calla
     (cell,) = result["cells"]
     assert cell["ratio"] == pytest.approx(cell["cycle"]["median"] / cell["plain"]["median"])
     assert result["graphs"]["ratio"] is None  # a CPU has none
+
+
+def test_a_cycles_parts_can_be_measured_alone(
+    measure: Callable[..., dict[str, Any]], failure: Callable[..., tuple[int, str]]
+) -> None:
+    timed = measure("cycle", "--batches", "1", "--new-tokens", "4", "--rounds", "1", "--graph-batch", "0")
+    assert len(timed["cells"]) == 1 and timed["graphs"] is None
+    weighed = measure("cycle", "--batches", "", "--graph-batch", "2")
+    assert weighed["cells"] == [] and weighed["graphs"]["batches"] == [1, 2]
+    code, line = failure("cycle", "--geometry", "tiny", "--batches", "", "--graph-batch", "0")
+    assert code == 2 and "--graph-batch" in line
+
+
+def test_timed_cycles_are_kept_where_their_graphs_cannot_be_weighed(
+    monkeypatch: pytest.MonkeyPatch, failure: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    def full(*_: Any) -> None:
+        raise ResourceError("no room for graphs")
+
+    monkeypatch.setattr("launch.bench_cycle.graph_memory", full)
+    out = tmp_path / "out.json"
+    small = ("--batches", "1", "--new-tokens", "4", "--rounds", "1", "--device", "cpu")
+    assert failure("cycle", "--geometry", "tiny", *small, "--json", str(out)) == (4, "no room for graphs")
+    assert len(json.loads(out.read_text())["cells"]) == 1
 
 
 def test_gains_are_taken_round_by_round_against_an_engine_without_drafts(

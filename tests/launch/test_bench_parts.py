@@ -1,7 +1,9 @@
 """The parts of measurements: agreement that notices a wrong engine, peers that fail, drafts that never match."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ from drafter.types import OFF, Strategy
 from launch.agreement import drift, verify
 from launch.bench_attention import ancestor_bits, two_chains
 from launch.bench_clock import compare
-from launch.bench_cycle import FOUR, UNLIKELY, hopeless_tree
+from launch.bench_cycle import FOUR, UNLIKELY, Job, graph_memory, hopeless_tree
 from launch.bench_drift import diverge, summary
 from launch.bench_peer import Peer
 from launch.bench_report import WrongResultError, spread, step_weight_bytes
 from launch.bench_rollout import SPECULATIVE, generate, make_engine, random_prompts, sampling, step_ms
 from launch.geometry import geometry, random_policy
+from rollout.graphs import GraphPool
 from rollout.speculate import depths
 from rollout.strategy import FixedChooser
 
@@ -124,6 +127,25 @@ def test_hopeless_drafts_fill_every_strategy_they_measure(strategy: Strategy) ->
     levels = depths(parents)
     assert max(levels) == min(strategy.depth, strategy.num_verify)
     assert len({(parent, token) for parent, token in zip(parents, tokens, strict=True)}) == len(tokens)
+
+
+def test_every_strategys_graphs_are_captured_at_every_batch_the_largest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[tuple[Any, ...]] = []
+    run = GraphPool.run
+
+    def seen(pool: GraphPool, key: tuple[Any, ...], launch: Callable[[], None]) -> bool:
+        keys.append(key)
+        return run(pool, key, launch)
+
+    monkeypatch.setattr(GraphPool, "run", seen)
+    model = random_policy("tiny", device="cpu", dtype="float32", seed=0)
+    job = Job(batches=(), graph_batch=9, prompt_len=64, new_tokens=1, rounds=1, seed=0)
+    assert graph_memory(model, job)["batches"] == [1, 2, 3, 4, 6, 8]
+    batches = [8, 6, 4, 3, 2, 1]
+    first_uses = list(dict.fromkeys(key[1:3] for key in keys if key[0] == "target"))
+    assert first_uses == [(batch, strategy.num_verify) for strategy in FOUR for batch in batches]
+    first_uses = list(dict.fromkeys(key[1:3] for key in keys if key[0] == "draft"))
+    assert first_uses == [(strategy, batch) for strategy in FOUR for batch in batches]
 
 
 def test_a_tree_of_two_chains_sees_along_each() -> None:
