@@ -9,9 +9,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from configs.schema import Config
+from drafter.types import OFF
 from kernels.logprob import CHUNK_ELEMENTS
 from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, resolve_compute
+from rollout.strategy import configured, make_chooser
 
 FLOAT32_BYTES = 4
 
@@ -70,7 +72,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     activations = micro_tokens * _activation_elements(model_config, train.gradient_checkpointing) * itemsize
     logits = max(
         _training_logits_bytes(model_config, micro_tokens, itemsize, device),
-        _rollout_logits_bytes(model_config, running * (1 + _num_verify(config)), itemsize, device),
+        _rollout_logits_bytes(model_config, running * (1 + configured(config.spec).num_verify), itemsize, device),
     )
     graphs = rollout.graph_mb << 20 if device == "cuda" else 0
     available = available_bytes(device) // (1 if device == "cuda" else workers)
@@ -97,7 +99,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         rollouts_per_step=rollouts,
         max_sequence_tokens=longest,
         running_sequences=running,
-        speculation=_speculation(config),
+        speculation=_speculation(config, device),
         kv_blocks=kv_blocks,
         kv_tokens=kv_blocks * rollout.block_size,
         steps=train.steps,
@@ -181,17 +183,14 @@ def _epochs(config: Config) -> float | None:
     return config.train.steps * config.rollout.prompts_per_step / config.data.size
 
 
-def _num_verify(config: Config) -> int:
-    return config.spec.num_verify if config.spec.source != "off" else 0
-
-
-def _speculation(config: Config) -> str:
-    """The strategy as "source: shape"."""
-    spec = config.spec
-    if spec.source == "off":
+def _speculation(config: Config, device: str) -> str:
+    """Where drafts come from, who chooses their shape, and the widest, as "source: shape"."""
+    strategy = configured(config.spec)
+    if strategy == OFF:
         return "off: one token a forward"
-    shape = "chains" if spec.top_k == 1 else f"trees of {spec.top_k} children a node"
-    return f"{spec.source}: {shape}, up to {spec.depth} deep, {spec.num_verify} verified"
+    shape = "chains" if strategy.top_k == 1 else f"trees of {strategy.top_k} children a node"
+    choice = make_chooser(config.spec, device=device, seed=config.run.seed).summary()["choice"]
+    return f"{strategy.source}, {choice}: {shape}, up to {strategy.depth} deep, {strategy.num_verify} verified"
 
 
 def _activation_elements(model_config: PretrainedConfig, checkpointing: bool) -> int:

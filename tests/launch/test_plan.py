@@ -64,6 +64,13 @@ def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> Non
     assert plan_for(model_config, "spec.source=off").speculation.startswith("off")
 
 
+def test_the_plan_says_who_chooses_and_that_a_chain_has_a_node_a_level(model_config: PretrainedConfig) -> None:
+    chain = plan_for(model_config, "spec.depth=4", "spec.num_verify=15")
+    assert chain.speculation == "suffix, fixed: chains, up to 4 deep, 4 verified"  # auto, on a CPU
+    tree = plan_for(model_config, "spec.depth=4", "spec.num_verify=15", "spec.top_k=2", "spec.choice=beg_mab")
+    assert tree.speculation == "suffix, beg_mab: trees of 2 children a node, up to 4 deep, 15 verified"
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
