@@ -112,6 +112,8 @@ def decode(
 
     job = bench_decode.Job(tuple(sizes), prompt_len, new_tokens, rounds, seed)
     names = geometry.split(",") if geometry else []
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--geometry {geometry}: names one twice; give different ones")
     result = bench_decode.run(names, model, job, device=device, dtype=dtype, peer=choice)
     _show(result, bench_decode.table(result), out)
 

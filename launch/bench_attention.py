@@ -31,6 +31,7 @@ class Heads:
 class Operands:
     """One forward's attention in one layer: B sequences of L keys, Q of them new, in blocks strewn over the cache."""
 
+    length: int
     query: torch.Tensor
     key_cache: torch.Tensor
     value_cache: torch.Tensor
@@ -47,7 +48,7 @@ class Operands:
         """Keys and values in order, [B, Hkv, L, D] each, contiguous: what SDPA is given."""
         batch = len(self.tables)
         keys, values = (
-            cache[self.tables.long()].flatten(1, 2).view(batch, -1, *cache.shape[2:]).transpose(1, 2).contiguous()
+            cache[self.tables.long()].view(batch, -1, *cache.shape[2:])[:, : self.length].transpose(1, 2).contiguous()
             for cache in (self.key_cache, self.value_cache)
         )
         return keys, values
@@ -109,7 +110,7 @@ def operands(
     keys, values = (
         torch.randn(num_blocks, BLOCK_SIZE, heads.key, heads.dim, dtype=dtype, device=device) for _ in range(2)
     )
-    return Operands(query, keys, values, tables, seqs)
+    return Operands(length, query, keys, values, tables, seqs)
 
 
 def two_chains(num_nodes: int, *, depth: int) -> list[int]:
@@ -129,7 +130,7 @@ def ancestor_bits(parents: Sequence[int]) -> list[int]:
 def _masked(given: Operands, heads: Heads, scale: float) -> torch.Tensor:
     """What the tree sees, through SDPA and a mask that is written out. Returns [B, Q, Hq, D]."""
     keys, values = given.whole()
-    batch, length, num_new = len(given.tables), keys.shape[2], given.seqs.max_seqlen_q
+    batch, length, num_new = len(given.tables), given.length, given.seqs.max_seqlen_q
     sees = torch.ones(num_new, length, dtype=torch.bool, device=keys.device)
     sees[:, length - num_new + 1 :] = False
     for node, bits in enumerate(ancestor_bits(two_chains(num_new - 1, depth=DEPTH))):

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from configs.errors import ConfigError
 from kernels.linear import gated_linear, gated_linear_reference, linear
 from kernels.logprob import selected_logprobs
 from kernels.sample import sample, sample_reference
@@ -38,8 +39,14 @@ class Job:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Check each kernel against its definition or torch's, then time both; JSON-able."""
+    """Check each kernel against its definition or torch's, then time both; JSON-able.
+
+    Raises ConfigError and WrongResultError.
+    """
     config = geometry(job.geometry)
+    verified = 1 + bench_attention.NUM_DRAFTED
+    if any(keys < verified for _, keys in job.attention):
+        raise ConfigError(f"--contexts: give at least {verified} keys each, the tokens that a verification adds")
     device, dtype = torch.device(job.device), getattr(torch, job.dtype)
     found = provenance(device=job.device, seed=job.seed)
     torch.manual_seed(job.seed)

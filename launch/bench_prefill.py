@@ -70,16 +70,14 @@ def _sdpa(model: PreTrainedModel) -> Iterator[None]:
 def run(subject: Subject, job: Job, *, peer: PeerChoice | None) -> dict[str, Any]:
     """Verify our engine, then time prompt and first token on every side at every length; JSON-able."""
     model = subject.model
-    longest = max(job.lengths)
-    if longest >= context_length(model.config):
-        raise ConfigError(
-            f"--lengths {longest}: the model's context is {context_length(model.config)} tokens; go below"
-        )
+    longest, context = max(job.lengths), context_length(model.config)
+    if longest >= context:
+        raise ConfigError(f"--lengths {longest}: the model's context is {context} tokens; go below")
     found = provenance(device=str(model.device), seed=job.seed)
     max_running = max(map(job.batch, job.lengths))
     # as many tokens as the fullest of the batches, spread over max_running sequences
     most = max(job.batch(length) * (length + 64) for length in job.lengths)
-    ours = Ours(model, max_running=max_running, tokens_each=-(-most // max_running))
+    ours = Ours(model, max_running=max_running, tokens_each=min(-(-most // max_running), context))
     drift = verify(ours.engine, model, seed=job.seed)
     with running(peer, subject.source, max_len=longest + 1, max_num_seqs=max_running) as other:
         sides: list[Contender] = [ours, Module(model), *([] if other is None else [other])]

@@ -11,11 +11,13 @@ from typing import Any, Literal, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from configs.errors import ConfigError
 from configs.schema import RolloutConfig, SpecConfig
 from drafter.ngram import NgramDrafter
 from drafter.types import OFF, ResidentDrafter, Strategy
 from launch.geometry import Subject
 from rollout.engine import NativeEngine
+from rollout.model import context_length
 from rollout.pretrained import load_tokenizer
 from rollout.strategy import Chooser, CycleReport, FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
@@ -109,7 +111,14 @@ def make_engine(
     """An engine whose cache holds max_running sequences of tokens_each; with a drafter, resident on a CPU too.
 
     Sequences may be PROBE_TOKENS long in any case: whatever is timed must first be verified.
+    Raises ConfigError where a sequence is longer than the model's context.
     """
+    context = context_length(model.config)
+    if tokens_each > context:
+        raise ConfigError(
+            f"prompts and answers of {tokens_each} tokens exceed the model's context of {context}; "
+            "ask for shorter prompts or fewer new tokens"
+        )
     config = RolloutConfig(
         max_running=max_running,
         prefill_tokens=PREFILL_TOKENS,

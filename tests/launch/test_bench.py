@@ -135,10 +135,10 @@ def test_gains_are_taken_round_by_round_against_an_engine_without_drafts(
 
 
 def test_kernels_are_measured_beside_torch(measure: Callable[..., dict[str, Any]]) -> None:
-    shapes = ("--batches", "1,2", "--contexts", "32,64", "--max-keys", "64", "--tokens", "2", "--logprob-rows", "4")
+    shapes = ("--batches", "1,2", "--contexts", "32,60", "--max-keys", "64", "--tokens", "2", "--logprob-rows", "4")
     result = measure("kernels", *shapes)
     attention = [cell["size"] for cell in result["cells"] if cell["kernel"] == "attention, decode"]
-    assert attention == ["1 x 32", "2 x 32", "1 x 64"]  # 2 x 64 is over --max-keys
+    assert attention == ["1 x 32", "2 x 32", "1 x 60"]  # 2 x 60 is over --max-keys
     named = {cell["kernel"].partition(",")[0] for cell in result["cells"]}
     assert named == {"attention", "linear", "gated linear", "sample", "log-probs"}
     assert all(cell["baseline_us"]["median"] > 0 for cell in result["cells"])
@@ -231,10 +231,30 @@ def test_a_gpu_that_is_missing_is_a_preflight_error(failure: Callable[..., tuple
     assert "--device" in line
 
 
-def test_a_prompt_longer_than_the_context_is_a_usage_error(failure: Callable[..., tuple[int, str]]) -> None:
-    code, line = failure("prefill", "--geometry", "tiny", "--lengths", "16,4096")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("prefill --lengths 16,4096", "4096"),
+        ("decode --batches 1 --prompt-len 4000", "4144 tokens exceed the model's context of 4096"),
+        ("cycle --batches 1 --prompt-len 4090", "fewer new tokens"),
+        ("gain --batches 1 --new-tokens 4096", "fewer new tokens"),
+        ("drift --new-tokens 4096", "fewer new tokens"),
+        ("kernels --contexts 15,64", "--contexts: give at least 16"),
+        ("decode --geometry tiny,tiny", "names one twice"),
+    ],
+)
+def test_what_no_model_or_kernel_can_hold_is_a_usage_error(
+    arguments: str, said: str, failure: Callable[..., tuple[int, str]]
+) -> None:
+    command, *given = arguments.split()
+    code, line = failure(command, "--device", "cpu", "--geometry", "tiny", *given)
     assert code == 2
-    assert "4096" in line
+    assert said in line
+
+
+def test_a_prompt_that_just_fits_the_context_is_measured(measure: Callable[..., dict[str, Any]]) -> None:
+    result = measure("prefill", "--lengths", "4095", "--total-tokens", "1", "--rounds", "1")
+    assert result["cells"][0]["batch"] == 1
 
 
 def test_measuring_imports_neither_ray_nor_deepspeed_nor_tasks() -> None:
