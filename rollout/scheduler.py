@@ -97,7 +97,7 @@ class Scheduler:
                 works.append(Work(sequence, num_tokens))
             index += 1
         if not preempted:
-            works += self._admit(budget)
+            works += self._admit(budget, ahead)
         assert works or not (self.running or self.waiting), "a cycle that advances nothing"
         return works
 
@@ -149,8 +149,8 @@ class Scheduler:
         self.preempt_all()
         self.waiting.clear()
 
-    def _admit(self, budget: int) -> list[Work]:
-        """Start waiting sequences while there is room for all of their present tokens.
+    def _admit(self, budget: int, ahead: int) -> list[Work]:
+        """Start waiting sequences while there is room for all of their present tokens, and as many ahead as for others.
 
         A sibling of a sequence that is still computing their shared blocks waits until it can share them; sequences
         of other prompts may pass it.
@@ -160,30 +160,30 @@ class Scheduler:
         works: list[Work] = []
         passed: list[Sequence] = []
         prefilling = {s.prompt.id for s in self.running if s.num_cached < s.num_shared}
-        promised = sum(self._num_lacking(s) for s in self.running)
+        promised = sum(self._num_lacking(s, ahead) for s in self.running)
         while self.waiting and len(self.running) < self._max_running and budget > 0:
             sequence = self.waiting.popleft()
             if sequence.prompt.id in prefilling:
                 passed.append(sequence)
                 continue
-            if not self._start(sequence, promised):
+            if not self._start(sequence, promised, ahead):
                 self.waiting.appendleft(sequence)
                 break
             num_tokens, budget = _chunk(sequence, budget)
             if num_tokens:
                 self._reserve(sequence, sequence.num_cached + num_tokens)
                 works.append(Work(sequence, num_tokens))
-            promised += self._num_lacking(sequence)
+            promised += self._num_lacking(sequence, ahead)
             if sequence.num_cached < sequence.num_shared:
                 prefilling.add(sequence.prompt.id)
         self.waiting.extendleft(reversed(passed))
         return works
 
-    def _start(self, sequence: Sequence, promised: int) -> bool:
+    def _start(self, sequence: Sequence, promised: int, ahead: int) -> bool:
         """Run a sequence on top of the blocks already known, unless the promised blocks leave too few for the rest."""
         pool = self._pool
         known = pool.match(sequence.block_hashes((len(sequence.tokens) - 1) // pool.block_size))
-        if pool.num_blocks_for(len(sequence.tokens)) - len(known) > pool.num_free - promised and self.running:
+        if self._num_blocks_ahead(sequence, ahead) - len(known) > pool.num_free - promised and self.running:
             pool.release(known)
             return False
         sequence.block_table[: len(known)] = known
@@ -192,9 +192,9 @@ class Scheduler:
         self.running.append(sequence)
         return True
 
-    def _num_lacking(self, sequence: Sequence) -> int:
-        """Blocks for the rest of its present tokens, and one to grow: with less it would soon be preempted."""
-        return max(0, self._pool.num_blocks_for(len(sequence.tokens)) - sequence.num_blocks + 1)
+    def _num_lacking(self, sequence: Sequence, ahead: int) -> int:
+        """Blocks for its present tokens and ahead more, and one to grow: with less it would soon be preempted."""
+        return max(0, self._num_blocks_ahead(sequence, ahead) - sequence.num_blocks + 1)
 
     def _num_blocks_ahead(self, sequence: Sequence, ahead: int) -> int:
         return self._pool.num_blocks_for(min(len(sequence.tokens) + ahead, sequence.max_length))

@@ -210,3 +210,18 @@ def test_a_long_prompt_is_forwarded_in_chunks_beside_decoding_sequences(make_seq
     scheduler.advance(first.sequence, 2)
     scheduler.advance(second.sequence, 2)
     assert [work.num_tokens for work in scheduler.plan()] == [1, 4]
+
+
+def test_none_is_admitted_whom_the_blocks_ahead_would_send_back(make_sequence: MakeSequence) -> None:
+    pool = BlockPool(8, BLOCK_SIZE)
+    scheduler = Scheduler(pool, max_running=4, prefill_tokens=64)
+    for name in ("first", "second"):
+        scheduler.add(make_sequence(name, list(range(9)), max_new_tokens=20))
+    ahead = 8
+    scheduler.plan(ahead=ahead)
+    assert [sequence.prompt.id for sequence in scheduler.running] == ["first"]  # 9 and 8 tokens each: 5 blocks, not 3
+    scheduler.advance(scheduler.running[0], 8)
+    for _ in range(3):
+        scheduler.plan(ahead=ahead)
+        assert len(scheduler.running) == 1
+    assert scheduler.fits(ahead)
