@@ -119,8 +119,9 @@ class NgramDrafter:
         at = numbers.long()
         self._texts.tokens[at, : max(lengths)] = on_device[:, 2:]
         self._texts.lengths[at] = on_device[:, 1]
-        self._texts.groups[at] = group
-        self._index.indexed[at] = len(prompt_ids) - 1
+        # not by assignment, which waits for the device to copy a number
+        self._texts.groups.index_fill_(0, at, group)
+        self._index.indexed.index_fill_(0, at, len(prompt_ids) - 1)
         insert(self._index, self._texts, numbers, max_places=max(lengths))
         self._remember(taken, group)
         return len(taken)

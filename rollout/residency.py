@@ -12,7 +12,7 @@ from rollout.sequence import Sequence
 
 @dataclass(slots=True)
 class Group:
-    """Texts of one prompt. remaining: its sequences that are not finished; texts: those it holds, finished ones too."""
+    """Texts of one prompt. remaining: sequences that are not finished; texts: finished and recalled ones it holds."""
 
     number: int
     remaining: int
@@ -45,7 +45,6 @@ class Residency:
 
         self.num_rows = num_rows
         self.max_length = max_length
-        self.table_width = table_width
         self.device = device
         nobody = num_texts  # one more text, of one token, for rows that are nobody's
         self.texts = Texts(
@@ -122,12 +121,12 @@ class Residency:
         """Give each sequence a row and a text that holds its present tokens."""
         if not sequences:
             return
-        texts = [self._take_text(sequence) for sequence in sequences]
+        texts = [self._take_text(sequence, drafter) for sequence in sequences]
         self._write_texts(sequences, texts)
         first = len(self.sequences)
         self.sequences += sequences
         self._uploaded += [0] * len(sequences)
-        at = torch.arange(first, len(self.sequences), device=self.device)
+        at = slice(first, len(self.sequences))
         fields = torch.tensor(
             [[text, s.noise_key, s.max_length] for text, s in zip(texts, sequences, strict=True)], dtype=torch.int64
         ).to(self.device, non_blocking=True)
@@ -186,7 +185,7 @@ class Residency:
     def clear(self, drafter: ResidentDrafter | None) -> None:
         """Vacate everything: no sequence will come back."""
         for sequence in self.sequences:
-            if drafter is not None and sequence.logprobs:
+            if drafter is not None and sequence.logprobs and sequence.finish is None:
                 response = sequence.tokens[len(sequence.prompt.token_ids) :]
                 drafter.finish(self._text_of[sequence], sequence.prompt.id, response)
         self.leave(list(self.sequences), drafter)
@@ -196,12 +195,12 @@ class Residency:
         if texts:
             self._free(texts, drafter)
 
-    def _take_text(self, sequence: Sequence) -> int:
+    def _take_text(self, sequence: Sequence, drafter: ResidentDrafter | None) -> int:
         if not self._free_texts:  # the text that was finished first is the one least worth quoting
             text, group = next(iter(self._finished_texts.items()))
             del self._finished_texts[text]
             group.texts.remove(text)
-            self._free_texts.append(text)
+            self._free([text], drafter)
         text = self._free_texts.pop()
         self._text_of[sequence] = text
         return text
@@ -240,7 +239,8 @@ class Residency:
             del self._groups[sequence.prompt.id]
 
     def _free(self, texts: abc.Sequence[int], drafter: ResidentDrafter | None) -> None:
-        self.texts.groups[torch.tensor(texts, device=self.device)] = -1
+        at = torch.tensor(texts, dtype=torch.int64).to(self.device, non_blocking=True)
+        self.texts.groups.index_fill_(0, at, -1)  # not by assignment, which waits for the device to copy the -1
         self._free_texts += texts
         if drafter is not None:
             drafter.release(texts)
