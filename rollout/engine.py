@@ -173,8 +173,9 @@ class NativeEngine:
             )
         assert self._drafter is None or isinstance(self._drafter, ResidentDrafter)
         longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
-        decoder = self._provide_decoder(longest)
-        residency = self._provide_residency(longest)
+        max_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        decoder = self._provide_decoder(max_length)
+        residency = self._provide_residency(max_length)
         for prompt in prompts:
             residency.expect(prompt.id, sampling.num_samples)
         return ResidentCycles(
@@ -189,30 +190,31 @@ class NativeEngine:
             block_size=block_size,
         )
 
-    def _provide_decoder(self, longest: int) -> Decoder:
+    def _provide_decoder(self, max_length: int) -> Decoder:
         """The policy's forward; a new one, and no graphs, where the parameters have moved since."""
         if self._decoder is None or not self._decoder.is_current():
             self._graphs.clear()
             self._decoder = make_decoder(self._model)
-        if self._decoder.reach(longest):
+        if self._decoder.reach(max_length):
             self._graphs.clear()
         return self._decoder
 
-    def _provide_residency(self, longest: int) -> Residency:
+    def _provide_residency(self, max_length: int) -> Residency:
         """Rows and texts for sequences of this length; larger ones, and no graphs, where the present are too small."""
         assert self._cache is not None
         residency = self._residency
-        if residency is None or residency.max_length < longest:
+        if residency is None or residency.max_length < max_length:
             self._graphs.clear()
-            max_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
             num_rows = self._config.max_running
+            max_nodes = max(1, self._chooser.max_num_verify)
             residency = self._residency = Residency(
                 num_rows=num_rows,
                 # finished siblings and earlier epochs are quoted from what is left
                 num_texts=num_rows + min(3 * num_rows, TEXT_BYTES // (4 * max_length)),
                 max_length=max_length,
-                table_width=-(-max_length // self._config.block_size),
-                max_nodes=max(1, self._chooser.max_num_verify),
+                # nodes that pad a row near its end attend to themselves past it, at a block that must exist
+                table_width=-(-(max_length + max_nodes) // self._config.block_size),
+                max_nodes=max_nodes,
                 dummy_block=self._cache.dummy_slot // self._config.block_size,
                 device=self._model.device,
             )
