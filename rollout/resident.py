@@ -106,8 +106,9 @@ class ResidentCycles:
         """Launch a cycle, then read the one before; the sequences that became complete."""
         previous = self._launched
         finished, self._early = self._early, []
-        batch = max(1, len(self._residency.sequences))
-        strategy = self._chooser.choose(batch=batch, context=self._context())
+        # those on rows, and those that may enter now: after prompts were computed all of them do at once
+        decoding = [sequence for sequence in self._scheduler.running if sequence.num_uncached == 1]
+        strategy = self._chooser.choose(batch=max(1, len(decoding)), context=_mean_tokens(decoding))
         ahead = strategy.num_verify + (1 + previous.strategy.num_verify if previous else 0)
         if previous is not None and not self._scheduler.fits(ahead):
             finished += self._collect(previous)
@@ -130,9 +131,9 @@ class ResidentCycles:
     def drain(self) -> None:
         """Read what is in flight: afterwards the host knows every token that the device does."""
         if self._launched is not None:
-            self._early += self._collect(self._launched)
-            self._launched = None
-        self._residency.leave([s for s in self._residency.sequences if s.num_blocks == 0], self._drafter)
+            launched, self._launched = self._launched, None
+            self._early += self._collect(launched)
+        self._last_done = None  # the time until the next cycle is the caller's
 
     def close(self) -> None:
         """Vacate all rows. What is in flight is waited for and dropped."""
@@ -146,17 +147,12 @@ class ResidentCycles:
         assert self._launched is None
         self._residency.leave(list(self._residency.sequences), self._drafter)
 
-    def _context(self) -> float:
-        """Mean tokens of the running sequences."""
-        sequences = self._residency.sequences
-        return sum(len(sequence.tokens) for sequence in sequences) / max(1, len(sequences))
-
     def _launch(self, strategy: Strategy, version: int) -> Launched:
         """Enqueue one cycle over all rows."""
         residency = self._residency
         num_rows = min(bucket(len(residency.sequences)), residency.num_rows)
         num_nodes = strategy.num_verify
-        context = self._context()
+        context = _mean_tokens(residency.sequences)
         begun = self._last_done or self._now()
         timed = True
         if num_nodes:
@@ -305,3 +301,7 @@ class ResidentCycles:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+def _mean_tokens(sequences: abc.Sequence[Sequence]) -> float:
+    return sum(len(sequence.tokens) for sequence in sequences) / max(1, len(sequences))
