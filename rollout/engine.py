@@ -101,8 +101,8 @@ class NativeEngine:
         for prompt in prompts:
             for sample in range(sampling.num_samples):
                 scheduler.add(self._sequence(prompt, sample, sampling))
-        self._scheduler = scheduler
-        cycles = self._running = self._cycles(scheduler, sampling, prompts)
+        cycles = self._cycles(scheduler, sampling, prompts)  # may refuse the policy: nothing is under way before
+        self._scheduler, self._running = scheduler, cycles
         was_training = self._model.training
         self._model.eval()
         thresholds = gc.get_threshold()
@@ -130,6 +130,7 @@ class NativeEngine:
     def update(self, version: int) -> None:
         """The weights hold this version now: recompute what running sequences have cached, find nothing older."""
         if self._scheduler is not None and self._running is not None:
+            assert self._decoder is None or self._decoder.is_current(), "parameters moved away under running sequences"
             self._running.drain()
             self._scheduler.preempt_all()
             self._running.vacate()
@@ -263,7 +264,7 @@ class NativeEngine:
                 f"the KV cache holds {self._kv_blocks * block_size} tokens and the longest sequence needs"
                 f" {blocks_each * block_size}; set rollout.kv_tokens={blocks_each * block_size} or more"
             )
-        if self._pool.num_blocks == self._kv_blocks:
+        if self._cache is not None and self._pool.num_blocks == self._kv_blocks:
             return
         self._cache = None  # before the new one is allocated beside it
         self._residency = None

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from configs.errors import DivergedError
 from configs.schema import RolloutConfig
 from drafter.types import OFF, Strategy
 from rollout.engine import NativeEngine
 from rollout.model import load_policy
-from rollout.strategy import FixedChooser
+from rollout.strategy import CycleReport, FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 
 Key = tuple[str, int]
@@ -194,5 +195,56 @@ def test_a_policy_that_turned_to_nan_stops_resident_rollouts(
     engine = NativeEngine(
         broken, drafter=None, chooser=FixedChooser(OFF), rollout=RolloutConfig(block_size=4), cycles="resident"
     )
-    with pytest.raises(DivergedError, match="not finite"):
-        collect(engine, prompts, SAMPLING)
+    for _ in range(2):  # nothing of a refused call is still under way
+        with pytest.raises(DivergedError, match="not finite"):
+            collect(engine, prompts, SAMPLING)
+        engine.update(1)
+
+
+def test_prompts_a_little_longer_keep_rows_and_graphs(
+    make_engine: MakeEngine, collect: Collect, prompts: list[Prompt]
+) -> None:
+    engine = make_engine(cycles="resident", kv_tokens=400)
+    collect(engine, prompts, SAMPLING)
+    residency, clears = engine._residency, 0
+
+    def count() -> None:
+        nonlocal clears
+        clears += 1
+
+    engine._graphs.clear = count  # type: ignore[method-assign]
+    longer = [replace(prompt, token_ids=prompt.token_ids * 2) for prompt in prompts]
+    assert_same(collect(engine, longer, SAMPLING), collect(make_engine(), longer, SAMPLING))
+    assert clears == 0
+    assert engine._residency is residency
+
+
+def test_a_strategy_is_chosen_for_the_rows_that_will_run(
+    policy: PreTrainedModel, collect: Collect, prompts: list[Prompt]
+) -> None:
+    class Recorder(FixedChooser):
+        def __init__(self) -> None:
+            super().__init__(OFF)
+            self.asked: list[tuple[int, float]] = []
+            self.told: list[tuple[int, float]] = []
+
+        def choose(self, *, batch: int, context: float) -> Strategy:
+            self.asked.append((batch, context))
+            return super().choose(batch=batch, context=context)
+
+        def observe(self, report: CycleReport) -> None:
+            self.told.append((report.batch, report.context))
+
+    chooser = Recorder()
+    engine = NativeEngine(
+        policy,
+        drafter=None,
+        chooser=chooser,
+        rollout=RolloutConfig(block_size=4, max_running=8),
+        cycles="resident",
+    )
+    sampling = replace(SAMPLING, stop_token_ids=(), num_samples=1)
+    collect(engine, prompts[1:], sampling)
+    assert chooser.asked[0] == (1, 0.0)  # before the prompts are computed
+    assert chooser.asked[1] == chooser.told[0]
+    assert chooser.told[0][0] == 3
