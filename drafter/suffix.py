@@ -1,10 +1,10 @@
 """Drafts from what was already said: siblings of the prompt, its earlier epochs, and the sequence itself."""
 
 from array import array
-from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from drafter.history import RolloutHistory
 from drafter.tree import Match, grow
 from drafter.types import EMPTY, Draft, DraftState, Strategy
 
@@ -126,8 +126,7 @@ class SuffixDrafter:
     its suffix trees. The same calls give the same drafts in every process.
 
     min_match: shortest agreement that may propose. max_match: longest that is told apart, at least min_match.
-    max_history: finished response tokens kept over all prompts, 4 bytes each; the oldest rollouts go first.
-    max_rollouts: finished rollouts kept of one prompt, so that a stale policy's words give way to the present one's.
+    max_history and max_rollouts: RolloutHistory's max_tokens and max_rollouts.
     overhead_tokens: how many tokens' worth of time a forward takes before its first token. With B sequences drafted for
     together, a verified node costs 1 token and saves, with its probability p, a B-th of a forward: it pays where
     p > B / (B + overhead_tokens), and is not drafted elsewhere. About 32 on a CPU (SmolLM2-135M in float32: 190 ms and
@@ -145,18 +144,13 @@ class SuffixDrafter:
         overhead_tokens: float = 32.0,
     ) -> None:
         assert min_match >= 1
-        assert max_rollouts > 0
         assert overhead_tokens > 0
         self._min_match = min_match
         self._max_match = max(max_match, min_match)
-        self._max_history = max_history
         self._max_rollouts = max_rollouts
         self._overhead_tokens = overhead_tokens
         self._flights: dict[str, _Flight] = {}
-        self._finished: dict[int, tuple[str, array[int]]] = {}  # by order of finishing: prompt id, response
-        self._rollouts: dict[str, deque[int]] = {}  # prompt id -> its keys in _finished, oldest first
-        self._num_finished = 0  # ever: the next key
-        self._history = 0  # tokens in _finished
+        self._history = RolloutHistory(max_tokens=max_history, max_rollouts=max_rollouts)
 
     def begin(self, prompt_id: str, sample: int, prompt_ids: Sequence[int]) -> None:
         """A sequence starts, or starts over; what a lost one had said is kept, for it is about to be said again."""
@@ -181,8 +175,7 @@ class SuffixDrafter:
         del flight.running[sample]
         if not flight.running:
             del self._flights[prompt_id]
-        if response:
-            self._keep(prompt_id, response)
+        self._history.add(prompt_id, response)
 
     def propose(self, states: Sequence[DraftState], strategy: Strategy) -> list[Draft]:
         """One draft a state, EMPTY where nothing is worth proposing."""
@@ -194,16 +187,12 @@ class SuffixDrafter:
 
         The responses are this drafter's own arrays, never mutated and not copied; JSON-able with default=list.
         """
-        return {"finished": [[prompt_id, response] for prompt_id, response in self._finished.values()]}
+        return {"finished": self._history.dump()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state, arrays or lists, replacing the present one; nothing is in flight afterwards."""
         self._flights.clear()
-        self._finished.clear()
-        self._rollouts.clear()
-        self._history = 0
-        for prompt_id, response in state["finished"]:
-            self._keep(prompt_id, response)
+        self._history.load(state["finished"])
 
     def _propose(self, state: DraftState, strategy: Strategy, min_probability: float) -> Draft:
         depth = min(strategy.depth, state.max_tokens - 1)  # the last token has no successor to verify
@@ -223,30 +212,9 @@ class SuffixDrafter:
     def _index(self, prompt_id: str, prompt_ids: list[int], running: _Flight | None) -> _Flight:
         """Index a prompt: what is kept of its finished rollouts, then what is in flight."""
         flight = _Flight(prompt_ids, TextIndex(min_match=self._min_match, max_match=self._max_match))
-        for key in self._rollouts.get(prompt_id, ()):
-            flight.start(self._finished[key][1])
+        for response in self._history.of(prompt_id):
+            flight.start(response)
         if running is not None:
             for sample in running.running:
                 flight.running[sample] = flight.start(running.response(sample))
         return flight
-
-    def _keep(self, prompt_id: str, response: Sequence[int]) -> None:
-        """Add to the history; drop the oldest of the prompt, then the oldest of all, until the bounds hold."""
-        self._finished[self._num_finished] = (prompt_id, array("i", response))
-        rollouts = self._rollouts.setdefault(prompt_id, deque())
-        rollouts.append(self._num_finished)
-        self._num_finished += 1
-        self._history += len(response)
-        if len(rollouts) > self._max_rollouts:
-            self._drop(rollouts[0])
-        while self._history > self._max_history:
-            self._drop(next(iter(self._finished)))
-
-    def _drop(self, key: int) -> None:
-        prompt_id, response = self._finished.pop(key)
-        self._history -= len(response)
-        rollouts = self._rollouts[prompt_id]
-        oldest = rollouts.popleft()
-        assert oldest == key
-        if not rollouts:
-            del self._rollouts[prompt_id]
