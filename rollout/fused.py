@@ -64,8 +64,8 @@ class FusedDecoder:
 
     Reads parameters where they are when it is made: updates in place are seen at once, and parameters that have moved
     make it stale. ranks: who holds the other shares of the parameters (rollout/parallel.py); None where these are all.
-    Raises NotStandardError for another architecture, as far as
-    that can be told from its modules and config (rollout/decoder.py compares the numbers).
+    Raises NotStandardError for another architecture, as far as that can be told from its modules and config
+    (rollout/decoder.py compares the numbers).
     """
 
     def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:

@@ -27,7 +27,7 @@ from rollout.sequence import Sequence
 from rollout.strategy import Chooser, CycleReport
 from rollout.types import Sampling
 
-COUNT, FINISH, ACCEPTED, TOKENS = 0, 1, 2, 3  # columns of CycleResult.host
+COUNT, ACCEPTED, TOKENS = 0, 2, 3  # columns of CycleResult.host
 
 
 @dataclass(slots=True)
