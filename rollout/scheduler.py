@@ -32,7 +32,8 @@ class Scheduler:
 
     Between cycles a running sequence owns exactly the blocks of its cached tokens, or those planned ahead for it too,
     and a waiting one owns none. When blocks run out, drafts that are attached go first and then the sequence admitted
-    last, back to the head of the queue; so the oldest always advances. Decisions depend on nothing but the calls made: equal inputs, equal schedules.
+    last, back to the head of the queue; so the oldest always advances. Decisions depend on nothing but the calls made:
+    equal inputs, equal schedules.
     """
 
     def __init__(self, pool: BlockPool, *, max_running: int, prefill_tokens: int) -> None:
