@@ -1,19 +1,17 @@
 """What a speculative cycle costs, in plain steps, and how much graph memory several strategies take."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from drafter.types import OFF, Drafts, ResidentDrafter, Rows, Strategy, Texts
 from launch.agreement import verify
 from launch.bench_attention import two_chains
-from launch.bench_report import plain_table, provenance, shape, spread
+from launch.bench_report import plain_table, provenance, say, shape, spread
 from launch.bench_rollout import (
     SHORT,
     SPECULATIVE,
@@ -130,7 +128,7 @@ def _cells(model: PreTrainedModel, job: Job) -> tuple[dict[str, Any], list[dict[
                 times[name].append(cycle_ms(engine, model, batch, job, seed=job.seed + 1000 * batch + number))
         cell: dict[str, Any] = {"batch": batch} | {name: spread(values[1:]) for name, values in times.items()}
         cell["ratio"] = cell["cycle"]["median"] / cell["plain"]["median"]
-        Console(file=sys.stderr).print(f"batch {batch}: a cycle is {cell['ratio']:.3f} plain steps", highlight=False)
+        say(f"batch {batch}: a cycle is {cell['ratio']:.3f} plain steps")
         cells.append(cell)
     return verified, cells
 
@@ -169,8 +167,7 @@ def graph_memory(model: PreTrainedModel, job: Job) -> dict[str, Any]:
         _capture(engine, model, batches, seed=job.seed)
         totals.append(engine.graph_bytes)
         nodes = chooser.now.max_num_verify
-        say = f"graphs verifying {1 + nodes} tokens a row: {totals[-1] / 1e6:.0f} MB in all"
-        Console(file=sys.stderr).print(say, highlight=False)
+        say(f"graphs that verify {1 + nodes} tokens a row: {totals[-1] / 1e6:.0f} MB with those before")
     one, four = totals[0], totals[-1]
     return {
         "batches": batches,

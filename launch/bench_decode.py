@@ -1,6 +1,5 @@
 """Milliseconds per decode step by batch size, ours and a peer's in turns, against the limits that were set for us."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
@@ -8,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
 from launch.agreement import verify
 from launch.bench_peer import Peer, PeerChoice, running
-from launch.bench_report import plain_table, provenance, shape, spread
+from launch.bench_report import in_turns, plain_table, provenance, say, shape, spread
 from launch.bench_rollout import BLOCK_SIZE, SHORT, Contender, Ours, step_ms
 from launch.geometry import Device, Dtype, Subject, geometry, placement
 from rollout.model import bytes_per_block
@@ -106,15 +104,13 @@ def _model(subject: Subject, other: Peer | None, job: Job) -> dict[str, Any]:
 
 
 def _cell(sides: Sequence[Contender], batch: int, job: Job, name: str) -> dict[str, Any]:
-    """One batch size. The first round is for compiling and capturing; sides take turns, another first each round."""
+    """One batch size."""
     times: dict[str, list[float]] = {side.name: [] for side in sides}
-    for number in range(job.rounds + 1):
-        turn = number % len(sides)
-        for side in (*sides[turn:], *sides[:turn]):
-            seed = job.seed + 1000 * batch + number
-            times[side.name].append(
-                step_ms(side, batch=batch, prompt_len=job.prompt_len, new_tokens=job.new_tokens, seed=seed)
-            )
+    for number, side in in_turns(sides, job.rounds):
+        seed = job.seed + 1000 * batch + number
+        times[side.name].append(
+            step_ms(side, batch=batch, prompt_len=job.prompt_len, new_tokens=job.new_tokens, seed=seed)
+        )
     cell: dict[str, Any] = {"batch": batch}
     for side in sides:
         step = spread(times[side.name][1:])
@@ -123,7 +119,7 @@ def _cell(sides: Sequence[Contender], batch: int, job: Job, name: str) -> dict[s
         peer = sides[1].name
         cell["ratio"] = cell["paceline"]["step_ms"]["median"] / cell[peer]["step_ms"]["median"]
         cell["limit"] = LIMITS.get(name, {}).get(batch, DEFAULT_LIMIT)
-    Console(file=sys.stderr).print(f"batch {batch}: {_figures(cell)}", highlight=False)
+    say(f"batch {batch}: {_figures(cell)}")
     return cell
 
 

@@ -1,17 +1,15 @@
 """Whether speculation ever loses: rollouts of a model with the strategy chosen as they run, over none at all."""
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from configs.schema import SpecConfig
 from drafter.types import OFF
 from launch.agreement import verify
 from launch.bench_cycle import Hopeless
-from launch.bench_report import plain_table, provenance, shape, spread
+from launch.bench_report import in_turns, plain_table, provenance, say, shape, spread
 from launch.bench_rollout import SPECULATIVE, generate, make_engine, ngram_drafter, sampling, subject_prompts
 from launch.geometry import Subject
 from rollout.engine import NativeEngine
@@ -83,28 +81,28 @@ def _goodput(device: str, seed: int) -> Chooser:
 
 
 def _cell(engines: dict[str, NativeEngine], subject: Subject, batch: int, job: Job) -> dict[str, Any]:
-    """One batch size; the first round is for capturing and for the choosers to learn what cycles cost."""
+    """One batch size; in the first round the choosers learn what cycles cost."""
     samples = min(batch, GROUP)
     rates: dict[str, list[float]] = {name: [] for name in engines}
     lengths: dict[str, list[float]] = {name: [] for name in engines}
     names = list(engines)
-    for number in range(job.rounds + 1):
-        seed = job.seed + 1000 * batch + number
-        prompts = subject_prompts(subject, -(-batch // samples), seed=seed)
-        how = sampling(job.new_tokens, seed=seed, num_samples=samples, stop_token_ids=subject.stop_token_ids())
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            timed = generate(engines[name], prompts, how)
-            tokens = sum(len(rollout.token_ids) for rollout in timed.rollouts)
-            rates[name].append(tokens / timed.seconds)
-            lengths[name].append(tokens / sum(rollout.spec.forwards for rollout in timed.rollouts))
+    stop = subject.stop_token_ids()
+    seeds = [job.seed + 1000 * batch + number for number in range(job.rounds + 1)]
+    # made once a round: random prompts have new names, and so other noise, each time they are made
+    prompts = [subject_prompts(subject, -(-batch // samples), seed=seed) for seed in seeds]
+    for number, name in in_turns(names, job.rounds):
+        how = sampling(job.new_tokens, seed=seeds[number], num_samples=samples, stop_token_ids=stop)
+        timed = generate(engines[name], prompts[number], how)
+        tokens = sum(len(rollout.token_ids) for rollout in timed.rollouts)
+        rates[name].append(tokens / timed.seconds)
+        lengths[name].append(tokens / sum(rollout.spec.forwards for rollout in timed.rollouts))
     cell: dict[str, Any] = {"batch": batch}
     for name in names:
         cell[name] = {"tokens_per_s": spread(rates[name][1:]), "accept_length": spread(lengths[name][1:])}
         # round by round, on the same prompts: their lengths differ more than the engines do
         cell[name]["gain"] = spread([a / b for a, b in zip(rates[name][1:], rates["off"][1:], strict=True)])
     gains = ", ".join(f"{name} {cell[name]['gain']['median']:.3f}" for name in names[1:])
-    Console(file=sys.stderr).print(f"batch {batch}: {gains}", highlight=False)
+    say(f"batch {batch}: {gains}")
     return cell
 
 

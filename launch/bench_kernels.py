@@ -1,7 +1,6 @@
 """Every kernel of a cycle against what torch offers for the same work, at the shapes of a model."""
 
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -9,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from transformers import PretrainedConfig
 
@@ -19,7 +17,7 @@ from kernels.logprob import selected_logprobs
 from kernels.sample import sample, sample_reference
 from launch import bench_attention
 from launch.bench_clock import compare, copies_for, row, times_us
-from launch.bench_report import WrongResultError, plain_table, provenance
+from launch.bench_report import WrongResultError, plain_table, provenance, say
 from launch.geometry import geometry
 
 TIES = 0.02  # share of rows whose two best tokens may change places: sums are taken in another order
@@ -59,7 +57,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     cells = []
     for cell in itertools.chain(*sections):
-        Console(file=sys.stderr).print(_line(cell), highlight=False)
+        say(_line(cell))
         cells.append(cell)
     return {"what": "microseconds per kernel", **found, **asdict(job), "cells": cells}
 

@@ -237,7 +237,7 @@ def _require_comparable(config: "Config") -> None:
 def _require_peer(python: Path, peer: str) -> None:
     """Raises PreflightError when the peer's environment lacks it."""
     try:
-        found = subprocess.run([python, "-c", f"import {peer}"], capture_output=True, text=True)
+        found = subprocess.run([str(python), "-c", f"import {peer}"], capture_output=True, text=True)
     except OSError as error:
         raise PreflightError(f"--peer-python {python} does not run ({error}); give the python of a venv") from error
     if found.returncode:

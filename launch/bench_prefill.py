@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from configs.errors import ConfigError
 from launch.agreement import verify
 from launch.bench_peer import PeerChoice, running
-from launch.bench_report import plain_table, provenance, shape, spread
+from launch.bench_report import in_turns, plain_table, provenance, shape, spread
 from launch.bench_rollout import Contender, Ours, synchronize
 from launch.geometry import Subject
 from rollout.model import ATTENTION, context_length
@@ -96,14 +96,12 @@ def run(subject: Subject, job: Job, *, peer: PeerChoice | None) -> dict[str, Any
 
 
 def _cell(sides: Sequence[Contender], length: int, job: Job) -> dict[str, Any]:
-    """One length; the first round is for compiling, and each round starts with another side."""
+    """One length."""
     batch = job.batch(length)
     rates: dict[str, list[float]] = {side.name: [] for side in sides}
-    for number in range(job.rounds + 1):
-        turn = number % len(sides)
-        for side in (*sides[turn:], *sides[:turn]):
-            seconds = side.seconds(batch=batch, prompt_len=length, new_tokens=1, seed=job.seed + 1000 * length + number)
-            rates[side.name].append(batch * length / seconds)
+    for number, side in in_turns(sides, job.rounds):
+        seconds = side.seconds(batch=batch, prompt_len=length, new_tokens=1, seed=job.seed + 1000 * length + number)
+        rates[side.name].append(batch * length / seconds)
     return {"length": length, "batch": batch} | {name: spread(values[1:]) for name, values in rates.items()}
 
 

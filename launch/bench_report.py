@@ -2,15 +2,19 @@
 
 import os
 import statistics
-from collections.abc import Sequence
-from typing import Any
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from rl.environment import environment
+
+T = TypeVar("T")
 
 COPY_BYTES = 1 << 30
 COPY_ROUNDS = 10
@@ -85,6 +89,22 @@ def step_weight_bytes(model: PreTrainedModel) -> int:
         return total  # the same matrix makes the logits
     embedding = model.get_input_embeddings().weight
     return total - embedding.numel() * embedding.element_size()
+
+
+def in_turns(sides: Sequence[T], rounds: int) -> Iterator[tuple[int, T]]:
+    """Every side in each round, with the round's number; round 0, for compiling and capturing, comes on top of rounds.
+
+    Each round begins with another side, so that a machine that warms up or fills up favours none.
+    """
+    for number in range(rounds + 1):
+        turn = number % len(sides)
+        for side in (*sides[turn:], *sides[:turn]):
+            yield number, side
+
+
+def say(text: str) -> None:
+    """Progress, on standard error."""
+    Console(file=sys.stderr).print(text, highlight=False)
 
 
 def plain_table(title: str, headings: Sequence[str]) -> Table:

@@ -1,20 +1,19 @@
 """One policy over several GPUs against the same policy on one: equal rollouts first, then milliseconds per step."""
 
 import gc
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from kernels.attention import PackedSequences
 from launch.agreement import verify
 from launch.bench_drift import Divergence, Key, diverge, summary
-from launch.bench_report import WrongResultError, plain_table, provenance, shape, spread
+from launch.bench_report import WrongResultError, in_turns, plain_table, provenance, say, shape, spread
 from launch.bench_rollout import SHORT, Ours, generate, random_prompts, sampling, step_ms
 from launch.geometry import Device, Dtype, geometry, placement, random_policy
 from rollout.collectives import Ranks
@@ -164,9 +163,8 @@ def _parted(whole: PreTrainedModel, prompts: Sequence[Prompt], one: Results, sha
         positions = torch.arange(len(tokens), device=whole.device)
         cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32, device=whole.device)
         with torch.no_grad():
-            logits = forward_packed(whole, tokens, positions, PackedSequences(cu_seqlens, len(tokens)), positions[-1:])[
-                0
-            ]
+            seqs = PackedSequences(cu_seqlens, len(tokens))
+            (logits,) = forward_packed(whole, tokens, positions, seqs, positions[-1:])
         values, best_two = torch.log_softmax(logits.float(), dim=0).topk(2)
         tie = {rollout.token_ids[index], shared[key].token_ids[index]} == set(best_two.tolist())
         found.append(Divergence(*key, index=index, gap=float(values[0] - values[1]), tie=tie))
@@ -190,15 +188,14 @@ def _first_difference(one: Rollout, other: Rollout) -> int:
 
 
 def _cell(ranks: Ranks, sides: dict[str, Ours], batch: int, job: Job) -> dict[str, Any]:
-    """One batch size. The first round is for compiling and capturing; sides take turns, another first each round."""
+    """One batch size."""
     times: dict[str, list[float]] = {name: [] for name in SIDES}
-    for number in range(job.rounds + 1):
-        for name in SIDES if number % 2 else reversed(SIDES):
-            seed = job.seed + 1000 * batch + number
-            ranks.all(True)  # rank 0's clock starts when all are there
-            times[name].append(
-                step_ms(sides[name], batch=batch, prompt_len=job.prompt_len, new_tokens=job.new_tokens, seed=seed)
-            )
+    for number, name in in_turns(SIDES, job.rounds):
+        seed = job.seed + 1000 * batch + number
+        ranks.all(True)  # rank 0's clock starts when all are there
+        times[name].append(
+            step_ms(sides[name], batch=batch, prompt_len=job.prompt_len, new_tokens=job.new_tokens, seed=seed)
+        )
     cell: dict[str, Any] = {"batch": batch}
     for name in SIDES:
         step = spread(times[name][1:])
@@ -211,7 +208,7 @@ def _cell(ranks: Ranks, sides: dict[str, Ours], batch: int, job: Job) -> dict[st
 
 def _say(ranks: Ranks, text: str) -> None:
     if ranks.rank == 0:
-        Console(file=sys.stderr).print(text, highlight=False)
+        say(text)
 
 
 def table(result: dict[str, Any]) -> Group:

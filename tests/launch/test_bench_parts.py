@@ -1,7 +1,7 @@
 """The parts of measurements: agreement that notices a wrong engine, peers that fail, drafts that never match."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,21 @@ import torch
 
 from configs.errors import ConfigError, PreflightError
 from drafter.types import OFF, Strategy
+from launch import bench_gain
 from launch.agreement import drift, verify
 from launch.bench_attention import ancestor_bits, two_chains
 from launch.bench_clock import compare
 from launch.bench_cycle import FOUR, UNLIKELY, Job, graph_memory, hopeless_tree
 from launch.bench_drift import diverge, summary
 from launch.bench_peer import Peer
-from launch.bench_report import WrongResultError, spread, step_weight_bytes
-from launch.bench_rollout import SPECULATIVE, generate, make_engine, random_prompts, sampling, step_ms
-from launch.geometry import geometry, random_policy
+from launch.bench_report import WrongResultError, in_turns, spread, step_weight_bytes
+from launch.bench_rollout import SPECULATIVE, Timed, generate, make_engine, random_prompts, sampling, step_ms
+from launch.geometry import Subject, geometry, random_policy
+from rollout.engine import NativeEngine
 from rollout.graphs import GraphPool
 from rollout.speculate import depths
 from rollout.strategy import FixedChooser
+from rollout.types import Prompt, Sampling
 
 # Stands in for vLLM: as talkative on standard output, and samples what it is asked for.
 VLLM = """
@@ -164,6 +167,26 @@ def test_a_step_reads_the_input_embedding_only_where_it_makes_the_logits() -> No
     embedding = tied.get_input_embeddings().weight.numel() * 4
     tied.config.tie_word_embeddings = False
     assert step_weight_bytes(tied) == sum(p.numel() * 4 for p in tied.parameters()) - embedding
+
+
+def test_sides_take_turns_to_be_first_after_a_round_that_does_not_count() -> None:
+    assert list(in_turns("ab", 2)) == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]
+
+
+def test_engines_whose_gains_are_taken_sample_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled: list[list[list[int]]] = []
+
+    def kept(engine: NativeEngine, prompts: Sequence[Prompt], how: Sampling) -> Timed:
+        timed = generate(engine, prompts, how)
+        sampled.append(sorted(rollout.token_ids for rollout in timed.rollouts))
+        return timed
+
+    monkeypatch.setattr("launch.bench_gain.generate", kept)
+    subject = Subject.load("tiny", None, device="cpu", dtype="float32", seed=0)
+    bench_gain.run(subject, bench_gain.Job(batches=(3,), new_tokens=6, rounds=1, seed=0))
+    first, second = sampled[:3], sampled[3:]
+    assert first == [first[0]] * 3 and second == [second[0]] * 3
+    assert first[0] != second[0]
 
 
 def test_random_prompts_are_new_ones_each_time() -> None:
