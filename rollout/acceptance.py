@@ -58,11 +58,6 @@ class Acceptance:
         """Share of rows that had a draft lately."""
         return self._coverage.rate
 
-    @property
-    def first(self) -> float:
-        """Share of drafts whose first token is accepted."""
-        return self._depths[0].rate
-
     def gain(self, depth: int) -> float:
         """Tokens accepted of a draft this many levels deep."""
         return self._gains[depth]

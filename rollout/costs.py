@@ -79,13 +79,6 @@ class CostTable:
         if count & (count - 1) == 0:  # now and then, while the cell is young
             self._forget_predictions()
 
-    def prime(self, arm: int, rows: int, context: float, seconds: float) -> None:
-        """Take up a calibrated time, to be outvoted by two reports."""
-        unit = seconds / _shape(rows, self._tokens[arm], context)
-        octave = log2(rows * self._tokens[arm])
-        self._cells[arm][_place(rows, context)] = Cell(deque([unit], maxlen=WINDOW), unit, context, 0, octave)
-        self._forget_predictions()
-
     def measured(self, arm: int) -> dict[int, float]:
         """Seconds by rows, where they were measured, at the context seen there last."""
         cells = sorted(self._cells[arm].items(), key=lambda item: (item[0][0], item[1].cycle))

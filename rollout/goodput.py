@@ -25,7 +25,6 @@ ARM_TRIALS = 256.0  # drafted rows that an arm's own gain remembers
 POOLED_TRIALS = 32.0  # weight of its source's gain beside it
 FADE = 1.0 - 1.0 / 512.0  # of an arm's own evidence, for each cycle that another one ran
 NEW_POLICY_TRIALS, NEW_BATCH_TRIALS = 16.0, 64.0  # what evidence weighs after such a change
-RISE = 0.1  # of the share of shadow drafts that hit, which calls for probes
 
 
 class GoodputChooser:
@@ -58,16 +57,8 @@ class GoodputChooser:
         self._interval = [FIRST_INTERVAL] * count
         self._reserved = [0.0] * count
         self._credit = 0.0
-        self._shadow_level = 0.0
         self._probes = 0
         self._probe_loss_s = 0.0
-
-    def prime(self, strategy: Strategy, rows: int, seconds: float, *, context: float = 0.0) -> None:
-        """Take up a calibrated time of a cycle over so many rows with so many tokens cached on average."""
-        arm = self._index[strategy]
-        self._costs.prime(arm, bucket(rows), context, seconds)
-        if arm == 0:
-            self._credit = PROBE_CYCLES * seconds
 
     def choose(self, *, batch: int, context: float) -> Strategy:
         """The leader by goodput, or an arm whose probe is due."""
@@ -91,8 +82,6 @@ class GoodputChooser:
             source.observe(report.batch, report.rows_with_draft, report.accepted_by_depth)
             if report.rows_with_draft:
                 self._gains[arm].add(accepted, report.rows_with_draft, limit=ARM_TRIALS)
-        elif report.shadow_total:
-            self._observe_shadow(report)
         for other, gain in enumerate(self._gains):
             if other != arm:
                 gain.fade(FADE)
@@ -178,25 +167,11 @@ class GoodputChooser:
         limit = CREDIT_CYCLES * seconds
         self._credit = min(limit, max(-limit, self._credit))
 
-    def _observe_shadow(self, report: "CycleReport") -> None:
-        for source in self._sources.values():
-            source.observe(report.batch, report.shadow_total, (report.shadow_hits,))
-        for gain in self._gains:  # what the arms saw themselves is older
-            gain.fade(max(0.0, 1.0 - report.shadow_total / ARM_TRIALS))
-        level = max(source.first for source in self._sources.values())
-        if level > self._shadow_level + RISE:
-            self._shadow_level = level
-            self._probe_soon()
-        self._shadow_level = min(self._shadow_level, level)
-
     def _weaken(self, trials: float) -> None:
         for source in self._sources.values():
             source.weaken(trials)
         for gain in self._gains:
             gain.weaken(trials / 4)
-        self._probe_soon()
-
-    def _probe_soon(self) -> None:
         for arm in range(len(self._arms)):
             self._interval[arm] = FIRST_INTERVAL
             self._due[arm] = min(self._due[arm], self._cycle + FIRST_INTERVAL)

@@ -54,9 +54,6 @@ class GraphPool:
         """Device memory that the graphs held now took when they were captured, shared memory counted once."""
         return sum(captured.num_bytes for captured in self._graphs.values())
 
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._graphs
-
     def run(self, key: Hashable, launch: Callable[[], None]) -> bool:
         """Do what launch does, by replaying its graph where there is one; whether it ran as it will from now on."""
         captured = self._graphs.get(key)
@@ -98,6 +95,8 @@ class GraphPool:
                 self._warned = True
                 reason = str(error).strip().splitlines()[0]
                 log.warning("a CUDA graph could not be captured (%s); such cycles run eagerly, and slower", reason)
+            if not self._graphs:  # the pool may have gone with the only graph that used it
+                self._memory = torch.cuda.graph_pool_handle()
             return
         torch.cuda.synchronize(self._device)
         self._graphs[key] = Captured(graph, max(0, free_before - torch.cuda.mem_get_info(self._device)[0]))

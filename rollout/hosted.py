@@ -167,8 +167,6 @@ class HostedCycles:
                 proposed_by_depth=proposed,
                 accepted_by_depth=accepted,
                 rows_with_draft=sum(bool(work.depths) for work in works),
-                shadow_hits=0,
-                shadow_total=0,
             )
         )
 

@@ -290,8 +290,6 @@ class ResidentCycles:
                 # a row that accepted n passed levels 1 to n
                 accepted_by_depth=by_depth[::-1].cumsum()[::-1][1 : strategy.depth + 1].tolist(),
                 rows_with_draft=int((proposed[:, :1] > 0).sum()),
-                shadow_hits=0,
-                shadow_total=0,
             )
         )
 

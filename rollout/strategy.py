@@ -16,8 +16,7 @@ class CycleReport:
 
     batch: running sequences; bucket: rows forwarded, padding included; context: mean tokens cached a sequence.
     committed: tokens, over the batch. proposed_by_depth and accepted_by_depth: drafted tokens d + 1 levels below the
-    pending token, summed over the batch. rows_with_draft: sequences that had any. shadow_hits of shadow_total: where
-    a plain cycle drafted without verifying, the drafts whose first token proved right; 0 of 0 where it did not.
+    pending token, summed over the batch. rows_with_draft: sequences that had any.
     """
 
     strategy: Strategy
@@ -29,8 +28,6 @@ class CycleReport:
     proposed_by_depth: Sequence[int]
     accepted_by_depth: Sequence[int]
     rows_with_draft: int
-    shadow_hits: int
-    shadow_total: int
 
 
 class Chooser(Protocol):

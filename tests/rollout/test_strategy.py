@@ -28,8 +28,6 @@ def report(strategy: Strategy, *, batch: int, accepted: list[int], seconds: floa
         proposed_by_depth=[batch] * len(accepted),
         accepted_by_depth=accepted,
         rows_with_draft=batch if accepted else 0,
-        shadow_hits=0,
-        shadow_total=0,
     )
 
 

@@ -36,7 +36,6 @@ class World:
     draft_ms: float = 0.05
     noise: float = 0.1
     delay: int = 2
-    shadow: bool = False
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -58,7 +57,7 @@ class World:
         return max(ARMS, key=lambda arm: self.rate(arm, batch, context))
 
     def run(self, arm: Strategy, batch: int, context: float) -> CycleReport:
-        drafted = self._binomial(batch, self.coverage) if arm != OFF or self.shadow else 0
+        drafted = self._binomial(batch, self.coverage) if arm != OFF else 0
         accepted: list[int] = []
         alive = drafted
         for _ in range(max(arm.depth, 1)):
@@ -75,8 +74,6 @@ class World:
             proposed_by_depth=[0 if off else drafted] * arm.depth,
             accepted_by_depth=[] if off else accepted,
             rows_with_draft=0 if off else drafted,
-            shadow_hits=accepted[0] if off else 0,
-            shadow_total=drafted if off else 0,
         )
 
     def _binomial(self, count: int, share: float) -> int:
@@ -220,34 +217,12 @@ def test_follows_acceptance_that_drifts_unannounced() -> None:
     assert sum(late) >= 0.95 * len(late)
 
 
-def test_shadow_drafts_that_hit_bring_speculation_back_at_once() -> None:
-    world, chooser = World(acceptance=0.0, shadow=True), GoodputChooser(ARMS)
-
-    def improve(cycle: int) -> None:
-        world.acceptance = 0.8 if cycle >= CYCLES else 0.0
-
-    outcome = play(chooser, world, steady(8, CYCLES + 100), improve)
-    assert set(outcome.chosen[CYCLES - 50 : CYCLES]) == {OFF}
-    assert outcome.chosen[CYCLES + 50 :].count(OFF) <= 2
-
-
 def test_one_absurd_time_changes_nothing() -> None:
     world, chooser = World(acceptance=0.8, noise=0.0, delay=0), GoodputChooser(ARMS)
     play(chooser, world, steady(4))
     chooser.observe(replace(world.run(world.best(4, 0), 4, CYCLES), seconds=30.0))
     outcome = play(chooser, world, steady(4, 50))
     assert sum(outcome.near_best) >= 45
-
-
-def test_primed_times_are_believed_until_reports_say_otherwise() -> None:
-    chooser = GoodputChooser(ARMS)
-    for arm, seconds in zip(ARMS, (1.0, 50.0, 1.1, 50.0), strict=True):
-        chooser.prime(arm, 8, seconds)
-    assert chooser.choose(batch=8, context=0) == ARMS[2]
-    for _ in range(20):
-        report = replace(World(acceptance=0.6, noise=0.0).run(ARMS[2], 8, 0), seconds=50.0)
-        chooser.observe(report)
-    assert chooser.choose(batch=8, context=0) == OFF
 
 
 def test_equal_reports_give_equal_choices() -> None:
