@@ -10,8 +10,6 @@ import torch
 log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-
-
 LARGE_STEP = 128  # between buckets past the last
 
 

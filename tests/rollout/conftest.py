@@ -226,6 +226,39 @@ def make_engine(policy: PreTrainedModel) -> Callable[..., NativeEngine]:
 
 
 @pytest.fixture
+def assert_same() -> Callable[[dict[Key, Rollout], dict[Key, Rollout]], None]:
+    """Hold rollouts against others: the same tokens and ends, and log-probs up to rounding."""
+
+    def compare(rollouts: dict[Key, Rollout], expected: dict[Key, Rollout]) -> None:
+        assert rollouts.keys() == expected.keys()
+        for key, rollout in rollouts.items():
+            assert rollout.token_ids == expected[key].token_ids, key
+            assert rollout.finish == expected[key].finish
+            # 1e-4: float32 sums in another order
+            assert rollout.logprobs == pytest.approx(expected[key].logprobs, abs=1e-4)
+
+    return compare
+
+
+@pytest.fixture(
+    params=[
+        {"kv_tokens": 48},
+        {"kv_tokens": 64, "max_running": 3},
+        {"max_running": 1},
+        {"max_running": 5, "prefill_tokens": 1},
+        {"prefill_tokens": 3},
+        {"prefill_tokens": 17, "kv_tokens": 80},
+        {"block_size": 1},
+        {"block_size": 64},
+    ],
+    ids=str,
+)
+def options(request: pytest.FixtureRequest) -> dict[str, int]:
+    """RolloutConfig options that force preemption, small batches, chunked prompts or odd blocks."""
+    return dict(request.param)
+
+
+@pytest.fixture
 def collect() -> Callable[..., dict[Key, Rollout]]:
     """Run an engine to the end: its rollouts by (prompt id, sample)."""
 

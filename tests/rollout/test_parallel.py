@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -24,20 +25,13 @@ import in_ranks  # noqa: E402
 
 pytestmark = pytest.mark.slow
 Found = list[dict[str, Any]]
+AssertSame = Callable[[in_ranks.Results, in_ranks.Results], None]
 
 
 @pytest.fixture(scope="module")
 def found() -> Found:
     """What two ranks found, by rank; starting them takes longer than what they do."""
     return run_ranks(2, "cpu", in_ranks.of_each_family)
-
-
-def assert_same(rollouts: in_ranks.Results, expected: in_ranks.Results) -> None:
-    assert rollouts.keys() == expected.keys()
-    for key, rollout in rollouts.items():
-        assert rollout.token_ids == expected[key].token_ids, key
-        assert rollout.finish == expected[key].finish
-        assert rollout.logprobs == pytest.approx(expected[key].logprobs, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", in_ranks.FAMILIES)
@@ -53,7 +47,9 @@ def test_two_ranks_compute_what_one_process_does(family: str, found: Found) -> N
 
 @pytest.mark.parametrize("cycles", ["resident", "hosted"])
 @pytest.mark.parametrize("family", in_ranks.FAMILIES)
-def test_two_ranks_sample_the_tokens_of_one_process(family: str, cycles: Any, found: Found) -> None:
+def test_two_ranks_sample_the_tokens_of_one_process(
+    family: str, cycles: Any, found: Found, assert_same: AssertSame
+) -> None:
     model = in_ranks.tiny_model(family, in_ranks.FAMILIES[family])
     expected = in_ranks.roll_out(in_ranks.engine_alone(model, cycles))
     assert len({tuple(rollout.token_ids) for rollout in expected.values()}) == len(expected)
@@ -61,7 +57,9 @@ def test_two_ranks_sample_the_tokens_of_one_process(family: str, cycles: Any, fo
         assert_same(told[family][cycles], expected)
 
 
-def test_drafts_and_a_chooser_that_measures_change_nothing_over_two_ranks(found: Found) -> None:
+def test_drafts_and_a_chooser_that_measures_change_nothing_over_two_ranks(
+    found: Found, assert_same: AssertSame
+) -> None:
     expected = in_ranks.roll_out(in_ranks.engine_alone(in_ranks.tiny_model("qwen3", {}), "resident"))
     for told in found:
         assert_same(told["drafted"], expected)
@@ -122,7 +120,7 @@ def test_ranks_end_with_the_process_that_started_them() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("one_shot_bytes", [0, ONE_SHOT_BYTES], ids=["nccl", "one-shot"])
-def test_two_gpus_sample_the_tokens_of_one_from_captured_graphs(one_shot_bytes: int) -> None:
+def test_two_gpus_sample_the_tokens_of_one_from_captured_graphs(one_shot_bytes: int, assert_same: AssertSame) -> None:
     for told in run_ranks(2, "cuda", in_ranks.on_gpus, one_shot_bytes):
         assert told["graphs"] > 0
         for name in ("shared", "again", "drafted"):

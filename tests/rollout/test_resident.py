@@ -20,6 +20,7 @@ from rollout.types import Prompt, Rollout, Sampling
 Key = tuple[str, int]
 MakeEngine = Callable[..., NativeEngine]
 Collect = Callable[..., dict[Key, Rollout]]
+AssertSame = Callable[[dict[Key, Rollout], dict[Key, Rollout]], None]
 SAMPLING = Sampling(num_samples=2, max_new_tokens=20, stop_token_ids=(2,), seed=3, step=5)
 TRANSFORMS = {
     "greedy": {"temperature": 0.0},
@@ -28,18 +29,9 @@ TRANSFORMS = {
 }
 
 
-def assert_same(rollouts: dict[Key, Rollout], expected: dict[Key, Rollout]) -> None:
-    assert rollouts.keys() == expected.keys()
-    for key, rollout in rollouts.items():
-        assert rollout.token_ids == expected[key].token_ids, key
-        assert rollout.finish == expected[key].finish
-        # 1e-4: float32 sums in another order
-        assert rollout.logprobs == pytest.approx(expected[key].logprobs, abs=1e-4)
-
-
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_resident_cycles_sample_what_hosted_ones_do(
-    transform: str, make_engine: MakeEngine, collect: Collect, prompts: list[Prompt]
+    transform: str, make_engine: MakeEngine, collect: Collect, prompts: list[Prompt], assert_same: AssertSame
 ) -> None:
     sampling = replace(SAMPLING, **TRANSFORMS[transform])
     expected = collect(make_engine(), prompts, sampling)
@@ -60,6 +52,7 @@ def test_no_draft_on_the_device_changes_what_is_sampled(
     prompts: list[Prompt],
     resident_scripted: type,
     request: pytest.FixtureRequest,
+    assert_same: AssertSame,
 ) -> None:
     strategy: Strategy = request.getfixturevalue(shape)
     sampling = replace(SAMPLING, **TRANSFORMS[transform])
@@ -78,20 +71,6 @@ def test_no_draft_on_the_device_changes_what_is_sampled(
         assert sum(rollout.spec.accepted_by_depth) == rollout.spec.accepted
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"kv_tokens": 48},
-        {"kv_tokens": 64, "max_running": 3},
-        {"max_running": 1},
-        {"max_running": 5, "prefill_tokens": 1},
-        {"prefill_tokens": 3},
-        {"prefill_tokens": 17, "kv_tokens": 80},
-        {"block_size": 1},
-        {"block_size": 64},
-    ],
-    ids=str,
-)
 def test_no_preemption_or_chunking_on_the_device_changes_what_is_sampled(
     options: dict[str, int],
     make_engine: MakeEngine,
@@ -99,6 +78,7 @@ def test_no_preemption_or_chunking_on_the_device_changes_what_is_sampled(
     prompts: list[Prompt],
     resident_scripted: type,
     tree: Strategy,
+    assert_same: AssertSame,
 ) -> None:
     expected = collect(make_engine(), prompts, SAMPLING)
     truth = {key: rollout.token_ids for key, rollout in expected.items()}
@@ -108,7 +88,12 @@ def test_no_preemption_or_chunking_on_the_device_changes_what_is_sampled(
 
 
 def test_a_second_call_reuses_rows_and_texts(
-    make_engine: MakeEngine, collect: Collect, prompts: list[Prompt], resident_scripted: type, chain: Strategy
+    make_engine: MakeEngine,
+    collect: Collect,
+    prompts: list[Prompt],
+    resident_scripted: type,
+    chain: Strategy,
+    assert_same: AssertSame,
 ) -> None:
     engine = make_engine(resident_scripted({}, 0.5, 259), chain, cycles="resident")
     for step in range(3):
@@ -117,7 +102,12 @@ def test_a_second_call_reuses_rows_and_texts(
 
 
 def test_leaving_early_vacates_all_rows_and_the_engine_goes_on_as_new(
-    make_engine: MakeEngine, collect: Collect, prompts: list[Prompt], resident_scripted: type, chain: Strategy
+    make_engine: MakeEngine,
+    collect: Collect,
+    prompts: list[Prompt],
+    resident_scripted: type,
+    chain: Strategy,
+    assert_same: AssertSame,
 ) -> None:
     drafter = resident_scripted({}, 0.5, 259)
     engine = make_engine(drafter, chain, cycles="resident")
@@ -202,7 +192,7 @@ def test_a_policy_that_turned_to_nan_stops_resident_rollouts(
 
 
 def test_prompts_a_little_longer_keep_rows_and_graphs(
-    make_engine: MakeEngine, collect: Collect, prompts: list[Prompt]
+    make_engine: MakeEngine, collect: Collect, prompts: list[Prompt], assert_same: AssertSame
 ) -> None:
     engine = make_engine(cycles="resident", kv_tokens=400)
     collect(engine, prompts, SAMPLING)
