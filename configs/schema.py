@@ -77,7 +77,8 @@ class RolloutConfig:
 class SpecConfig:
     """How rollouts are drafted. No value here can change a sample, only the speed."""
 
-    source: Literal["off", "suffix"] = "suffix"
+    # off: none; suffix: what siblings and earlier epochs said; eagle: a trained head; auto: suffix and eagle both
+    source: Literal["off", "suffix", "eagle", "auto"] = "suffix"
     # Which draft, how long. "goodput": the most tokens a second by measured times and acceptance, off among the arms;
     # "beg_mab": TLT's bandit; "fixed": always depth, top_k and num_verify. auto: goodput on a GPU, fixed on a CPU.
     choice: Literal["auto", "goodput", "beg_mab", "fixed"] = "auto"
@@ -85,6 +86,24 @@ class SpecConfig:
     top_k: int = 1  # children kept a node; 1 drafts a chain
     num_verify: int = 6  # drafted tokens verified at most, a sequence and cycle
     min_match: int = 2  # shortest suffix that may propose
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterConfig:
+    """The learned drafter (spec.source eagle or auto): how it is trained beside the policy."""
+
+    init: str = ""  # folder of a trained drafter to start from; "" starts from random weights
+    draft_vocab: int = 8192  # tokens it can propose, the most frequent of the rollouts; at most the policy's vocabulary
+    window: int = 512  # tokens it attends to
+    train: bool = True  # False keeps it as it was loaded
+    loss: Literal["lk", "kl", "ce", "tv"] = "lk"
+    unroll: int = 4  # steps of training-time test: how many of its own predictions it learns to go on from
+    lr: float = 1e-3
+    batch_tokens: int = 8192  # feature tokens of one optimiser step
+    feature_window: int = 128  # consecutive tokens kept of a sequence at a time
+    buffer_mb: int = 1024  # memory for features
+    budget: float = 0.05  # share of a step's time that training it may add where no GPU is idle
+    checkpoint_every: int = 10  # training steps of the run between its own checkpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +165,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     spec: SpecConfig = field(default_factory=SpecConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
+
 from kernels.cycle import Drafts as Drafts
 from kernels.cycle import Rows as Rows
 from kernels.cycle import Texts as Texts
@@ -13,7 +15,7 @@ from kernels.cycle import Texts as Texts
 class Strategy:
     """How far and how widely to draft. A value: equal strategies are interchangeable."""
 
-    source: Literal["off", "suffix"]
+    source: Literal["off", "suffix", "eagle"]
     depth: int  # levels below the pending token
     top_k: int  # children kept a node; 1 drafts a chain
     num_verify: int  # drafted tokens verified at most
@@ -101,3 +103,52 @@ class ResidentDrafter(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As Drafter.load_state_dict."""
+
+
+@dataclass(frozen=True, slots=True)
+class CycleFeatures:
+    """What the target computed for the tokens of one cycle: B rows of Q = 1 + M forwarded tokens, Q consecutive each.
+
+    aux: residual stream entering each of the reader's aux_layers, [B * Q, H] each; hidden [B * Q, H]: after the final
+    norm, what the head reads. counts [B] int32: tokens committed, 0 for an inactive row. path [B, Q] int32: path[b, k]
+    is the column (0 the pending token, 1 + j node j) whose hidden state the k-th committed token was sampled from;
+    entries past counts[b] hold anything in range. num_valid [B] int32 and drafts: nodes that were verified.
+    """
+
+    num_rows: int
+    aux: tuple[torch.Tensor, ...]
+    hidden: torch.Tensor
+    counts: torch.Tensor
+    path: torch.Tensor
+    num_valid: torch.Tensor
+    drafts: Drafts | None
+
+
+class FeatureReader(Protocol):
+    """Keeps the hidden states that verification leaves behind: for a learned drafter to go on from, and to learn from.
+
+    Position p of a text is the place of its p-th token; its features are the hidden states computed there, and the
+    token it predicts is the one at p + 1.
+    """
+
+    aux_layers: tuple[int, ...]  # () reads none
+
+    def attach(self, texts: Texts, *, num_rows: int) -> None:
+        """Read about these texts from now on, of which num_rows at most are written at a time; all of them are free."""
+
+    def begin(self, text: int, length: int) -> None:
+        """A sequence of so many tokens begins, or goes on after an eviction, to write this text: features up to its
+        pending token, the last, are unknown."""
+
+    def observe(self, texts: Texts, rows: Rows, features: CycleFeatures) -> None:
+        """Keep what was committed. Called after commit, inside the target's CUDA graph: no host synchronisation.
+
+        A row that committed c tokens and whose text has n now gives features of positions n - c - 1 to n - 2.
+        """
+
+    def committed(self, text: int, *, length: int, version: int, finished: bool) -> None:
+        """The host has read that a text has so many tokens, of this policy version; cycles launched since may still
+        be adding to it. Called once a cycle and row that committed anything."""
+
+    def release(self, texts: Sequence[int]) -> None:
+        """These texts are no longer written."""

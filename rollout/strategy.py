@@ -80,6 +80,7 @@ def configured(spec: SpecConfig) -> Strategy:
     """The strategy that uses all the config allows. A chain has one node a level: it verifies at most depth."""
     if spec.source == "off":
         return OFF
+    assert spec.source == "suffix", "no engine drafts from anything else yet"
     num_verify = min(spec.num_verify, spec.depth) if spec.top_k == 1 else spec.num_verify
     return Strategy(source=spec.source, depth=min(spec.depth, num_verify), top_k=spec.top_k, num_verify=num_verify)
 
