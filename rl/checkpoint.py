@@ -5,24 +5,15 @@ A folder gets that name only when all of it is on the disk, so a process killed 
 checkpoints as they were, and at worst a ROOT/.staging-* folder that the next start removes.
 """
 
-import errno
-import hashlib
-import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
-from configs.errors import StorageError
-
-MANIFEST = "MANIFEST.json"
-STAGING = ".staging-"
+from drafter.sealed import STAGING, fsync, seal, storage_error
+from drafter.sealed import is_sound as is_sound
+from drafter.sealed import write_tensors as write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +48,13 @@ class CheckpointStore:
         try:
             staging.mkdir(parents=True)
             fill(staging)
-            seal(staging, step)
+            seal(staging, step=step)
             os.rename(staging, final)
             fsync(self.root)
         except Exception as error:
             shutil.rmtree(staging, ignore_errors=True)
             if isinstance(error, OSError):
-                raise _storage_error(final, error) from error
+                raise storage_error(final, error) from error
             raise
         self._prune()
         return final
@@ -94,33 +85,6 @@ class CheckpointStore:
             shutil.rmtree(doomed)
 
 
-def seal(folder: Path, step: int) -> None:
-    """Write the manifest of everything in the folder, and put files and folders on the disk."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    manifest = {
-        "step": step,
-        "files": {
-            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in files
-        },
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in [*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        fsync(path)
-
-
-def is_sound(folder: Path) -> bool:
-    """Whether every file the manifest lists is there, whole and unchanged."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return all(
-            (folder / name).stat().st_size == entry["bytes"] and sha256(folder / name) == entry["sha256"]
-            for name, entry in files.items()
-        )
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
 def set_aside(folder: Path) -> Path:
     """Rename a broken checkpoint so that nothing takes it for one, and return its new path."""
     number = 0
@@ -128,42 +92,3 @@ def set_aside(folder: Path) -> Path:
         number += 1
     os.rename(folder, aside)
     return aside
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Put a file, or a folder's list of names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file. Raises OSError, which safetensors hides in an error of its own."""
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-
-
-def _storage_error(path: Path, error: OSError) -> StorageError:
-    """What went wrong and what to do about it, in one line."""
-    reason = error.strerror or str(error)
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"cannot write checkpoint {path}: {reason}; check that run.dir is writable")
-    home = next(folder for folder in path.parents if folder.exists())
-    free = shutil.disk_usage(home).free
-    return StorageError(
-        f"cannot write checkpoint {path}: {reason} ({free:,} bytes free); "
-        "free some space, lower checkpoint.keep, or set run.dir to another disk, then resume"
-    )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import rl.checkpoint
+import drafter.sealed
 from configs.errors import StorageError
 from rl.checkpoint import CheckpointStore, step_of, write_tensors
 
@@ -168,7 +168,7 @@ def test_full_disk_under_safetensors_is_an_os_error(tmp_path: Path, monkeypatch:
 
     with pytest.raises(FileNotFoundError):
         write_tensors(tmp_path / "missing" / "x.safetensors", {"x": torch.zeros(2)})
-    monkeypatch.setattr(rl.checkpoint, "save_file", save_file)
+    monkeypatch.setattr(drafter.sealed, "save_file", save_file)
     with pytest.raises(OSError) as caught:
         write_tensors(tmp_path / "x.safetensors", {"x": torch.zeros(2)})
     assert caught.value.errno == errno.ENOSPC

@@ -1,0 +1,84 @@
+"""Folders that are whole or known not to be: a manifest of sizes and hashes, and everything on the disk."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from configs.errors import StorageError
+
+MANIFEST = "MANIFEST.json"
+STAGING = ".staging-"  # what a folder is called until it is whole
+
+
+def seal(folder: Path, **facts: Any) -> None:
+    """Write the manifest of everything in the folder, facts first, and put files and folders on the disk."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    manifest = facts | {
+        "files": {
+            path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in files
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for path in [*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        fsync(path)
+
+
+def is_sound(folder: Path) -> bool:
+    """Whether every file the manifest lists is there, whole and unchanged."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return all(
+            (folder / name).stat().st_size == entry["bytes"] and sha256(folder / name) == entry["sha256"]
+            for name, entry in files.items()
+        )
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Put a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file. Raises OSError, which safetensors hides in an error of its own."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """What went wrong and what to do about it, in one line."""
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"cannot write checkpoint {path}: {reason}; check that run.dir is writable")
+    home = next(folder for folder in path.parents if folder.exists())
+    free = shutil.disk_usage(home).free
+    return StorageError(
+        f"cannot write checkpoint {path}: {reason} ({free:,} bytes free); "
+        "free some space, lower checkpoint.keep, or set run.dir to another disk, then resume"
+    )
