@@ -46,6 +46,7 @@ _AT_LEAST: dict[str, float] = {
     "eval.every": 0,
     "eval.num_prompts": 1,
     "warmstart.steps": 0,
+    "warmstart.warmup_steps": 0,
     "warmstart.examples_per_step": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
@@ -140,9 +141,12 @@ def _train(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.betas", "both must be at least 0 and below 1"
     if train.warmup_steps > train.steps:
         yield "train.warmup_steps", f"exceeds train.steps={train.steps}; the learning rate would never be reached"
+    warmstart = config.warmstart
+    if warmstart.warmup_steps > warmstart.steps:
+        yield "warmstart.warmup_steps", f"exceeds warmstart.steps={warmstart.steps}; warmstart.lr is never reached"
     rollouts = config.rollout.prompts_per_step * config.rollout.group_size
     if 0 < rollouts < train.updates_per_step:
         yield "train.updates_per_step", f"exceeds the {rollouts} rollouts of a step, of which each update needs one"
-    solutions = config.warmstart.solutions
+    solutions = warmstart.solutions
     if solutions != "field" and not re.fullmatch(r"[\w.]+:\w+", solutions):
         yield "warmstart.solutions", "must be field, or module:function"

@@ -144,6 +144,8 @@ class WarmstartConfig:
     solutions: str = "field"  # "field": data.solution_field; or "module:function" called with a Prompt
     examples_per_step: int = 64
     lr: float = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

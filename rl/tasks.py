@@ -9,6 +9,7 @@ import reasoning_gym
 from reasoning_gym.composite import DatasetSpec
 from reasoning_gym.factory import DATASETS
 
+import rl.running_sum  # noqa: F401  # one more task
 from configs.errors import ConfigError, DataError
 from configs.schema import DataConfig
 from rl.plain import to_plain

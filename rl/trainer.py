@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from math import cos, inf, pi
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,6 +28,7 @@ from kernels.logprob import selected_logprobs
 from rl.batch import microbatches, split, to_device
 from rl.checkpoint import write_tensors
 from rl.loss import RECORD, clipped_policy_loss, importance_weights, k3_divergence, step_stats
+from rl.schedule import learning_rate
 from rl.types import Batch, StepStats
 from rollout.model import forward_packed
 from rollout.projections import grouped_parameters
@@ -379,20 +380,6 @@ def deepspeed_config(config: TrainConfig, stage: int, dtype: torch.dtype, num_pa
         options["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         options["data_types"] = {"grad_accum_dtype": "fp32"}
     return options
-
-
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """The rate of a step, counted from 0: a linear warm-up, then constant, or falling to 0 after the last step."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1)
-    match config.schedule:
-        case "constant":
-            return config.lr
-        case "linear":
-            return config.lr * (1 - done)
-        case "cosine":
-            return config.lr * (1 + cos(pi * done)) / 2
 
 
 def all_ranks(record: torch.Tensor) -> torch.Tensor:

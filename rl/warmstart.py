@@ -8,6 +8,7 @@ from configs.errors import ConfigError, DataError
 from configs.schema import WarmstartConfig
 from rl.batch import supervised_batch
 from rl.data import DataSet
+from rl.schedule import learning_rate
 from rl.types import StepStats, Trainer
 from rollout.types import Prompt
 
@@ -36,7 +37,7 @@ def warm_start(
         prompts = data.prompts(FIRST_STEP + step, config.examples_per_step)
         solutions = [solution_ids(solve, prompt, tokenizer) for prompt in prompts]
         batch = supervised_batch([prompt.token_ids for prompt in prompts], solutions)
-        report(step + 1, trainer.supervise(batch, config.lr))
+        report(step + 1, trainer.supervise(batch, learning_rate(config, step, config.steps)))
 
 
 def solver(source: str) -> Solver:

@@ -17,3 +17,16 @@ def chain_sum(prompt: Prompt) -> str:
         before, total = total, total + int(term) if operator == "+" else total - int(term)
         lines.append(f"{before} {operator} {term} = {total}")
     return "\n".join(lines)
+
+
+def running_sum(prompt: Prompt) -> str:
+    """The terms added one a line, each line under its term's number; the answer ends the last line.
+
+    47, 12 and 30 become "1: 47", "2: 47 + 12 = 59" and "3: 59 + 30 = 89".
+    """
+    first, *rest = prompt.task["metadata"]["terms"]
+    lines, total = [f"1: {first}"], first
+    for number, term in enumerate(rest, 2):
+        before, total = total, total + term
+        lines.append(f"{number}: {before} + {term} = {total}")
+    return "\n".join(lines)

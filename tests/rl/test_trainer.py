@@ -18,7 +18,8 @@ from configs.errors import DivergedError, StorageError
 from configs.schema import TrainConfig
 from kernels.attention import PackedSequences
 from rl.batch import pack, supervised_batch
-from rl.trainer import DeepSpeedTrainer, learning_rate
+from rl.schedule import learning_rate
+from rl.trainer import DeepSpeedTrainer
 from rl.types import Batch, Group
 from rollout.model import AttentionContext, load_policy
 from rollout.projections import side_by_side

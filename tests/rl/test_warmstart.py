@@ -32,9 +32,11 @@ class Recorder:
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
+        self.rates: list[float] = []
 
     def supervise(self, batch: Batch, lr: float) -> StepStats:
         self.batches.append(batch)
+        self.rates.append(lr)
         values: dict[str, Any] = dict.fromkeys(StepStats.__dataclass_fields__, 0)
         return StepStats(**values | {"lr": lr})
 
@@ -77,6 +79,12 @@ def test_problems_are_the_same_in_every_run_and_new_in_every_step(tokenizer: Any
     ids = [batch.token_ids.tolist() for batch in first.batches]
     assert ids == [batch.token_ids.tolist() for batch in second.batches]
     assert len({tuple(row) for row in ids}) == 3
+
+
+def test_the_rate_rises_and_falls_as_configured(tokenizer: Any) -> None:
+    trainer = warmed(tokenizer, steps=5, lr=1.0, schedule="linear", warmup_steps=2)
+    assert trainer.rates == pytest.approx([1 / 2, 1, 1, 2 / 3, 1 / 3])
+    assert warmed(tokenizer, steps=3, lr=2.0).rates == [2.0, 2.0, 2.0]
 
 
 def test_a_function_can_give_the_solutions(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

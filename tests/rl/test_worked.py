@@ -5,17 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import reasoning_gym
 
 from rl import worked
 from rl.reward import extract_answer, score_task
+from rl.tasks import create_task
 from rollout.types import Prompt
 
 LAST_INTEGER = re.compile(r"(-?\d+)")
 
 
 def prompts(name: str, options: dict[str, Any], count: int) -> list[Prompt]:
-    task = reasoning_gym.create_dataset(name, seed=3, size=count, **options)
+    task = create_task(name, options, seed=3, size=count)
     return [
         Prompt(
             id=f"{name}:{index}",
@@ -23,7 +23,8 @@ def prompts(name: str, options: dict[str, Any], count: int) -> list[Prompt]:
             answer=row["answer"],
             task={"name": name, "question": row["question"], "metadata": row["metadata"], "options": options},
         )
-        for index, row in enumerate(task)
+        for index in range(count)
+        for row in (task[index],)
     ]
 
 
@@ -32,6 +33,7 @@ def prompts(name: str, options: dict[str, Any], count: int) -> list[Prompt]:
     [
         ("chain_sum", {"min_terms": 1, "max_terms": 5, "min_digits": 1, "max_digits": 3}, worked.chain_sum),
         ("chain_sum", {"min_terms": 2, "max_terms": 4, "allow_negation": True}, worked.chain_sum),
+        ("running_sum", {"min_terms": 1, "max_terms": 40}, worked.running_sum),
     ],
 )
 def test_worked_solutions_score_1(name: str, options: dict[str, Any], solve: Callable[[Prompt], str]) -> None:
@@ -42,3 +44,8 @@ def test_worked_solutions_score_1(name: str, options: dict[str, Any], solve: Cal
 def test_a_chain_sum_is_worked_from_left_to_right() -> None:
     prompt = Prompt("p", [], "130", {"metadata": {"expression": "98 - 193 + 225"}})
     assert worked.chain_sum(prompt) == "98 - 193 = -95\n-95 + 225 = 130"
+
+
+def test_a_running_sum_numbers_its_lines_as_the_terms() -> None:
+    prompt = Prompt("p", [], "89", {"metadata": {"terms": [47, 12, 30]}})
+    assert worked.running_sum(prompt) == "1: 47\n2: 47 + 12 = 59\n3: 59 + 30 = 89"
