@@ -1,0 +1,116 @@
+"""The drafter's checkpoints: its own tensors alone, written by a thread while training goes on.
+
+FOLDER/drafter.json           the record: shape of the head, version served, steps trained
+       served.safetensors     the head as it is served, under its export names; absent before the first is published
+       training.safetensors   the trained copy and its optimiser's moments
+       MANIFEST.json          sizes and hashes
+The policy's tensors, its embedding among them, are never in it.
+"""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from configs.errors import StorageError
+from drafter.sealed import STAGING, fsync, is_sound, seal, storage_error, write_tensors
+
+RECORD = "drafter.json"
+SUFFIX = ".safetensors"
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time. The caller is held up while copies to pinned memory are enqueued, no longer."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[
+            tuple[str, str], torch.Tensor
+        ] = {}  # host memory, kept: pinning it takes longer than a copy
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def begin(self, folder: Path, files: Mapping[str, Tensors], record: Mapping[str, Any]) -> float:
+        """Start to write a folder that will appear when it is whole; returns the seconds this call took.
+
+        files: tensors by file, without its suffix. What is on the device now is written, whatever overwrites it later
+        on this stream. Raises StorageError where the checkpoint before could not be written.
+        """
+        start = perf_counter()
+        self.wait()
+        copies = {file: self._copy(file, tensors) for file, tensors in files.items()}
+        copied = None
+        if any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values()):
+            copied = torch.cuda.Event()
+            copied.record()
+        self._thread = threading.Thread(target=self._write, args=(folder, copies, dict(record), copied), daemon=True)
+        self._thread.start()
+        return perf_counter() - start
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk. Raises StorageError where it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _copy(self, file: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+        copies = {}
+        for name, tensor in tensors.items():
+            buffer = self._buffers.get((file, name))
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._buffers[file, name] = buffer
+            copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
+        return copies
+
+    def _write(
+        self,
+        folder: Path,
+        copies: dict[str, dict[str, torch.Tensor]],
+        record: dict[str, Any],
+        copied: torch.cuda.Event | None,
+    ) -> None:
+        staging = folder.with_name(f"{STAGING}{folder.name}")
+        try:
+            if copied is not None:
+                copied.synchronize()
+            shutil.rmtree(staging, ignore_errors=True)  # of an interrupted write
+            staging.mkdir(parents=True)
+            for file, tensors in copies.items():
+                write_tensors(staging / f"{file}{SUFFIX}", tensors)
+            (staging / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+            seal(staging)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(staging, folder)
+            fsync(folder.parent)
+        except Exception as error:  # handed to the next begin or wait: a thread has nobody else to tell
+            shutil.rmtree(staging, ignore_errors=True)
+            self._error = storage_error(folder, error) if isinstance(error, OSError) else error
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
+    """The record, and tensors by file as begin was given them. Raises StorageError where the folder is not whole."""
+    if not is_sound(folder):
+        raise StorageError(f"{folder} holds no drafter checkpoint that matches its hashes; take an older one")
+    record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    return record, {path.name.removesuffix(SUFFIX): load_file(path) for path in sorted(folder.glob(f"*{SUFFIX}"))}
+
+
+def newest(root: Path) -> Path | None:
+    """The newest whole checkpoint root/step_N, None where there is none."""
+    folders = [path for path in root.glob("step_*") if path.name[5:].isdecimal()]
+    for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
+        if is_sound(folder):
+            return folder
+    return None

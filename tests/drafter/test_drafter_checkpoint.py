@@ -1,0 +1,74 @@
+"""The drafter's checkpoints: whole or absent, written beside the training they belong to."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import drafter.checkpoint
+from configs.errors import StorageError
+from drafter.checkpoint import CheckpointWriter, newest, read
+
+
+def files() -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        "served": {"fc.weight": torch.randn(4, 12).bfloat16(), "d2t": torch.arange(7)},
+        "training": {"fc.weight": torch.randn(4, 12), "exp_avg.fc.weight": torch.randn(4, 12)},
+    }
+
+
+def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path: Path) -> None:
+    writer, saved = CheckpointWriter(), files()
+    stall_s = writer.begin(tmp_path / "step_3", saved, {"version": 2})
+    writer.wait()
+    record, loaded = read(tmp_path / "step_3")
+    assert record == {"version": 2} and loaded.keys() == saved.keys() and stall_s > 0
+    for file, tensors in saved.items():
+        assert loaded[file].keys() == tensors.keys()
+        assert all(torch.equal(loaded[file][name], tensor) for name, tensor in tensors.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_3"]
+
+
+def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    write = drafter.checkpoint.write_tensors
+
+    def held_up(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        assert go_on.wait(timeout=60)
+        write(path, tensors)
+
+    monkeypatch.setattr(drafter.checkpoint, "write_tensors", held_up)
+    writer, weight = CheckpointWriter(), torch.ones(4)
+    writer.begin(tmp_path / "step_1", {"training": {"w": weight}}, {})
+    weight.zero_()  # the next update
+    assert not (tmp_path / "step_1").exists()
+    go_on.set()
+    writer.wait()
+    assert torch.equal(read(tmp_path / "step_1")[1]["training"]["w"], torch.ones(4))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path: Path) -> None:
+    writer = CheckpointWriter()
+    for step in (9, 10):
+        writer.begin(tmp_path / f"step_{step}", files(), {"version": step})
+    writer.wait()
+    record = tmp_path / "step_10" / "drafter.json"
+    record.write_text(json.dumps({"version": 1}))
+    assert newest(tmp_path) == tmp_path / "step_9"
+    with pytest.raises(StorageError, match="step_10"):
+        read(tmp_path / "step_10")
+    assert newest(tmp_path / "nothing") is None
+
+
+def test_a_refusing_disk_is_told_to_the_next_who_asks_and_leaves_nothing(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    writer = CheckpointWriter()
+    writer.begin(blocked / "step_1", files(), {})
+    with pytest.raises(StorageError, match="step_1"):
+        writer.wait()
+    writer.begin(tmp_path / "step_2", files(), {})
+    writer.wait()
+    assert newest(tmp_path) == tmp_path / "step_2"
