@@ -105,32 +105,55 @@ def _rope_and_write_kernel(
     row = qkv + token * token_stride + head[:, None] * HEAD_DIM
     x = tl.load(row + dim[None, :], mask=exists, other=0.0)
     y = tl.load(row + other[None, :], mask=exists, other=0.0)
-    dtype: tl.constexpr = qkv.dtype.element_ty
-    normed, normed_other = x, y
+    weight, other_weight = x, y  # not read without a norm
     if HAS_NORM:
-        exact = x.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(exact * exact, axis=1) / HEAD_DIM + eps)[:, None]
-        normed = (exact * scale).to(dtype).to(tl.float32)
-        normed_other = (y.to(tl.float32) * scale).to(dtype).to(tl.float32)
         is_dim = dim < HEAD_DIM
-        q_weight = tl.load(q_norm + dim, mask=is_dim, other=0.0).to(tl.float32)[None, :]
-        k_weight = tl.load(k_norm + dim, mask=is_dim, other=0.0).to(tl.float32)[None, :]
-        q_other = tl.load(q_norm + other, mask=is_dim, other=0.0).to(tl.float32)[None, :]
-        k_other = tl.load(k_norm + other, mask=is_dim, other=0.0).to(tl.float32)[None, :]
-        normed = (normed * tl.where(is_query[:, None], q_weight, k_weight)).to(dtype)
-        normed_other = (normed_other * tl.where(is_query[:, None], q_other, k_other)).to(dtype)
-    cosine = tl.load(cos + position * ROTARY_DIM + dim, mask=turns, other=1.0).to(tl.float32)[None, :]
-    sine = tl.load(sin + position * ROTARY_DIM + dim, mask=turns, other=0.0).to(tl.float32)[None, :]
-    sine = tl.where((dim < half)[None, :], -sine, sine)
-    along = (normed.to(tl.float32) * cosine).to(dtype).to(tl.float32)
-    across = (normed_other.to(tl.float32) * sine).to(dtype).to(tl.float32)
-    turned = tl.where(turns[None, :], (along + across).to(dtype), normed)
+        q_weight = tl.load(q_norm + dim, mask=is_dim, other=0.0)[None, :]
+        k_weight = tl.load(k_norm + dim, mask=is_dim, other=0.0)[None, :]
+        q_other = tl.load(q_norm + other, mask=is_dim, other=0.0)[None, :]
+        k_other = tl.load(k_norm + other, mask=is_dim, other=0.0)[None, :]
+        weight = tl.where(is_query[:, None], q_weight, k_weight)
+        other_weight = tl.where(is_query[:, None], q_other, k_other)
+    cosine = tl.load(cos + position * ROTARY_DIM + dim, mask=turns, other=1.0)[None, :]
+    sine = tl.load(sin + position * ROTARY_DIM + dim, mask=turns, other=0.0)[None, :]
+    turned = norm_and_turn(x, y, weight, other_weight, cosine, sine, eps, HAS_NORM, HEAD_DIM, ROTARY_DIM, BLOCK_D)
     tl.store(query + (token * HEADS + head[:, None]) * HEAD_DIM + dim[None, :], turned, mask=exists & is_query[:, None])
     entry = slot * (KV_HEADS * HEAD_DIM)
     key = entry + (head[:, None] - HEADS) * HEAD_DIM + dim[None, :]
     tl.store(key_cache + key, turned, mask=exists & is_key[:, None])
     value = entry + (head[:, None] - HEADS - KV_HEADS) * HEAD_DIM + dim[None, :]
     tl.store(value_cache + value, x, mask=exists & is_value[:, None])
+
+
+@triton.jit
+def norm_and_turn(
+    x,
+    y,
+    weight,
+    other_weight,
+    cosine,
+    sine,
+    eps,
+    HAS_NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Heads x [H, D], normed and turned. y, other_weight: of the dimension that each dimension turns with."""
+    dtype: tl.constexpr = x.dtype
+    dim = tl.arange(0, BLOCK_D)
+    normed, normed_other = x, y
+    if HAS_NORM:
+        exact = x.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(exact * exact, axis=1) / HEAD_DIM + eps)[:, None]
+        normed = (exact * scale).to(dtype).to(tl.float32)
+        normed_other = (y.to(tl.float32) * scale).to(dtype).to(tl.float32)
+        normed = (normed * weight.to(tl.float32)).to(dtype)
+        normed_other = (normed_other * other_weight.to(tl.float32)).to(dtype)
+    sine = tl.where((dim < ROTARY_DIM // 2)[None, :], -sine.to(tl.float32), sine.to(tl.float32))
+    along = (normed.to(tl.float32) * cosine.to(tl.float32)).to(dtype).to(tl.float32)
+    across = (normed_other.to(tl.float32) * sine).to(dtype).to(tl.float32)
+    return tl.where((dim < ROTARY_DIM)[None, :], (along + across).to(dtype), normed)
 
 
 def compact_triton(storage: torch.Tensor, src: torch.Tensor, dst: torch.Tensor) -> None:

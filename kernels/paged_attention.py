@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import PagedSequences
-from kernels.attention_combine import combine_chunks, combine_kernel
+from kernels.attention_combine import combine_kernel
 from kernels.attention_plan import (
     ITEM_FIELDS,
     MIN_CHUNK,
@@ -22,9 +22,11 @@ from kernels.attention_plan import (
     TILE_FIELDS,
     Geometry,
     Launch,
+    Plan,
     choose_launch,
     plan_for,
 )
+from kernels.attention_steps import absorb, as_rows, finish, merge_slices
 from kernels.linear_triton import overlaps
 
 COMBINE_ROWS = 4  # rows that a program of the combining kernel merges
@@ -61,9 +63,7 @@ def paged_attention_triton(
     output = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
     is_tree = seqs.ancestors is not None
     block_d = max(16, triton.next_power_of_2(head_dim))
-    # rows and splits that the merge holds in registers at once: 64 a thread of 4 warps
-    merge_rows = min(triton.next_power_of_2(plan.rows), FOLD_ROWS if launch.fold else COMBINE_ROWS)
-    merge_splits = max(1, 8192 // (merge_rows * block_d))
+    merge_rows, merge_splits = merge_shape(plan, block_d)
     overlap = overlaps(query.device)
     _attention_kernel[(plan.items.shape[0] * num_kv_heads,)](
         query,
@@ -129,6 +129,12 @@ def paged_attention_triton(
             launch_pdl=overlap,
         )
     return output
+
+
+def merge_shape(plan: Plan, block_d: int) -> tuple[int, int]:
+    """Rows and splits that the merge holds in registers at once: 64 a thread of 4 warps."""
+    rows = min(triton.next_power_of_2(plan.rows), FOLD_ROWS if plan.geometry.launch.fold else COMBINE_ROWS)
+    return rows, max(1, 8192 // (rows * block_d))
 
 
 # one compilation whatever the table's width and the draft's size
@@ -218,8 +224,8 @@ def _attention_kernel(
 
     table = block_tables + sequence.to(tl.int64) * table_stride
     head_dims = head * HEAD_DIM + dims
-    row_index, row_bits = _as_rows(index, SLICES), _as_rows(bits, SLICES)
-    row_position = _as_rows(query_position, SLICES)
+    row_index, row_bits = as_rows(index, SLICES), as_rows(bits, SLICES)
+    row_position = as_rows(query_position, SLICES)
     step = tl.arange(0, BLOCK_N)
     if SLICES == 1:
         maximum = tl.full([BLOCK_M], -float("inf"), tl.float32)
@@ -266,57 +272,11 @@ def _attention_kernel(
                 visible = visible & (row_position - tl.expand_dims(key_position, -2) < window)
             visible = visible & (column < last_key)
             scores = tl.where(visible, scores, -float("inf"))
-        raised = tl.maximum(maximum, tl.max(scores, axis=-1))
-        # a row that has seen nothing yet: -inf less -inf is not a number
-        finite = tl.where(raised == -float("inf"), 0.0, raised)
-        probs = tl.exp2(scores - tl.expand_dims(finite, -1))
-        shrink = tl.exp2(maximum - finite)
-        total = total * shrink + tl.sum(probs, axis=-1)
-        acc = tl.dot(probs.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision="ieee")
-        maximum = raised
+        maximum, total, acc = absorb(scores, v, maximum, total, acc)
     if SLICES > 1:
-        highest = tl.max(maximum, axis=0)
-        finite = tl.where(highest == -float("inf"), 0.0, highest)
-        weight = tl.exp2(maximum - finite[None, :])
-        total = tl.sum(total * weight, axis=0)
-        acc = _sum_slices(acc * weight[:, :, None], SLICES, BLOCK_M, BLOCK_D)
-        maximum = highest
-
-    mask = in_use[:, None] & is_dim[None, :]
-    if not MAY_SPLIT or num_chunks == 1:
-        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        where = (token_row * (KV_HEADS * GROUPS) + query_head)[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(output + where, result.to(output.dtype.element_ty), mask=mask)
-        return
-    part = ((first_partial + chunk).to(tl.int64) * KV_HEADS + head) * room + rows
-    tl.store(maxima + part, maximum, mask=in_use)
-    tl.store(sums + part, total, mask=in_use)
-    tl.store(partials + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
-    if FOLD:
-        tl.debug_barrier()  # every thread has stored before one of them says so
-        done = tl.atomic_add(arrived + tile * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
-        if done == num_chunks - 1:
-            tl.store(arrived + tile * KV_HEADS + head, 0)  # for the next layer
-            for first_row in range(0, num_tokens * GROUPS, MERGE_ROWS):
-                combine_chunks(
-                    output, maxima, sums, partials, room, first_row, first_token, num_tokens, num_chunks, first_partial,
-                    head, KV_HEADS, GROUPS, HEAD_DIM, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
-                )  # fmt: skip
-
-
-@triton.jit
-def _as_rows(values, SLICES: tl.constexpr):
-    """One value a row, shaped to go with scores: [M, 1], or [1, M, 1] with slices."""
-    return values[:, None] if SLICES == 1 else values[None, :, None]
-
-
-@triton.jit
-def _sum_slices(parts, SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[SLICES, M, D] to [M, D] by halves: one pass through shared memory, where tl.sum takes one for each register."""
-    if SLICES == 1:
-        result = tl.reshape(parts, (BLOCK_M, BLOCK_D))
-    else:
-        halves = tl.permute(tl.reshape(parts, (2, SLICES // 2, BLOCK_M, BLOCK_D)), (1, 2, 3, 0))
-        first, second = tl.split(halves)
-        result = _sum_slices(first + second, SLICES // 2, BLOCK_M, BLOCK_D)
-    return result
+        maximum, total, acc = merge_slices(maximum, total, acc, SLICES, BLOCK_M, BLOCK_D)
+    finish(
+        output, arrived, maxima, sums, partials, room, maximum, total, acc, first_token, num_tokens, chunk, num_chunks,
+        tile, first_partial, head, MAY_SPLIT, FOLD, KV_HEADS, GROUPS, HEAD_DIM, BLOCK_M, BLOCK_D, MERGE_ROWS,
+        MERGE_SPLITS,
+    )  # fmt: skip

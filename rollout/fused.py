@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from kernels.attention import PagedSequences, paged_attention
-from kernels.cache import rope_and_write
+from kernels.attention import PagedSequences
 from kernels.linear import Norm, gated_linear, linear, rms_norm
+from kernels.rope_attention import plan_rope_and_attend, rope_and_attend
 from rollout.collectives import Ranks
 from rollout.model import PagedCache
 from rollout.projections import addresses, side_by_side
@@ -111,22 +111,23 @@ class FusedDecoder:
         """One decoder layer, whose keys and values are written to the cache. [T, H] to [T, H]."""
         layer, heads = self._layers[index], self._heads
         key_cache, value_cache = cache.layer(index)
-        query = rope_and_write(
+        plan_rope_and_attend(
+            seqs, num_heads=heads.num_query, num_kv_heads=heads.num_kv, head_dim=heads.dim, dtype=hidden.dtype
+        )
+        attended = rope_and_attend(
             _project(layer.qkv, hidden, layer.attention_norm),
             positions,
             self._cos,
             self._sin,
-            seqs.slots,
             key_cache,
             value_cache,
+            seqs,
             num_heads=heads.num_query,
             num_kv_heads=heads.num_kv,
             q_norm=layer.q_norm,
             k_norm=layer.k_norm,
             eps=layer.head_norm_eps,
-        )
-        attended = paged_attention(
-            query, key_cache, value_cache, seqs, scale=heads.scale, sliding_window=None, softcap=None
+            scale=heads.scale,
         )
         hidden = self._add(layer.output, attended.flatten(1), hidden)
         gated = gated_linear(hidden, layer.gate, layer.up, norm=layer.mlp_norm)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kernels import attention_plan, cache_triton, linear_triton, paged_attention
-from kernels.attention import paged_attention as attend
+from kernels import attention_plan, cache_triton, linear_triton, paged_attention, rope_attention_triton
 from kernels.attention import paged_sequences
-from kernels.cache import compact, rope_and_write
+from kernels.cache import compact
 from kernels.linear import Tile
 from kernels.linear_triton import linear_triton as linear
+from kernels.rope_attention import plan_rope_and_attend, rope_and_attend
 
 HEADS, KV_HEADS, DIM, WIDTH, LAYERS, BLOCK_SIZE, LONGEST = 8, 2, 64, 512, 4, 16, 1500
 TILE = Tile(16, 64, 64, 4, split_k=2)
@@ -55,7 +55,7 @@ class Inputs:
 
 
 def forward(weights: Weights, inputs: Inputs, storage: torch.Tensor) -> torch.Tensor:
-    """Plan, and in each layer projection, rope, attention and projection; then a compaction."""
+    """Plan, and in each layer projection, attention (one launch of few rows, else two) and projection; then compact."""
     seqs = paged_sequences(
         cu_seqlens_q=inputs.cu_seqlens,
         max_seqlen_q=len(inputs.slots) // len(inputs.context_lens),
@@ -68,20 +68,21 @@ def forward(weights: Weights, inputs: Inputs, storage: torch.Tensor) -> torch.Te
     hidden = inputs.hidden
     for layer in range(LAYERS):
         caches = storage[layer, 0], storage[layer, 1]
-        query = rope_and_write(
+        plan_rope_and_attend(seqs, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, dtype=hidden.dtype)
+        attended = rope_and_attend(
             linear(hidden, weights.qkv, bias=None, residual=None, tile=TILE),
             inputs.positions,
             weights.cos,
             weights.sin,
-            inputs.slots,
             *caches,
+            seqs,
             num_heads=HEADS,
             num_kv_heads=KV_HEADS,
             q_norm=None,
             k_norm=None,
             eps=1e-6,
+            scale=DIM**-0.5,
         )
-        attended = attend(query, *caches, seqs, scale=DIM**-0.5, sliding_window=None, softcap=None)
         hidden = linear(attended.flatten(1), weights.output, bias=None, residual=hidden, tile=TILE)
     compact(storage, inputs.moves[0], inputs.moves[1])
     return hidden
@@ -126,7 +127,7 @@ def test_a_chain_that_overlaps_replays_bit_for_bit_what_separate_launches_comput
     with torch.cuda.graph(graph):
         got = forward(weights, inputs, overlapping)
 
-    for module in (attention_plan, cache_triton, paged_attention):
+    for module in (attention_plan, cache_triton, paged_attention, rope_attention_triton):
         monkeypatch.setattr(module, "overlaps", lambda device: False)
     monkeypatch.setattr(linear_triton, "overlaps", lambda device: False)
     separate = overlapping.clone()
