@@ -9,8 +9,10 @@ from two bit masks, so no program walks node by node.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.cycle import MAX_NODES, CycleInputs, CycleResult, Drafts, Rows, Texts
+from kernels.linear_triton import overlaps
 
 
 def prepare_triton(
@@ -84,6 +86,7 @@ def commit_triton(
     moves = texts.tokens.new_empty(2, _aligned(num_rows * num_nodes), dtype=torch.int64)
     src_slots, dst_slots = moves[:, : num_rows * num_nodes].unflatten(1, (num_rows, num_nodes)).unbind()
     trees = drafts or Drafts(texts.tokens, texts.tokens, texts.lengths)
+    overlap = overlaps(texts.tokens.device)
     _commit_kernel[(num_rows,)](
         texts.tokens,
         texts.lengths,
@@ -110,7 +113,9 @@ def commit_triton(
         NUM_STOPS=stop_ids.shape[0],
         BLOCK_SIZE=block_size,
         TOKENS=triton.next_power_of_2(1 + num_nodes),
+        OVERLAP=overlap,
         num_warps=1 if num_nodes < 32 else 4,
+        launch_pdl=overlap,
     )
     return CycleResult(host, src_slots, dst_slots)
 
@@ -210,7 +215,11 @@ def _commit_kernel(
     NUM_STOPS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     text = tl.load(text_ptr + row).to(tl.int64)
     active = tl.load(active_ptr + row) != 0

@@ -15,7 +15,9 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from kernels.linear_triton import overlaps
 from kernels.sample_filter_triton import thresholds, tile_maxima
 
 TILE = 1024
@@ -65,6 +67,7 @@ def sample_triton(
     winners = logprobs.new_empty(num_rows, num_groups, dtype=torch.int32)
     # exponentials are powers of 2 on the device
     scale = math.log2(math.e) / temperature
+    overlap = overlaps(logits.device)
     _race_kernel[grid](
         logits,
         keys,
@@ -82,7 +85,9 @@ def sample_triton(
         scale,
         FILTERED=filtered,
         TILE=TILE,
+        OVERLAP=overlap,
         num_warps=RACE_WARPS,
+        launch_pdl=overlap,
     )
     _finish_kernel[(num_rows,)](
         logits,
@@ -97,7 +102,9 @@ def sample_triton(
         num_groups,
         scale,
         TILES=tiles,
+        OVERLAP=overlap,
         num_warps=1,
+        launch_pdl=overlap,
     )
     return token_ids, logprobs
 
@@ -120,12 +127,16 @@ def _race_kernel(
     scale,
     FILTERED: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Largest logit and sum of exponentials of each tile, and the best score of the program's tiles.
 
     A token's score is log2 p - log2 E up to a constant of the row. Filtered tiles' maxima are given and kept: what is
     dropped lies below them. maxima, sums [N, tiles]; scores, winners [N, groups of tiles].
     """
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     low, high = row_words(tl.load(keys + row), tl.load(positions + row))
@@ -180,7 +191,11 @@ def _finish_kernel(
     num_groups,
     scale,
     TILES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
     peaks = tl.load(maxima + row * num_tiles + tile, mask=tile < num_tiles, other=float("-inf"))
