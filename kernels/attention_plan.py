@@ -20,6 +20,7 @@ from kernels.linear_triton import overlaps
 
 MIN_CHUNK = 128  # keys below which a further chunk costs more to combine than it saves
 FEW_PROGRAMS = 128  # sequences times key heads below which most are cut, to fill the multiprocessors
+LONG = 8192  # keys from which deep loads pay
 INTERPRETED_PROGRAMS = 12  # of a machine without multiprocessors: few, so that small tests meet every case
 NO_WINDOW = 1 << 30
 ITEM_FIELDS = 16  # 64 bytes an item: one line holds what its program needs to start
@@ -77,10 +78,10 @@ class Plan:
     may_split: bool
 
 
-def choose_launch(rows: int, head_dim: int, dtype: torch.dtype, num_programs: int) -> Launch:
+def choose_launch(rows: int, head_dim: int, dtype: torch.dtype, num_programs: int, max_keys: int) -> Launch:
     """A launch for tiles of so many rows (new tokens times query heads a key head).
 
-    num_programs: sequences times key heads.
+    num_programs: sequences times key heads. max_keys: a bound on what one sequence attends to.
     """
     block_m = min(max(16, triton.next_power_of_2(rows)), 128)
     if dtype.itemsize == 4:
@@ -98,6 +99,10 @@ def choose_launch(rows: int, head_dim: int, dtype: torch.dtype, num_programs: in
             if num_programs >= 64:
                 return Launch(block_m, 32, num_warps=2, num_stages=4, programs_per_sm=4, fold=True, slices=2)
             return Launch(block_m, 64, num_warps=4, num_stages=4, programs_per_sm=4, fold=True, slices=4)
+        if num_programs <= 128 and max_keys > LONG:
+            # one program a multiprocessor: its shared memory keeps it from starting before its predecessor ends, which
+            # costs short sequences more than deep loads give; on an H100 2 to 9 % faster from 1 to 8 x 8 Ki to 128 Ki
+            return Launch(block_m, 128, num_warps=8, num_stages=3, programs_per_sm=1, fold=True, slices=8)
         if 128 < num_programs <= 512:
             return Launch(block_m, 64, num_warps=4, num_stages=3, programs_per_sm=2, fold=True, slices=4)
         return Launch(block_m, 64, num_warps=4, num_stages=3, programs_per_sm=3, fold=True)

@@ -55,7 +55,8 @@ def paged_attention_triton(
     assert query.stride(2) == 1 and key_cache.is_contiguous() and value_cache.is_contiguous()
     if launch is None:
         num_programs = seqs.context_lens.shape[0] * num_kv_heads
-        launch = choose_launch(groups * seqs.max_seqlen_q, head_dim, query.dtype, num_programs)
+        max_keys = seqs.max_context + seqs.max_seqlen_q
+        launch = choose_launch(groups * seqs.max_seqlen_q, head_dim, query.dtype, num_programs, max_keys)
     assert seqs.block_tables.stride(1) == 1 and groups <= launch.block_m
     assert launch.slices in (1, launch.num_warps)
     window = NO_WINDOW if sliding_window is None else sliding_window

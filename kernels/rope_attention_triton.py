@@ -156,7 +156,8 @@ def _geometry(
 ) -> Geometry:
     if launch is None:
         num_programs = seqs.context_lens.shape[0] * num_kv_heads
-        launch = choose_launch(groups * seqs.max_seqlen_q, head_dim, dtype, num_programs)
+        max_keys = seqs.max_context + seqs.max_seqlen_q
+        launch = choose_launch(groups * seqs.max_seqlen_q, head_dim, dtype, num_programs, max_keys)
     return Geometry(groups, num_kv_heads, NO_WINDOW, min_chunk, launch)
 
 
