@@ -32,9 +32,8 @@ class CheckpointWriter:
     """Writes one checkpoint at a time. The caller is held up while copies to pinned memory are enqueued, no longer."""
 
     def __init__(self) -> None:
-        self._buffers: dict[
-            tuple[str, str], torch.Tensor
-        ] = {}  # host memory, kept: pinning it takes longer than a copy
+        # host memory, kept: pinning it takes longer than a copy
+        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
