@@ -143,6 +143,7 @@ class Loop:
         try:
             with watch.phase("rollout"):
                 async for rollout in rollouts:
+                    watch.arrived()
                     rollout = replace(rollout, text=self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True))
                     score = asyncio.create_task(self.rewards.score(by_id[rollout.prompt_id], rollout))
                     score.add_done_callback(settle)

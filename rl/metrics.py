@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import ceil
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -30,12 +31,16 @@ class Progress(Protocol):
         """The run is over; leave the terminal as it was."""
 
 
+TAIL = 0.9  # of a step's rollouts; the tail is the time from there to the last
+
+
 class Stopwatch:
-    """Seconds spent in each named phase of one step."""
+    """Seconds spent in each named phase of one step, and in the tail of its rollouts."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.start = perf_counter()
+        self._arrivals: list[float] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -46,9 +51,19 @@ class Stopwatch:
         finally:
             self.seconds[name] += perf_counter() - begin
 
+    def arrived(self) -> None:
+        """One more rollout is finished."""
+        self._arrivals.append(perf_counter())
+
+    def tail(self) -> float:
+        """Seconds from nine rollouts in ten being finished to all of them; 0 without any."""
+        if not self._arrivals:
+            return 0.0
+        return self._arrivals[-1] - self._arrivals[ceil(TAIL * len(self._arrivals)) - 1]
+
     def record(self) -> dict[str, float]:
-        """seconds_PHASE for every phase, and seconds since the stopwatch was made."""
-        phases = {f"seconds_{name}": value for name, value in self.seconds.items()}
+        """seconds_PHASE for every phase, seconds_tail within that of the rollouts, and seconds since it was made."""
+        phases = {f"seconds_{name}": value for name, value in self.seconds.items()} | {"seconds_tail": self.tail()}
         return phases | {"seconds": perf_counter() - self.start}
 
 
