@@ -88,11 +88,14 @@ class CycleResult:
     proposed_by_depth [B, Q]: nodes verified d + 1 levels below the pending token; the last is always 0.
     src_slots, dst_slots [B, M] int64: the entry at src belongs at dst now; -1 where nothing moves. A slot may be one's
     source and another's destination, inside a row: all reads come before the first write.
+    path [B, Q] int32: the column, 0 the pending token and 1 + j node j, after which each committed token was sampled;
+    entries past counts hold anything in range.
     """
 
     host: torch.Tensor
     src_slots: torch.Tensor
     dst_slots: torch.Tensor
+    path: torch.Tensor
 
     @property
     def counts(self) -> torch.Tensor:
@@ -276,6 +279,7 @@ def commit_reference(
         host=texts.tokens.new_empty(num_rows, 6 + 3 * num_nodes) if out is None else out,
         src_slots=torch.where(moves, _slots(rows, sources, block_size), -1),
         dst_slots=torch.where(moves, _slots(rows, targets, block_size), -1),
+        path=path.int(),
     )
     result.counts.copy_(counts)
     result.finish.copy_(finish)

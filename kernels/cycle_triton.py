@@ -85,6 +85,7 @@ def commit_triton(
     assert host.is_contiguous()
     moves = texts.tokens.new_empty(2, _aligned(num_rows * num_nodes), dtype=torch.int64)
     src_slots, dst_slots = moves[:, : num_rows * num_nodes].unflatten(1, (num_rows, num_nodes)).unbind()
+    path = texts.tokens.new_empty(num_rows, 1 + num_nodes)
     trees = drafts or Drafts(texts.tokens, texts.tokens, texts.lengths)
     overlap = overlaps(texts.tokens.device)
     _commit_kernel[(num_rows,)](
@@ -104,6 +105,7 @@ def commit_triton(
         stop_ids,
         host,
         moves,
+        path,
         moves.shape[1],
         texts.tokens.stride(0),
         rows.block_tables.stride(0),
@@ -117,7 +119,7 @@ def commit_triton(
         num_warps=1 if num_nodes < 32 else 4,
         launch_pdl=overlap,
     )
-    return CycleResult(host, src_slots, dst_slots)
+    return CycleResult(host, src_slots, dst_slots, path)
 
 
 @triton.jit
@@ -206,6 +208,7 @@ def _commit_kernel(
     stop_ids_ptr,
     host_ptr,  # [B, 3 + 3 Q] int32: CycleResult.host
     moves_ptr,  # [2, >= B * M] int64: sources, destinations
+    path_ptr,  # [B, Q] int32
     moves_stride,
     tokens_stride,
     block_tables_stride,
@@ -275,6 +278,9 @@ def _commit_kernel(
     tl.store(host_ptr + 3 + column, 0, mask=past)
     tl.store(host_ptr + 3 + num_tokens + place, logprob.to(tl.int32, bitcast=True), mask=committed)
     tl.store(host_ptr + 3 + num_tokens + column, 0, mask=past)
+    path_ptr += row * num_tokens
+    tl.store(path_ptr + place, column, mask=kept)
+    tl.store(path_ptr + column, 0, mask=stored & (column > num_kept))
     if NUM_NODES == 0:
         tl.store(host_ptr + 5, 0)
     else:

@@ -5,7 +5,8 @@ sees a function of query, key and value, and never what a forward works on, whic
 """
 
 import copy
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -58,6 +59,30 @@ class ModuleDecoder:
         return output.last_hidden_state[0]
 
     @torch.inference_mode()
+    def forward_with_aux(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        seqs: PagedSequences,
+        cache: PagedCache,
+        layers: Sequence[int],
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The final hidden state of each new token, and what entered these layers: [T, H], and as much for each."""
+        entered: dict[int, torch.Tensor] = {}
+
+        def keep(index: int, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            entered[index] = args[0][0]
+
+        modules = layers_of(self._base)[1]
+        hooks = [modules[index].register_forward_pre_hook(partial(keep, index)) for index in set(layers)]
+        try:
+            hidden = self.forward(token_ids, positions, seqs, cache)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return hidden, tuple(entered[index] for index in layers)
+
+    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, H] to [S, V], in the model's dtype; whatever the module does after its head is done."""
         return self._whole(inputs_embeds=hidden[None], use_cache=False).logits[0]
@@ -77,6 +102,7 @@ class ModuleDecoder:
     def _compiled(self, index: int, layer: nn.Module) -> nn.Module:
         """A layer that runs the compiled program."""
         twin = _shallow(layer)
+        twin._forward_pre_hooks = OrderedDict()  # its own: the compiler sees those of the layer itself
         twin.forward = partial(self._layer, index, layer)
         return twin
 

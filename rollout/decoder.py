@@ -1,6 +1,7 @@
 """The policy's forward for rollouts: over the parameters that training updates, and equal to the module's, proven."""
 
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -30,6 +31,19 @@ class Decoder(Protocol):
         """The hidden state of each new token after the final norm; keys and values are written to the cache.
 
         Shapes: token_ids, positions [T] int64, positions below what reach was told. Returns [T, H].
+        """
+
+    def forward_with_aux(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        seqs: PagedSequences,
+        cache: PagedCache,
+        layers: Sequence[int],
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """As forward, and the residual stream of each new token where it enters each of these layers, [T, H].
+
+        Nothing is copied: what is returned lives where the layers left it.
         """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

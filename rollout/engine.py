@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from configs.errors import DataError, ResourceError
 from configs.schema import RolloutConfig
-from drafter.types import Drafter, ResidentDrafter
+from drafter.types import Drafter, FeatureReader, ResidentDrafter
 from kernels.sample import noise_key
 from rollout.blocks import BlockPool
 from rollout.decoder import Decoder, make_decoder
@@ -22,7 +22,7 @@ from rollout.resident import ResidentCycles
 from rollout.scheduler import Scheduler
 from rollout.sequence import Sequence
 from rollout.strategy import Chooser
-from rollout.types import Prompt, Rollout, Sampling
+from rollout.types import Partial, Prompt, Rollout, Sampling
 
 NEVER = 1 << 30
 LENGTH_STEP = 1024  # resident sequences have room for a multiple of so many tokens: graphs outlive a longer prompt
@@ -36,11 +36,17 @@ class Cycles(Protocol):
     def in_flight(self) -> bool:
         """Whether finished sequences may still come after the scheduler has none left."""
 
+    def admit(self, sequences: abc.Collection[Sequence]) -> None:
+        """These are added to the scheduler."""
+
+    def dismiss(self, sequences: abc.Collection[Sequence]) -> None:
+        """These were dropped from the scheduler, nothing being in flight: another engine goes on with them."""
+
     def step(self, version: int) -> list[Sequence]:
         """One cycle; the sequences found complete."""
 
-    def drain(self) -> None:
-        """Know every token that was sampled."""
+    def drain(self) -> list[Sequence]:
+        """Know every token that was sampled; the sequences found complete."""
 
     def vacate(self) -> None:
         """Hold nothing for any sequence: the scheduler has preempted them all."""
@@ -52,9 +58,10 @@ class Cycles(Protocol):
 class NativeEngine:
     """Samples rollouts from a policy whose weights it shares with whoever trains it.
 
-    cycles: "resident" keeps the sequences' state on the device (a GPU's default), with a ResidentDrafter; "hosted"
-    plans each cycle on the host, with a Drafter. drafter None, or a strategy whose source is "off", decodes token by
-    token. What is sampled is the same.
+    cycles: "resident" keeps the sequences' state on the device, with a ResidentDrafter; "hosted" plans each cycle on
+    the host, with a Drafter. "auto" is resident on a GPU, and wherever drafter or reader ask for it. drafter None, or a
+    strategy whose source is "off", decodes token by token. What is sampled is the same.
+    reader: is given the hidden states of what is committed, by resident cycles.
     One generate at a time. The KV cache is allocated by the first one and grows when a later one can use more, up to
     what the device could afford when the first one asked.
     """
@@ -67,13 +74,17 @@ class NativeEngine:
         chooser: Chooser,
         rollout: RolloutConfig,
         cycles: Literal["auto", "hosted", "resident"] = "auto",
+        reader: FeatureReader | None = None,
     ) -> None:
         self.version = 0
         self._model = model
         self._drafter = drafter
         self._chooser = chooser
         self._config = rollout
-        self._resident = cycles == "resident" or (cycles == "auto" and model.device.type == "cuda")
+        on_device = model.device.type == "cuda" or isinstance(drafter, ResidentDrafter) or reader is not None
+        self._resident = cycles == "resident" or (cycles == "auto" and on_device)
+        assert reader is None or self._resident, "hosted cycles keep no hidden states"
+        self._reader = reader
         self._graphs = GraphPool(model.device, max_bytes=rollout.graph_mb << 20)
         self._decoder: Decoder | None = None
         self._residency: Residency | None = None
@@ -83,44 +94,98 @@ class NativeEngine:
         self._pool = BlockPool(0, rollout.block_size)
         self._scheduler: Scheduler | None = None
         self._running: Cycles | None = None
+        self._sampling: Sampling | None = None  # of the call under way
+        self._finished: list[Sequence] = []  # found out between two cycles, not yet handed on
 
-    async def generate(self, prompts: abc.Sequence[Prompt], sampling: Sampling) -> abc.AsyncGenerator[Rollout, None]:
-        """num_samples rollouts of every prompt, each as it finishes.
+    async def generate(
+        self, prompts: abc.Sequence[Prompt], sampling: Sampling, *, partials: abc.Sequence[Partial] = ()
+    ) -> abc.AsyncGenerator[Rollout, None]:
+        """num_samples rollouts of every prompt, and one of every partial, each as it finishes.
 
+        partials: given up by an engine under the same sampling, whose policy weighs the same as this one's; they start
+        first. What is sampled is what would have been there.
         Raises DataError where a prompt is empty, given twice or too long for the model, and ResourceError where the
         KV cache cannot hold it.
         """
         assert self._scheduler is None, "one generate at a time"
-        if not prompts:
+        if not prompts and not partials:
             return
         self._check(prompts, sampling)
-        self._provide_cache(prompts, sampling)
-        scheduler = Scheduler(
-            self._pool, max_running=self._config.max_running, prefill_tokens=self._config.prefill_tokens
-        )
-        for prompt in prompts:
-            for sample in range(sampling.num_samples):
-                scheduler.add(self._sequence(prompt, sample, sampling))
-        cycles = self._cycles(scheduler, sampling, prompts)  # may refuse the policy: nothing is under way before
-        self._scheduler, self._running = scheduler, cycles
+        sequences = self._taken_up(partials, sampling)
+        sequences += [self._sequence(prompt, n, sampling) for prompt in prompts for n in range(sampling.num_samples)]
+        assert len({(s.prompt.id, s.sample) for s in sequences}) == len(sequences), "a sample is asked for twice"
+        self._queue(sequences, sampling)  # may refuse the policy: nothing is under way before
         was_training = self._model.training
         self._model.eval()
         thresholds = gc.get_threshold()
         # a full collection walks all of torch and transformers, 0.1 s in which no cycle is launched
         gc.set_threshold(thresholds[0], thresholds[1], NEVER)
         try:
-            while scheduler.running or scheduler.waiting or cycles.in_flight:
-                for sequence in cycles.step(self.version):
+            while (running := self._unfinished_cycles()) or self._finished:
+                finished, self._finished = self._finished, []
+                if running is not None:
+                    finished += running.step(self.version)
+                for sequence in finished:
                     yield sequence.rollout()
                 await asyncio.sleep(0)
         finally:
             # also where the caller leaves early: nothing may stay behind
             if thresholds[2] != NEVER:  # set by another engine that is still at work, or was when this one began
                 gc.set_threshold(*thresholds)
-            cycles.close()
-            scheduler.clear()
-            self._scheduler = self._running = None
+            assert self._running is not None and self._scheduler is not None
+            self._running.close()
+            self._scheduler.clear()
+            self._scheduler = self._running = self._sampling = None
+            self._finished = []
             self._model.train(was_training)
+
+    @property
+    def is_generating(self) -> bool:
+        """Whether a generate is under way, so that partial rollouts are adopted; another one may begin otherwise."""
+        return self._scheduler is not None
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that the generate under way has still to finish, as far as is known; 0 without one."""
+        return 0 if self._scheduler is None else len(self._scheduler.running) + len(self._scheduler.waiting)
+
+    def surrender(self, count: int) -> list[Partial]:
+        """Give up to count unfinished sequences away, those that may still become longest first, waiting ones before.
+
+        Between the cycles of a generate, which then goes on without them; there is nothing to give without one. What
+        is in flight is waited for, and kept.
+        """
+        if self._scheduler is None or self._running is None:
+            return []
+        self._finished += self._running.drain()
+        scheduler = self._scheduler
+        latest_first = [*reversed(scheduler.waiting), *reversed(scheduler.running)]
+        given = sorted(latest_first, key=lambda sequence: -sequence.num_remaining)[:count]
+        for sequence in given:
+            scheduler.drop(sequence)
+        self._running.dismiss(given)
+        return [sequence.partial() for sequence in given]
+
+    def adopt(self, partials: abc.Sequence[Partial]) -> None:
+        """Go on with these in the generate under way, which they are given up under the same sampling for.
+
+        Raises as generate does; what is under way goes on then.
+        """
+        assert self._scheduler is not None and self._running is not None and self._sampling is not None
+        scheduler, running = self._scheduler, self._running
+        sequences = self._taken_up(partials, self._sampling)
+        if not sequences:
+            return
+        if self._has_room(max(sequence.max_length for sequence in sequences)):
+            running.admit(sequences)
+            for sequence in sequences:
+                scheduler.add(sequence)
+            return
+        # too long for the cache or the rows there are: all begin anew from what they have said, over larger ones
+        self._finished += running.drain()
+        scheduler.preempt_all()
+        running.vacate()
+        self._queue([*scheduler.waiting, *sequences], self._sampling)
 
     @property
     def graph_bytes(self) -> int:
@@ -131,7 +196,7 @@ class NativeEngine:
         """The weights hold this version now: recompute what running sequences have cached, find nothing older."""
         if self._scheduler is not None and self._running is not None:
             assert self._decoder is None or self._decoder.is_current(), "parameters moved away under running sequences"
-            self._running.drain()
+            self._finished += self._running.drain()
             self._scheduler.preempt_all()
             self._running.vacate()
         self.version = version
@@ -157,7 +222,26 @@ class NativeEngine:
         if self._drafter is not None and state["drafter"]:
             self._drafter.load_state_dict(state["drafter"])
 
-    def _cycles(self, scheduler: Scheduler, sampling: Sampling, prompts: abc.Sequence[Prompt]) -> Cycles:
+    def _unfinished_cycles(self) -> Cycles | None:
+        """The cycles of the call under way while there is something left to step; adopting may exchange them."""
+        scheduler, running = self._scheduler, self._running
+        assert scheduler is not None and running is not None
+        return running if scheduler.running or scheduler.waiting or running.in_flight else None
+
+    def _queue(self, sequences: abc.Sequence[Sequence], sampling: Sampling) -> None:
+        """Be ready to run these sequences, first come first served, and no others. Raises ResourceError."""
+        longest = max(sequence.max_length for sequence in sequences)
+        self._provide_cache(longest, len(sequences))
+        scheduler = Scheduler(
+            self._pool, max_running=self._config.max_running, prefill_tokens=self._config.prefill_tokens
+        )
+        running = self._cycles(scheduler, sampling, longest)
+        running.admit(sequences)
+        for sequence in sequences:
+            scheduler.add(sequence)
+        self._scheduler, self._running, self._sampling = scheduler, running, sampling
+
+    def _cycles(self, scheduler: Scheduler, sampling: Sampling, longest: int) -> Cycles:
         """What runs the cycles of one call."""
         assert self._cache is not None
         block_size = self._config.block_size
@@ -172,21 +256,14 @@ class NativeEngine:
                 chooser=self._chooser,
                 block_size=block_size,
             )
-        assert self._drafter is None or isinstance(self._drafter, ResidentDrafter)
-        longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
         max_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
-        decoder = self._provide_decoder(max_length)
-        residency = self._provide_residency(max_length)
-        for prompt in prompts:
-            residency.expect(prompt.id, sampling.num_samples)
         return ResidentCycles(
-            decoder,
+            self._provide_decoder(max_length),
             self._cache,
             scheduler,
             sampling,
-            residency=residency,
+            residency=self._provide_residency(max_length),
             graphs=self._graphs,
-            drafter=self._drafter,
             chooser=self._chooser,
             block_size=block_size,
         )
@@ -206,6 +283,8 @@ class NativeEngine:
         residency = self._residency
         if residency is None or residency.max_length < max_length:
             self._graphs.clear()
+            drafter = self._drafter
+            assert drafter is None or isinstance(drafter, ResidentDrafter)
             num_rows = self._config.max_running
             max_nodes = max(1, self._chooser.max_num_verify)
             residency = self._residency = Residency(
@@ -218,10 +297,16 @@ class NativeEngine:
                 max_nodes=max_nodes,
                 dummy_block=self._cache.dummy_slot // self._config.block_size,
                 device=self._model.device,
+                drafter=drafter,
+                reader=self._reader,
             )
-            if isinstance(self._drafter, ResidentDrafter):
-                self._drafter.attach(residency.texts)
         return residency
+
+    def _has_room(self, max_length: int) -> bool:
+        """Whether a sequence may become so long in the cache and, where there are any, the rows of this call."""
+        if max_length > self._pool.num_blocks * self._config.block_size:
+            return False
+        return not self._resident or (self._residency is not None and max_length <= self._residency.max_length)
 
     def _sequence(self, prompt: Prompt, sample: int, sampling: Sampling) -> Sequence:
         return Sequence(
@@ -231,6 +316,14 @@ class NativeEngine:
             max_length=len(prompt.token_ids) + sampling.max_new_tokens,
             block_size=self._config.block_size,
         )
+
+    def _taken_up(self, partials: abc.Sequence[Partial], sampling: Sampling) -> list[Sequence]:
+        """A sequence of each partial response. Raises DataError as _check does."""
+        self._check(list({partial.prompt.id: partial.prompt for partial in partials}.values()), sampling)
+        sequences = [self._sequence(partial.prompt, partial.sample, sampling) for partial in partials]
+        for sequence, partial in zip(sequences, partials, strict=True):
+            sequence.take_up(partial)
+        return sequences
 
     def _check(self, prompts: abc.Sequence[Prompt], sampling: Sampling) -> None:
         """Raise DataError for a prompt that cannot be rolled out, before anything starts."""
@@ -249,13 +342,15 @@ class NativeEngine:
                     f" exceed the model's context of {context}; lower rollout.max_new_tokens or data.max_prompt_tokens"
                 )
 
-    def _provide_cache(self, prompts: abc.Sequence[Prompt], sampling: Sampling) -> None:
-        """Allocate the KV cache, or a larger one where these prompts can use it. Raises ResourceError."""
+    def _provide_cache(self, longest: int, num_sequences: int) -> None:
+        """Allocate the KV cache, or a larger one where sequences of up to so many tokens can use it.
+
+        Raises ResourceError, before anything is given up where the sequences are too long.
+        """
         block_size = self._config.block_size
-        longest = max(len(prompt.token_ids) for prompt in prompts) + sampling.max_new_tokens
         blocks_each = -(-longest // block_size)
         if not self._config.kv_tokens:
-            num_running = min(self._config.max_running, len(prompts) * sampling.num_samples)
+            num_running = min(self._config.max_running, num_sequences)
             # once: a run that was resumed would measure another number at another time
             self._max_kv_blocks = self._max_kv_blocks or self._affordable_blocks()
             self._kv_blocks = max(self._kv_blocks, min(num_running * blocks_each, self._max_kv_blocks))

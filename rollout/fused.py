@@ -4,6 +4,7 @@ Standard is what Llama, Qwen2, Qwen3 and Mistral without a window share: RMSNorm
 or without bias, norms per head or none, rotary embedding, SwiGLU.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,10 +91,25 @@ class FusedDecoder:
         self, token_ids: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, cache: PagedCache
     ) -> torch.Tensor:
         """The final hidden state of each new token. token_ids, positions [T] int64. Returns [T, H]."""
+        return self.forward_with_aux(token_ids, positions, seqs, cache, ())[0]
+
+    @torch.inference_mode()
+    def forward_with_aux(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        seqs: PagedSequences,
+        cache: PagedCache,
+        layers: Sequence[int],
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The final hidden state of each new token, and what entered these layers: [T, H], and as much for each."""
         hidden = self.embed(token_ids)
+        entered: dict[int, torch.Tensor] = {}
         for index in range(len(self._layers)):
+            if index in layers:
+                entered[index] = hidden
             hidden = self.layer(index, hidden, positions, seqs, cache)
-        return self.norm(hidden)
+        return self.norm(hidden), tuple(entered[index] for index in layers)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

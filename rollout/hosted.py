@@ -78,18 +78,34 @@ class HostedCycles:
             self._report(strategy, sampled, paths, committed, time.perf_counter() - start)
         return finished
 
-    def drain(self) -> None:
+    def admit(self, sequences: abc.Iterable[Sequence]) -> None:
+        """Sequences the scheduler will plan; the drafter hears what those have said that were begun elsewhere."""
+        if self._drafter is None:
+            return
+        for sequence in sequences:
+            if sequence.logprobs:
+                key = (sequence.prompt.id, sequence.sample)
+                self._drafter.begin(*key, sequence.prompt.token_ids)
+                self._drafter.extend(*key, sequence.tokens[len(sequence.prompt.token_ids) :])
+
+    def dismiss(self, sequences: abc.Iterable[Sequence]) -> None:
+        """Sequences that the scheduler dropped: let the drafter keep what it has seen of them."""
+        if self._drafter is None:
+            return
+        for sequence in sequences:
+            if sequence.logprobs:
+                self._drafter.finish(sequence.prompt.id, sequence.sample)
+
+    def drain(self) -> list[Sequence]:
         """Read what is in flight: nothing."""
+        return []
 
     def vacate(self) -> None:
         """Take all sequences off the device: what the scheduler preempted holds nothing here."""
 
     def close(self) -> None:
         """Let the drafter keep what it has seen of sequences that will not be finished."""
-        if self._drafter is not None:
-            for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-                if sequence.logprobs:
-                    self._drafter.finish(sequence.prompt.id, sequence.sample)
+        self.dismiss((*self._scheduler.running, *self._scheduler.waiting))
 
     def _draft(self, sampled: abc.Sequence[Work]) -> Strategy:
         """Attach a draft to every work that samples in this cycle; how it was chosen."""

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from drafter.types import Drafts, ResidentDrafter, Rows, Texts
+from drafter.types import Drafts, FeatureReader, ResidentDrafter, Rows, Texts
 from rollout.sequence import Sequence
 
 
 @dataclass(slots=True)
 class Group:
-    """Texts of one prompt. remaining: sequences that are not finished; texts: finished and recalled ones it holds."""
+    """Texts of one prompt. remaining: sequences still expected; texts: finished and recalled ones it holds."""
 
     number: int
     remaining: int
@@ -25,6 +25,7 @@ class Residency:
     Row i of the device is the i-th running sequence: a vacated row is filled by the last one, so that a cycle over B
     rows takes the first B. Finished texts stay, for siblings to quote, until their prompt is done or room is needed.
     Everything the host writes is enqueued behind the cycles already launched.
+    drafter and reader are attached to the texts, and hear of every sequence that comes and goes.
     """
 
     def __init__(
@@ -37,8 +38,12 @@ class Residency:
         max_nodes: int,
         dummy_block: int,
         device: torch.device,
+        drafter: ResidentDrafter | None,
+        reader: FeatureReader | None,
     ) -> None:
         assert num_texts >= num_rows
+        self.drafter = drafter
+        self.reader = reader
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -78,6 +83,10 @@ class Residency:
         self._cu_seqlens: dict[int, torch.Tensor] = {}
         self._stop_ids: dict[tuple[int, ...], torch.Tensor] = {}
         self.sequences: list[Sequence] = []  # by row
+        if reader is not None:
+            reader.attach(self.texts, num_rows=num_rows)
+        if drafter is not None:
+            drafter.attach(self.texts)
 
     def drafts(self, num_rows: int, num_nodes: int) -> Drafts:
         """Where drafts of this shape are proposed: the same memory for every shape, for one cycle at a time."""
@@ -112,16 +121,33 @@ class Residency:
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence in self._text_of
 
-    def expect(self, prompt_id: str, num_samples: int) -> None:
-        """A prompt's sequences will come; its texts are kept until as many have left."""
-        self._groups[prompt_id] = Group(number=self._num_groups, remaining=num_samples)
-        self._num_groups += 1
+    def text_of(self, sequence: Sequence) -> int:
+        """The text that a sequence on a row writes."""
+        return self._text_of[sequence]
 
-    def enter(self, sequences: abc.Sequence[Sequence], drafter: ResidentDrafter | None) -> None:
+    def expect(self, sequences: abc.Iterable[Sequence]) -> None:
+        """These sequences will come; a prompt's texts are kept until all of its own have left."""
+        for sequence in sequences:
+            group = self._groups.get(sequence.prompt.id)
+            if group is None:
+                group = self._groups[sequence.prompt.id] = Group(number=self._num_groups, remaining=0)
+                self._num_groups += 1
+            group.remaining += 1
+
+    def dismiss(self, gone: abc.Collection[Sequence]) -> None:
+        """Sequences, on rows or not, that another engine goes on with: what they said here may still be quoted."""
+        on_rows = [sequence for sequence in gone if sequence in self]
+        self._vacate(on_rows)
+        for sequence in on_rows:
+            self._quote(sequence)
+        for sequence in gone:
+            self._count_off(sequence)
+
+    def enter(self, sequences: abc.Sequence[Sequence]) -> None:
         """Give each sequence a row and a text that holds its present tokens."""
         if not sequences:
             return
-        texts = [self._take_text(sequence, drafter) for sequence in sequences]
+        texts = [self._take_text(sequence) for sequence in sequences]
         self._write_texts(sequences, texts)
         first = len(self.sequences)
         self.sequences += sequences
@@ -134,14 +160,17 @@ class Residency:
         self.rows.keys[at] = fields[:, 1]
         self.rows.max_lengths[at] = fields[:, 2].int()
         self.rows.active[at] = 1
-        if drafter is None:
+        if self.reader is not None:
+            for text, sequence in zip(texts, sequences, strict=True):
+                self.reader.begin(text, len(sequence.tokens))
+        if self.drafter is None:
             return
         for text, sequence in zip(texts, sequences, strict=True):
             group = self._groups[sequence.prompt.id]
             # rows still to be taken find a text in any case
             spare = max(0, len(self._free_texts) - (self.num_rows - len(self.sequences)))
             offered = self._free_texts[::-1][:spare]
-            count = drafter.begin(text, group.number, sequence.prompt.id, sequence.prompt.token_ids, offered)
+            count = self.drafter.begin(text, group.number, sequence.prompt.id, sequence.prompt.token_ids, offered)
             group.texts += offered[:count]
             del self._free_texts[len(self._free_texts) - count :]
 
@@ -157,13 +186,36 @@ class Residency:
             news = torch.tensor(where, dtype=torch.int64).to(self.device, non_blocking=True)
             self.rows.block_tables[news[:, 0], news[:, 1]] = news[:, 2].int()
 
-    def leave(self, gone: abc.Collection[Sequence], drafter: ResidentDrafter | None) -> None:
+    def leave(self, gone: abc.Collection[Sequence]) -> None:
         """Vacate the rows of sequences that finished, or that lost their blocks and will enter again."""
+        self._vacate(gone)
+        for sequence in gone:
+            if sequence.finish is None:  # it will write another text
+                self._free([self._text_of.pop(sequence)])
+            else:
+                self._quote(sequence)
+                self._count_off(sequence)
+
+    def clear(self) -> None:
+        """Vacate everything: no sequence will come back."""
+        for sequence in self.sequences:
+            if self.drafter is not None and sequence.logprobs and sequence.finish is None:
+                response = sequence.tokens[len(sequence.prompt.token_ids) :]
+                self.drafter.finish(self._text_of[sequence], sequence.prompt.id, response)
+        self.leave(list(self.sequences))
+        texts = [text for group in self._groups.values() for text in group.texts]
+        self._groups.clear()
+        self._finished_texts.clear()
+        if texts:
+            self._free(texts)
+
+    def _vacate(self, gone: abc.Collection[Sequence]) -> None:
+        """Free the rows of these sequences, which write their texts no more."""
         if not gone:
             return
         leaving = set(gone)
-        for sequence in gone:
-            self._release_text(sequence, drafter)
+        if self.reader is not None:
+            self.reader.release([self._text_of[sequence] for sequence in gone])
         kept = [row for row, sequence in enumerate(self.sequences) if sequence not in leaving]
         count = len(self.sequences)
         # the last rows fill the holes: as few moves as there are holes
@@ -182,25 +234,12 @@ class Residency:
         rows.active[len(kept) : count] = 0
         rows.text[len(kept) : count] = self._nobody
 
-    def clear(self, drafter: ResidentDrafter | None) -> None:
-        """Vacate everything: no sequence will come back."""
-        for sequence in self.sequences:
-            if drafter is not None and sequence.logprobs and sequence.finish is None:
-                response = sequence.tokens[len(sequence.prompt.token_ids) :]
-                drafter.finish(self._text_of[sequence], sequence.prompt.id, response)
-        self.leave(list(self.sequences), drafter)
-        texts = [text for group in self._groups.values() for text in group.texts]
-        self._groups.clear()
-        self._finished_texts.clear()
-        if texts:
-            self._free(texts, drafter)
-
-    def _take_text(self, sequence: Sequence, drafter: ResidentDrafter | None) -> int:
+    def _take_text(self, sequence: Sequence) -> int:
         if not self._free_texts:  # the text that was finished first is the one least worth quoting
             text, group = next(iter(self._finished_texts.items()))
             del self._finished_texts[text]
             group.texts.remove(text)
-            self._free([text], drafter)
+            self._free([text])
         text = self._free_texts.pop()
         self._text_of[sequence] = text
         return text
@@ -219,31 +258,33 @@ class Residency:
         self.texts.lengths[at] = fields[:, 1].int()
         self.texts.groups[at] = fields[:, 2].int()
 
-    def _release_text(self, sequence: Sequence, drafter: ResidentDrafter | None) -> None:
-        """A finished sequence's text may still be quoted; one that comes back will write another."""
+    def _quote(self, sequence: Sequence) -> None:
+        """Keep the text of a sequence that has left for good, for its siblings."""
         text = self._text_of.pop(sequence)
         group = self._groups[sequence.prompt.id]
-        if sequence.finish is None:
-            self._free([text], drafter)
-            return
-        group.remaining -= 1
         group.texts.append(text)
         self._finished_texts[text] = group
-        if drafter is not None:
+        if self.drafter is not None:
             response = sequence.tokens[len(sequence.prompt.token_ids) :]
-            drafter.finish(text, sequence.prompt.id, response)
+            self.drafter.finish(text, sequence.prompt.id, response)
+
+    def _count_off(self, sequence: Sequence) -> None:
+        """One sequence less is expected; the last of a prompt frees all texts of it."""
+        group = self._groups[sequence.prompt.id]
+        group.remaining -= 1
         if group.remaining == 0:
             for text in group.texts:
                 self._finished_texts.pop(text, None)
-            self._free(group.texts, drafter)
+            if group.texts:
+                self._free(group.texts)
             del self._groups[sequence.prompt.id]
 
-    def _free(self, texts: abc.Sequence[int], drafter: ResidentDrafter | None) -> None:
+    def _free(self, texts: abc.Sequence[int]) -> None:
         at = torch.tensor(texts, dtype=torch.int64).to(self.device, non_blocking=True)
         self.texts.groups.index_fill_(0, at, -1)  # not by assignment, which waits for the device to copy the -1
         self._free_texts += texts
-        if drafter is not None:
-            drafter.release(texts)
+        if self.drafter is not None:
+            self.drafter.release(texts)
 
 
 def _table(buffer: torch.Tensor, num_rows: int, num_nodes: int) -> torch.Tensor:

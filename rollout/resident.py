@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from configs.errors import DivergedError
-from drafter.types import ResidentDrafter, Strategy
+from drafter.types import CycleFeatures, Strategy
 from kernels.attention import paged_sequences
 from kernels.cache import compact
 from kernels.cycle import commit, prepare
@@ -75,7 +75,6 @@ class ResidentCycles:
         *,
         residency: Residency,
         graphs: GraphPool,
-        drafter: ResidentDrafter | None,
         chooser: Chooser,
         block_size: int,
     ) -> None:
@@ -85,7 +84,6 @@ class ResidentCycles:
         self._sampling = sampling
         self._residency = residency
         self._graphs = graphs
-        self._drafter = drafter
         self._chooser = chooser
         self._block_size = block_size
         self._device = cache.storage.device
@@ -94,18 +92,17 @@ class ResidentCycles:
         self._transform = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         self._launched: Launched | None = None
         self._last_done: torch.cuda.Event | float | None = None  # None where something else ran since
-        self._early: list[Sequence] = []  # finished, found out while draining, not yet handed on
 
     @property
     def in_flight(self) -> bool:
         """Whether a cycle's results are still to come."""
-        return self._launched is not None or bool(self._early)
+        return self._launched is not None
 
     @torch.inference_mode()
     def step(self, version: int) -> list[Sequence]:
         """Launch a cycle, then read the one before; the sequences that became complete."""
         previous = self._launched
-        finished, self._early = self._early, []
+        finished: list[Sequence] = []
         # those on rows, and those that may enter now: after prompts were computed all of them do at once
         decoding = [sequence for sequence in self._scheduler.running if sequence.num_uncached == 1]
         strategy = self._chooser.choose(batch=max(1, len(decoding)), context=_mean_tokens(decoding))
@@ -114,11 +111,11 @@ class ResidentCycles:
             finished += self._collect(previous)
             previous = self._launched = None
         works = self._scheduler.plan(ahead=ahead)
-        self._residency.leave([s for s in self._residency.sequences if s.num_blocks == 0], self._drafter)
+        self._residency.leave([s for s in self._residency.sequences if s.num_blocks == 0])
         decoding = [work.sequence for work in works if work.sequence.num_uncached == 1]
         # one admitted just now, its whole prompt known, has no blocks ahead yet; the next plan gives them
         ready = [s for s in decoding if s not in self._residency and self._scheduler.holds(s, ahead)]
-        self._residency.enter(ready, self._drafter)
+        self._residency.enter(ready)
         self._residency.upload_blocks()
         self._launched = self._launch(strategy, version) if self._residency.sequences else None
         if prefilling := [work for work in works if work.sequence.num_uncached > 1]:
@@ -127,25 +124,33 @@ class ResidentCycles:
             finished += self._collect(previous)
         return finished
 
+    def admit(self, sequences: abc.Iterable[Sequence]) -> None:
+        """Sequences the scheduler will plan."""
+        self._residency.expect(sequences)
+
+    def dismiss(self, sequences: abc.Collection[Sequence]) -> None:
+        """Sequences that the scheduler dropped: another engine goes on with them."""
+        assert self._launched is None
+        self._residency.dismiss(sequences)
+
     @torch.inference_mode()
-    def drain(self) -> None:
+    def drain(self) -> list[Sequence]:
         """Read what is in flight: afterwards the host knows every token that the device does."""
-        if self._launched is not None:
-            launched, self._launched = self._launched, None
-            self._early += self._collect(launched)
+        launched, self._launched = self._launched, None
         self._last_done = None  # the time until the next cycle is the caller's
+        return [] if launched is None else self._collect(launched)
+
+    def vacate(self) -> None:
+        """Take all sequences off their rows; those the scheduler plans again will enter again."""
+        assert self._launched is None
+        self._residency.leave(list(self._residency.sequences))
 
     def close(self) -> None:
         """Vacate all rows. What is in flight is waited for and dropped."""
         if self._launched is not None:
             self._launched.wait()
             self._launched = None
-        self._residency.clear(self._drafter)
-
-    def vacate(self) -> None:
-        """Take all sequences off their rows; those the scheduler plans again will enter again."""
-        assert self._launched is None
-        self._residency.leave(list(self._residency.sequences), self._drafter)
+        self._residency.clear()
 
     def _launch(self, strategy: Strategy, version: int) -> Launched:
         """Enqueue one cycle over all rows."""
@@ -156,8 +161,8 @@ class ResidentCycles:
         begun = self._last_done or self._now()
         timed = True
         if num_nodes:
-            assert self._drafter is not None
-            drafter, drafts = self._drafter, residency.drafts(num_rows, num_nodes)
+            drafter, drafts = residency.drafter, residency.drafts(num_rows, num_nodes)
+            assert drafter is not None
             timed &= self._graphs.run(
                 ("draft", strategy, num_rows),
                 lambda: drafter.propose(residency.texts, residency.rows, strategy, drafts),
@@ -202,7 +207,10 @@ class ResidentCycles:
             ancestors=inputs.ancestors if num_nodes else None,
             num_drafted=inputs.num_drafted if num_nodes else None,
         )
-        hidden = self._decoder.forward(inputs.token_ids, inputs.positions, seqs, cache)
+        reader = residency.reader
+        hidden, aux = self._decoder.forward_with_aux(
+            inputs.token_ids, inputs.positions, seqs, cache, reader.aux_layers if reader else ()
+        )
         temperature, top_k, top_p, min_p = self._transform
         token_ids, logprobs = sample(
             self._decoder.logits(hidden),
@@ -227,6 +235,20 @@ class ResidentCycles:
         )
         if num_nodes:
             compact(cache.storage, result.src_slots, result.dst_slots)
+        if reader is not None:
+            reader.observe(
+                texts,
+                rows,
+                CycleFeatures(
+                    num_rows=num_rows,
+                    aux=aux,
+                    hidden=hidden,
+                    counts=result.counts,
+                    path=result.path,
+                    num_valid=inputs.num_valid,
+                    drafts=drafts,
+                ),
+            )
 
     def _prefill(self, works: abc.Sequence[Work]) -> None:
         """Compute prompts up to their last token, which the first cycle forwards as the row's pending token."""
@@ -251,6 +273,7 @@ class ResidentCycles:
         counts, accepted = table[:, COUNT].tolist(), table[:, ACCEPTED].tolist()
         token_lists, logprob_lists = table[:, TOKENS : TOKENS + width].tolist(), logprobs.tolist()
         proposed_lists = proposed.tolist()
+        reader = self._residency.reader
         finished = []
         for row, sequence in enumerate(launched.sequences):
             count = counts[row]
@@ -263,6 +286,13 @@ class ResidentCycles:
             )
             assert taken == count, "host and device disagree about the end of a sequence"
             sequence.count_forward(proposed_lists[row], accepted[row])
+            if reader is not None:
+                reader.committed(
+                    self._residency.text_of(sequence),
+                    length=len(sequence.tokens),
+                    version=launched.version,
+                    finished=sequence.finish is not None,
+                )
             if sequence.finish is None:
                 self._scheduler.extend(sequence, len(sequence.tokens) - 1)
             else:
@@ -270,7 +300,7 @@ class ResidentCycles:
                 finished.append(sequence)
         if launched.timed:
             self._report(launched, seconds, sum(counts), proposed, accepted)
-        self._residency.leave(finished, self._drafter)
+        self._residency.leave(finished)
         return finished
 
     def _report(

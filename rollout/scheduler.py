@@ -133,6 +133,12 @@ class Scheduler:
         self.running.remove(sequence)
         self._truncate(sequence, 0)
 
+    def drop(self, sequence: Sequence) -> None:
+        """A sequence, running or waiting, will not be finished here: its blocks are free."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self._truncate(sequence, 0)
+        sequence.num_cached = 0
+
     def preempt(self) -> None:
         """Send the sequence admitted last back to the head of the queue; it will find or recompute its cache."""
         sequence = self.running.pop()

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from rollout.blocks import ROOT, chain_hash
-from rollout.types import Prompt, Rollout, SpecStats
+from rollout.types import Partial, Prompt, Rollout, SpecStats
 
 
 @dataclass(slots=True, eq=False)
@@ -101,6 +101,29 @@ class Sequence:
         for level in range(num_accepted):
             self.accepted_by_depth[level] += 1
 
+    def take_up(self, partial: Partial) -> None:
+        """Go on from what was sampled elsewhere."""
+        assert not self.logprobs and partial.prompt.id == self.prompt.id and partial.sample == self.sample
+        self.tokens += partial.token_ids
+        self.logprobs += partial.logprobs
+        self.version_spans += partial.version_spans
+        self.num_forwards = partial.spec.forwards
+        self.proposed_by_depth += partial.spec.proposed_by_depth
+        self.accepted_by_depth += partial.spec.accepted_by_depth
+        assert self.num_remaining > 0, "it is complete"
+
+    def partial(self) -> Partial:
+        """The response so far."""
+        assert self.finish is None
+        return Partial(
+            prompt=self.prompt,
+            sample=self.sample,
+            token_ids=self.tokens[len(self.prompt.token_ids) :],
+            logprobs=self.logprobs,
+            version_spans=self.version_spans,
+            spec=self._spec(),
+        )
+
     def rollout(self) -> Rollout:
         """The finished response."""
         assert self.finish is not None
@@ -111,11 +134,14 @@ class Sequence:
             logprobs=self.logprobs,
             version_spans=self.version_spans,
             finish=self.finish,
-            spec=SpecStats(
-                forwards=self.num_forwards,
-                proposed=sum(self.proposed_by_depth),
-                accepted=sum(self.accepted_by_depth),
-                proposed_by_depth=self.proposed_by_depth,
-                accepted_by_depth=self.accepted_by_depth,
-            ),
+            spec=self._spec(),
+        )
+
+    def _spec(self) -> SpecStats:
+        return SpecStats(
+            forwards=self.num_forwards,
+            proposed=sum(self.proposed_by_depth),
+            accepted=sum(self.accepted_by_depth),
+            proposed_by_depth=self.proposed_by_depth,
+            accepted_by_depth=self.accepted_by_depth,
         )

@@ -74,6 +74,22 @@ class Rollout:
     text: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A response in the making, given up by one engine for another to go on with, token for token.
+
+    token_ids, logprobs and version_spans as a Rollout's, of what was sampled so far; none where it has not begun.
+    The rest needs the Sampling it was begun under: the noise is that of its seed, step, prompt, sample and position.
+    """
+
+    prompt: Prompt
+    sample: int
+    token_ids: list[int]
+    logprobs: list[float]
+    version_spans: list[tuple[int, int]]
+    spec: SpecStats
+
+
 class Engine(Protocol):
     """Samples rollouts from the current policy."""
 

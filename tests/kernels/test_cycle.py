@@ -181,6 +181,8 @@ def test_a_cycle_does_what_the_host_does(seed: int, shape: tuple[int, int]) -> N
         assert result.token_ids[row].tolist() == sequence.tokens[length:] + padding
         assert result.logprobs[row].tolist() == sequence.logprobs + padding
         assert int(result.accepted[row]) == min(len(path), count)
+        assert result.path[row, :count].tolist() == columns[:count]
+        assert 0 <= int(result.path[row].min()) <= int(result.path[row].max()) <= num_nodes
         assert result.proposed_by_depth[row].tolist() == [levels.count(1 + depth) for depth in range(1 + num_nodes)]
         if sequence.finish is None:
             expected = [

@@ -29,7 +29,7 @@ class ScriptedDrafter:
     """Proposes trees that hold the true continuation with a given probability a level, among wrong siblings.
 
     truth: what each sequence will sample; hit_rate 1 is an oracle, 0 always wrong. Deterministic in the sequence's
-    state. Checks that it is told everything: begin once, every token, finish at the end.
+    state. Checks that it is told everything: begin once unless finished, every token, finish at the end.
     """
 
     truth: dict[Key, list[int]]
@@ -41,7 +41,8 @@ class ScriptedDrafter:
     finished: set[Key] = field(default_factory=set)
 
     def begin(self, prompt_id: str, sample: int, prompt_ids: Sequence[int]) -> None:
-        assert (prompt_id, sample) not in self.texts
+        assert (prompt_id, sample) not in self.texts or (prompt_id, sample) in self.finished
+        self.finished.discard((prompt_id, sample))
         self.texts[prompt_id, sample] = list(prompt_ids)
         self.prompt_lens[prompt_id, sample] = len(prompt_ids)
 

@@ -228,6 +228,37 @@ def test_compiled_layers_equal_the_module_and_share_their_programs(family: str) 
     assert_equals_the_module(ModuleDecoder(model, backend=None), model)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        FusedDecoder,
+        *(lambda model, backend=backend: ModuleDecoder(model, backend=backend) for backend in (None, "eager")),
+    ],
+    ids=["fused", "module", "compiled"],
+)
+def test_what_enters_a_layer_is_what_the_module_hands_it(make: Any) -> None:
+    torch._dynamo.reset()
+    model = standard_model("qwen2")
+    token_ids = random_tokens(12)[0]
+    entered: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: entered.append(args[0][0])) for layer in model.base_model.layers
+    ]
+    alone(model, token_ids)
+    for hook in hooks:
+        hook.remove()
+    decoder, positions = make(model), torch.arange(12)
+    for layers in ((2, 0, 0), (), (1,)):
+        cache, seqs = first_look(model, num_tokens=12)
+        hidden, aux = decoder.forward_with_aux(token_ids, positions, seqs, cache, layers)
+        cache, seqs = first_look(model, num_tokens=12)
+        assert torch.equal(hidden, decoder.forward(token_ids, positions, seqs, cache))
+        assert len(aux) == len(layers)
+        for index, ours in zip(layers, aux, strict=True):
+            assert_close(ours, entered[index])
+    assert not any(layer._forward_pre_hooks for layer in model.base_model.layers)
+
+
 @pytest.mark.parametrize("make", [FusedDecoder, lambda model: ModuleDecoder(model, backend=None)])
 def test_updates_in_place_are_seen_and_moved_parameters_make_a_decoder_stale(make: Any) -> None:
     model = standard_model("qwen2")
