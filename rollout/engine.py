@@ -141,13 +141,15 @@ class NativeEngine:
 
     @property
     def is_generating(self) -> bool:
-        """Whether a generate is under way, so that partial rollouts are adopted; another one may begin otherwise."""
+        """Whether a generate is under way, to which partial rollouts can be added; else another one may begin."""
         return self._scheduler is not None
 
-    @property
-    def num_unfinished(self) -> int:
-        """Sequences that the generate under way has still to finish, as far as is known; 0 without one."""
-        return 0 if self._scheduler is None else len(self._scheduler.running) + len(self._scheduler.waiting)
+    def progress(self) -> dict[tuple[str, int], int]:
+        """Response tokens so far of every unfinished sequence, by prompt id and sample; {} without a generate."""
+        if self._scheduler is None:
+            return {}
+        sequences = (*self._scheduler.running, *self._scheduler.waiting)
+        return {(s.prompt.id, s.sample): len(s.tokens) - len(s.prompt.token_ids) for s in sequences}
 
     def surrender(self, count: int) -> list[Partial]:
         """Give up to count unfinished sequences away, those that may still become longest first, waiting ones before.
@@ -167,7 +169,7 @@ class NativeEngine:
         return [sequence.partial() for sequence in given]
 
     def adopt(self, partials: abc.Sequence[Partial]) -> None:
-        """Go on with these in the generate under way, which they are given up under the same sampling for.
+        """Go on with these in the generate under way; they were begun under the same sampling.
 
         Raises as generate does; what is under way goes on then.
         """

@@ -54,10 +54,12 @@ class Relay:
 
     async def _move(self) -> None:
         giver, taker = self._choices.choices(self._engines, k=2)
-        before, count = giver.num_unfinished, self._choices.randint(1, 5)
+        before, count = giver.progress(), self._choices.randint(1, 5)
         # as if they crossed processes
         partials: list[Partial] = pickle.loads(pickle.dumps(giver.surrender(count)))
-        assert len(partials) <= min(count, before)
+        assert len(partials) <= count
+        assert all(before[p.prompt.id, p.sample] <= len(p.token_ids) for p in partials)
+        assert giver.progress().keys() <= before.keys() - {(p.prompt.id, p.sample) for p in partials}
         self.num_moved += len(partials)
         if partials and taker.is_generating:
             taker.adopt(partials)
@@ -144,7 +146,7 @@ def test_those_with_most_left_go_first(cycles: str, make_engine: MakeEngine, pro
         for _ in range(8):
             await asyncio.sleep(0)
         first, rest = engine.surrender(1), engine.surrender(99)
-        assert engine.num_unfinished == 0
+        assert engine.progress() == {}
         engine.adopt([])
         engine.adopt(first)
         return first, rest, [await pending, *[rollout async for rollout in rollouts]]
