@@ -1,0 +1,288 @@
+"""The drafter's life: it learns from the features of the run it drafts for, and serves when it got better.
+
+Nothing that befalls it ends the run: what fails is put back to the last good head, and what keeps failing is left
+alone, with a reason, while the head served goes on drafting.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from configs.errors import ConfigError
+from configs.schema import DrafterConfig
+from drafter import checkpoint
+from drafter.buffer import FeatureBuffer
+from drafter.checkpoint import CheckpointWriter
+from drafter.eagle import EagleConfig, EagleHead
+from drafter.features import FeatureBatch
+from drafter.publish import Judgement, Outcome, Publisher, Serves
+from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary
+
+MAX_FAILURES = 3  # in a row, before it is left alone
+RUINED = 0.8  # of the served head's accept length: a trained copy below it starts again from the head served
+MAX_JUDGING = 0.5  # of the time spent training, at most, is spent judging
+
+TRAINING, SERVED = "training", "served"  # files of a checkpoint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LearnStats:
+    """What one turn of learning did. step_s: what one more step would take, 0 while none was taken."""
+
+    num_steps: int
+    seconds: float
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterReport:
+    """How the drafter stands. Means over the steps since the report before; NaN where there were none.
+
+    accept_length, served_accept_length: of the trained copy and of the head served, replayed on held-out features.
+    off: why it learns no more, "" while it does.
+    """
+
+    num_steps: int
+    loss: float
+    train_accept_length: float
+    accept_length: float
+    served_accept_length: float
+    version: int
+    checksum: str
+    outcome: Outcome
+    buffer_tokens: int
+    seconds: float
+    off: str
+
+
+class Learner:
+    """The trained copy of the head, what it learns from, and the publishing of it: one worker's.
+
+    With several workers each trains its own copy: deltas are averaged and applied, judgements pooled, and all settle
+    the same. A single worker's settle does both in one.
+    """
+
+    def __init__(
+        self,
+        head: EagleHead,
+        *,
+        drafter: Serves,
+        buffer: FeatureBuffer,
+        embedding: torch.Tensor,
+        lm_head: torch.Tensor,
+        config: DrafterConfig,
+        dtype: torch.dtype,
+        num_workers: int = 1,
+    ) -> None:
+        """head: float32, on the policy's device; with config.init it is served as it is, else its vocabulary is still
+        to be chosen. embedding, lm_head [V, H]: the policy's, as they are at any time. dtype: of the weights served."""
+        self.off = "" if config.train else "drafter.train=false"
+        self.ready = bool(config.init)
+        self.num_workers = num_workers
+        self._config = config
+        self._buffer = buffer
+        self._lm_head = lm_head
+        self._trainer = DrafterTrainer(head, embedding=embedding, lm_head=lm_head, config=config)
+        self._publisher = Publisher(drafter, head, embedding=embedding, lm_head=lm_head, config=config, dtype=dtype)
+        self._writer = CheckpointWriter()
+        self._base: dict[str, torch.Tensor] = {}  # weights that all workers agreed on last
+        self._fresh: list[DrafterStats] = []  # steps since the last report
+        self._unjudged = False  # whether it has learned since it was last judged
+        self._step_s = 0.0
+        self._trained_s = 0.0
+        self._judged_s = 0.0
+        self._failures = 0
+        if self.ready:
+            self._publisher.restore(head.state_dict(), 1)
+            self._agree()
+
+    def begin(self, counts: torch.Tensor) -> None:
+        """Choose the tokens it can propose, by how often each was sampled: counts [V]. Once, before it learns."""
+        if self.ready:
+            return
+        head = self._trainer.head
+        d2t, t2d = choose_vocabulary(counts, head.config.draft_vocab)
+        head.set_vocabulary(d2t, t2d, self._lm_head)
+        self.ready = True
+        self._agree()
+
+    def learn(self, *, budget_s: float, until: Callable[[], bool]) -> LearnStats:
+        """Train until told to stop, or another step would exceed the budget, or there is nothing to learn from.
+
+        until is asked before every step.
+        """
+        begun = perf_counter()
+        if self.off or not self.ready:
+            return LearnStats(0, 0.0, self._step_s)
+
+        def over() -> bool:
+            return until() or perf_counter() - begun + self._step_s > budget_s
+
+        stats: list[DrafterStats] = []
+        try:
+            stats = self._trainer.train(self._next_batch, until=over)
+        except Exception as error:  # whatever it is, rollouts go on without what it would have brought
+            log.warning("training the drafter failed", exc_info=True)
+            self._fail(f"{type(error).__name__}: {error}")
+        if stats:
+            self._step_s = stats[-1].seconds
+            if not any(step.applied for step in stats):
+                self._fail(f"{len(stats)} updates in a row were not finite")
+        applied = [step for step in stats if step.applied]
+        self._fresh += applied
+        self._unjudged |= bool(applied)
+        seconds = perf_counter() - begun
+        self._trained_s += seconds
+        return LearnStats(len(stats), seconds, self._step_s)
+
+    def settle(self) -> DrafterReport:
+        """Judge what was learned since, and publish it where it is better."""
+        return self.conclude(self.judge())
+
+    def judge(self) -> Judgement | None:
+        """The trained copy against the head served; None where there is nothing new, nothing to judge by or no time."""
+        if self.off or not self._unjudged or not self._buffer.num_heldout_tokens:
+            return None
+        if self._judged_s > MAX_JUDGING * self._trained_s:
+            return None
+        begun = perf_counter()
+        self._unjudged = False
+        try:
+            self._publisher.propose(self._trainer.head.state_dict())
+            return self._publisher.judge(self._buffer.heldout(self._config.batch_tokens // 2))
+        except Exception as error:
+            log.warning("judging the drafter failed", exc_info=True)
+            self._count_failure(f"{type(error).__name__}: {error}")
+            return None
+        finally:
+            self._judged_s += perf_counter() - begun
+
+    def conclude(self, judgement: Judgement | None) -> DrafterReport:
+        """Do as judged, this worker's judgement or several workers' pooled; how the drafter stands then."""
+        outcome: Outcome = "kept"
+        if judgement is not None:
+            if not judgement.is_finite:
+                self._fail("its weights are not finite")
+            elif judgement.candidate < RUINED * judgement.served:
+                self._fail(f"accept length fell from {judgement.served:.2f} to {judgement.candidate:.2f}")
+            else:
+                self._failures = 0
+                outcome = self._follow(judgement.verdict)
+                self._agree()
+        else:
+            self._agree()
+        steps, self._fresh = self._fresh, []
+        nan = float("nan")
+        return DrafterReport(
+            num_steps=len(steps),
+            loss=sum(step.loss for step in steps) / len(steps) if steps else nan,
+            train_accept_length=sum(step.accept_length for step in steps) / len(steps) if steps else nan,
+            accept_length=judgement.candidate if judgement else nan,
+            served_accept_length=judgement.served if judgement else nan,
+            version=self._publisher.version,
+            checksum=self._publisher.checksum,
+            outcome=outcome,
+            buffer_tokens=self._buffer.num_tokens,
+            seconds=self._trained_s + self._judged_s,
+            off=self.off,
+        )
+
+    def delta(self) -> dict[str, torch.Tensor]:
+        """What was learned since the workers last agreed, by parameter, on the host; {} for nothing."""
+        if not self._fresh or self.off:
+            return {}
+        return {name: (value - self._base[name]).cpu() for name, value in self._parameters().items()}
+
+    def apply(self, deltas: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Go on from what all agreed on last plus the mean of what they learned: the same on every worker, bit for bit.
+
+        A lost worker's delta is simply not among them; {} counts for nothing. conclude makes it what all agree on.
+        """
+        learned = [delta for delta in deltas if delta]
+        self._unjudged |= bool(learned)
+        for name, value in self._parameters().items():
+            value.copy_(self._base[name])
+            if learned:
+                value += torch.stack([delta[name] for delta in learned]).mean(dim=0).to(value.device)
+
+    def save(self, folder: Path) -> float:
+        """Begin to write a checkpoint into this folder, beside what follows; the seconds that took. See saved."""
+        files: dict[str, dict[str, torch.Tensor]] = {TRAINING: self._trainer.state_dict()}
+        if self._publisher.version:
+            files[SERVED] = self._publisher.served
+        record: dict[str, Any] = {
+            "head": asdict(self._trainer.head.config),
+            "version": self._publisher.version,
+            "steps": self._trainer.steps,
+            "ready": self.ready,
+        }
+        return self._writer.begin(folder, files, record)
+
+    def saved(self) -> None:
+        """Until the checkpoint is on the disk. Raises StorageError where it could not be written."""
+        self._writer.wait()
+
+    def load(self, folder: Path) -> None:
+        """Take up a checkpoint, bit for bit, and serve what it served. Raises StorageError, ConfigError."""
+        record, files = checkpoint.read(folder)
+        head = self._trainer.head
+        if (saved := as_config(record["head"])) != head.config:
+            raise ConfigError(f"{folder} holds a drafter of another shape ({saved}); resume with the options it had")
+        self._trainer.load_state_dict(files[TRAINING])
+        self.ready, self._unjudged = record["ready"], False
+        if record["version"]:
+            self._publisher.restore(files[SERVED], record["version"])
+        self._agree()
+
+    def _follow(self, verdict: Outcome) -> Outcome:
+        """Do as judged; where that fails, the head served stays."""
+        try:
+            if verdict == "published":  # a worker without held-out features has judged nothing
+                self._publisher.propose(self._trainer.head.state_dict())
+            self._publisher.follow(verdict)
+            return verdict
+        except Exception as error:
+            log.warning("publishing the drafter failed", exc_info=True)
+            self._count_failure(f"{type(error).__name__}: {error}")
+            return "kept"
+
+    def _next_batch(self) -> FeatureBatch | None:
+        return self._buffer.batch(self._config.batch_tokens) if self._buffer.num_tokens else None
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach() for name, parameter in self._trainer.head.named_parameters()}
+
+    def _agree(self) -> None:
+        """The present weights are what failures go back to, and what deltas count from."""
+        self._base = {name: value.clone() for name, value in self._parameters().items()}
+
+    def _fail(self, reason: str) -> None:
+        """Go back to the weights agreed on last, and learn on from there with an optimiser that remembers nothing."""
+        self._count_failure(reason)
+        self._fresh.clear()
+        self._unjudged = False
+        weights = self._trainer.head.state_dict() | self._base
+        self._trainer.load_state_dict(
+            {f"head.{name}": value for name, value in weights.items()} | {"steps": torch.tensor(0)}
+        )
+
+    def _count_failure(self, reason: str) -> None:
+        """Leave it alone after too many in a row."""
+        self._failures += 1
+        if self._failures < MAX_FAILURES:
+            log.warning("the drafter starts again from its last good weights: %s", reason)
+        else:
+            self.off = f"{self._failures} failures in a row, the last: {reason}"
+            log.warning("the drafter learns no more: %s", self.off)
+
+
+def as_config(record: Mapping[str, Any]) -> EagleConfig:
+    """The shape a checkpoint's record tells."""
+    return EagleConfig(**{**record, "aux_layers": tuple(record["aux_layers"])})

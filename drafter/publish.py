@@ -1,0 +1,176 @@
+"""Which head is served: a new one only where it is better, and the last good one again where it is not.
+
+Heads are judged by the accept length they would have had on held-out features of the present policy, all on the same
+ones, in the precision they are served in.
+"""
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import Literal, Protocol
+
+import torch
+
+from configs.schema import DrafterConfig
+from drafter.eagle import EagleHead
+from drafter.features import FeatureBatch
+from drafter.trainer import evaluate
+
+MIN_GAIN = 0.005  # in accept length, relative: below it a change is noise and not worth a new version
+CHUNK_WORDS = 1 << 22  # of a checksum's int64 temporaries: 32 MB
+MIXER = 0x3C6EF362  # even, so that every word's factor is odd and no single change goes unseen; sums wrap at 2^64
+
+Outcome = Literal["kept", "published", "rolled back"]
+
+
+class Serves(Protocol):
+    """What drafts with the published head: drafter.eagle_serving.EagleDrafter."""
+
+    def publish(self, state: dict[str, torch.Tensor], version: int) -> None:
+        """Draft with these weights, copied, from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Accept lengths on the same held-out positions: of the trained copy, of the head served, and of the one before.
+
+    1 where there is no such head: without one, a cycle commits the target's own token. NaN for weights, or what they
+    made of the features, that are not finite.
+    """
+
+    candidate: float
+    served: float
+    last_good: float
+    num_tokens: int
+
+    @property
+    def verdict(self) -> Outcome:
+        """What should be done."""
+        if self.candidate > self.served * (1 + MIN_GAIN):
+            return "published"
+        if self.last_good > self.served * (1 + MIN_GAIN):
+            return "rolled back"
+        return "kept"
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the candidate can be served at all."""
+        return isfinite(self.candidate)
+
+
+def pooled(judgements: Sequence[Judgement]) -> Judgement:
+    """Several workers' judgements as one, each by its share of the positions."""
+    total = sum(judgement.num_tokens for judgement in judgements)
+
+    def mean(values: Sequence[float]) -> float:
+        weighted = zip(values, judgements, strict=True)
+        return sum(value * judgement.num_tokens for value, judgement in weighted) / total
+
+    return Judgement(
+        candidate=mean([judgement.candidate for judgement in judgements]),
+        served=mean([judgement.served for judgement in judgements]),
+        last_good=mean([judgement.last_good for judgement in judgements]),
+        num_tokens=total,
+    )
+
+
+class Publisher:
+    """The head served and the one before it, apart from the copy that is trained and from the policy's weights.
+
+    version counts what was served, a head served again included; 0 before the first.
+    """
+
+    def __init__(
+        self,
+        drafter: Serves,
+        head: EagleHead,
+        *,
+        embedding: torch.Tensor,
+        lm_head: torch.Tensor,
+        config: DrafterConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        """head: a model of those to come; its weights are not served. dtype: of the weights served."""
+        self.version = 0
+        self.checksum = ""
+        self._drafter = drafter
+        self._embedding = embedding
+        self._lm_head = lm_head
+        self._config = config
+        self._candidate, self._served, self._last_good = (
+            copy.deepcopy(head).to(dtype).requires_grad_(False) for _ in range(3)
+        )
+        self._has_last_good = False
+
+    def propose(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take a copy of these weights, EagleHead.state_dict, as the candidate."""
+        self._candidate.load_state_dict(state)
+
+    def judge(self, batch: FeatureBatch) -> Judgement:
+        """Hold the candidate against the head served and the last good one."""
+        candidate = self._accept_length(self._candidate, batch) if is_finite(self._candidate) else float("nan")
+        return Judgement(
+            candidate=candidate,
+            served=self._accept_length(self._served, batch) if self.version else 1.0,
+            last_good=self._accept_length(self._last_good, batch) if self._has_last_good else 1.0,
+            num_tokens=len(batch.next_ids),
+        )
+
+    def follow(self, verdict: Outcome) -> None:
+        """Do as judged. The heads change places; only the drafter copies weights, between two cycles."""
+        match verdict:
+            case "published":
+                self._last_good, self._served, self._candidate = self._served, self._candidate, self._last_good
+                self._has_last_good = self.version > 0
+                self._serve(self.version + 1)
+            case "rolled back":
+                assert self._has_last_good
+                self._last_good, self._served = self._served, self._last_good
+                self._serve(self.version + 1)
+            case "kept":
+                pass
+
+    def restore(self, state: Mapping[str, torch.Tensor], version: int) -> None:
+        """Serve what a checkpoint holds."""
+        self._served.load_state_dict(state)
+        self._has_last_good = False
+        self._serve(version)
+
+    @property
+    def served(self) -> dict[str, torch.Tensor]:
+        """The weights served, not copied; none before the first."""
+        return self._served.state_dict() if self.version else {}
+
+    def _serve(self, version: int) -> None:
+        state = self._served.state_dict()
+        self._drafter.publish(state, version)
+        self.version, self.checksum = version, checksum(state)
+
+    def _accept_length(self, head: EagleHead, batch: FeatureBatch) -> float:
+        figures = evaluate(head, batch, embedding=self._embedding, lm_head=self._lm_head, config=self._config)
+        return figures.accept_length
+
+
+def is_finite(head: EagleHead) -> bool:
+    """Whether every weight is a number."""
+    return bool(torch.stack([parameter.isfinite().all() for parameter in head.parameters()]).all())
+
+
+def checksum(state: Mapping[str, torch.Tensor]) -> str:
+    """16 hex digits that equal tensors under equal names share, whatever device they are on.
+
+    Every 16-bit word of a tensor counts by its place in sums modulo 2^64, made where the tensor is, not on the host.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(state.items()):
+        words = tensor.detach().contiguous().flatten()
+        words = words.view(torch.int16) if words.element_size() > 1 else words.view(torch.uint8)
+        total = torch.zeros((), dtype=torch.int64, device=words.device)
+        for start in range(0, len(words), CHUNK_WORDS):
+            part = words[start : start + CHUNK_WORDS].long()
+            places = torch.arange(start + 1, start + 1 + len(part), device=words.device)
+            total += (part * (places * MIXER + 1)).sum()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} {int(total)};".encode())
+    return digest.hexdigest()

@@ -1,0 +1,319 @@
+"""The drafter's life: it learns, is judged and published, and whatever fails leaves the head served as it was."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs.errors import ConfigError
+from configs.schema import DrafterConfig
+from drafter.buffer import FeatureBuffer, FeatureWindow
+from drafter.eagle import EagleConfig, EagleHead
+from drafter.features import FeatureBatch
+from drafter.learner import MAX_FAILURES, Learner
+from drafter.publish import Judgement, checksum, pooled
+from drafter.trainer import DrafterStats, DrafterTrainer
+
+VOCAB, SIZE = 24, 16
+SHAPE = EagleConfig(
+    hidden_size=SIZE, intermediate_size=32, num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=VOCAB, draft_vocab=16,
+    window=32, rms_norm_eps=1e-5, rope_theta=10_000.0, max_position_embeddings=256, aux_layers=(0, 1, 2),
+)  # fmt: skip
+CONFIG = DrafterConfig(unroll=3, lr=3e-3, batch_tokens=256)
+COUNTS = torch.arange(VOCAB)
+
+
+class Served:
+    """Stands for EagleDrafter: keeps copies of what it is given."""
+
+    def __init__(self) -> None:
+        self.versions: list[int] = []
+        self.state: dict[str, torch.Tensor] = {}
+
+    def publish(self, state: dict[str, torch.Tensor], version: int) -> None:
+        self.versions.append(version)
+        self.state = {name: tensor.clone() for name, tensor in state.items()}
+
+
+class Toy:
+    """A policy whose next token depends on the last alone, with features of its texts in a buffer."""
+
+    def __init__(self, seed: int = 5) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        weights = torch.Generator().manual_seed(1)
+        self.embedding, lm_head = torch.randn(2, VOCAB, SIZE, generator=weights)
+        self.lm_head = 2 * lm_head
+        states = torch.randn(VOCAB, SIZE, generator=weights)
+        mixing = torch.randn(SIZE, 3 * SIZE, generator=weights) / SIZE**0.5
+        probs = (states @ self.lm_head.T).softmax(dim=1)
+        self.buffer = FeatureBuffer(max_bytes=1 << 20, temperature=1.0)
+        for index in range(60):
+            tokens = [int(torch.randint(VOCAB, (1,), generator=draw))]
+            for _ in range(20):
+                tokens.append(int(torch.multinomial(probs[tokens[-1]], 1, generator=draw)))
+            ids = torch.tensor(tokens)
+            hidden = states[ids[:-1]]
+            window = FeatureWindow(
+                prompt_id=f"p{index}",
+                first=8 * (index % 5),
+                version=0,
+                token_ids=ids[:-1],
+                next_ids=ids[1:],
+                aux=hidden @ mixing,
+                hidden=hidden,
+                alt_ids=torch.full((20,), -1),
+                alt_hidden=torch.zeros(20, SIZE),
+            )
+            self.buffer.add(window)
+        assert self.buffer.num_heldout_tokens and self.buffer.num_tokens
+        self.served = Served()
+
+    def learner(self, config: DrafterConfig = CONFIG, *, head: EagleHead | None = None) -> Learner:
+        return Learner(
+            head or EagleHead(SHAPE, seed=1),
+            drafter=self.served,
+            buffer=self.buffer,
+            embedding=self.embedding,
+            lm_head=self.lm_head,
+            config=config,
+            dtype=torch.float32,
+        )
+
+
+def steps(count: int) -> Callable[[], bool]:
+    """An until that allows so many steps."""
+    left = iter(range(count))
+    return lambda: next(left, None) is None
+
+
+def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner._trainer.head.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_is_published_when_better_and_drafts_what_was_judged() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    assert learner.learn(budget_s=60, until=steps(5)).num_steps == 0, "no vocabulary yet"
+    learner.begin(COUNTS)
+    assert toy.served.versions == [], "random weights are not served"
+    lengths = []
+    for _ in range(4):
+        assert learner.learn(budget_s=60, until=steps(20)).num_steps == 20
+        report = learner.settle()
+        lengths.append(report.accept_length)
+        assert report.num_steps == 20 and not report.off
+    assert lengths[-1] > lengths[0] > 1
+    assert toy.served.versions == list(range(1, report.version + 1)) and report.version >= 2
+    assert checksum(toy.served.state) == report.checksum
+    assert toy.served.state["d2t"].max() == VOCAB - 16, "the most frequent tokens can be proposed"
+
+
+def test_a_step_that_would_exceed_the_budget_is_not_taken() -> None:
+    learner = Toy().learner()
+    learner.begin(COUNTS)
+    assert learner.learn(budget_s=0.0, until=lambda: False).num_steps == 0
+    first = learner.learn(budget_s=60, until=steps(1))
+    assert first.step_s > 0
+    assert learner.learn(budget_s=first.step_s / 2, until=lambda: False).num_steps == 0
+
+
+def test_equal_weights_are_not_published_again() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(30))
+    assert learner.settle().outcome == "published"
+    assert learner.settle().outcome == "kept", "nothing was learned since"
+    learner._unjudged = True
+    report = learner.settle()
+    assert report.accept_length == report.served_accept_length and report.outcome == "kept"
+    assert toy.served.versions == [1]
+
+
+def test_updates_that_are_not_finite_leave_the_weights_and_at_last_turn_the_drafter_off() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(20))
+    learner.settle()
+    before = weights_of(learner)
+    toy.embedding[:] = torch.nan
+    for turn in range(MAX_FAILURES):
+        assert not learner.off
+        learner.learn(budget_s=60, until=steps(2))
+        assert same(weights_of(learner), before), f"turn {turn}"
+    assert "not finite" in learner.off
+    assert learner.learn(budget_s=60, until=lambda: False).num_steps == 0
+    assert learner.settle().off == learner.off and toy.served.versions == [1], "the last good head stays"
+
+
+def test_a_trainer_that_dies_costs_what_it_had_learned_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(20))
+    learner.settle()
+    before = weights_of(learner)
+    step = DrafterTrainer.step
+    calls = iter(range(100))
+
+    def dies(trainer: DrafterTrainer, batch: FeatureBatch) -> DrafterStats:
+        if next(calls) == 2:
+            raise RuntimeError("out of memory")
+        return step(trainer, batch)
+
+    monkeypatch.setattr(DrafterTrainer, "step", dies)
+    learner.learn(budget_s=60, until=steps(10))
+    assert same(weights_of(learner), before) and not learner.off and learner.delta() == {}
+    assert learner.learn(budget_s=60, until=steps(10)).num_steps == 10, "it goes on"
+
+
+def test_a_ruined_copy_starts_again_from_the_last_good_weights() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(40))
+    learner.settle()
+    before = weights_of(learner)
+    with torch.no_grad():
+        learner._trainer.head.fc.weight.normal_()
+        learner._trainer.head.norm.weight.mul_(-1)
+    learner._unjudged = True
+    report = learner.settle()
+    assert report.outcome == "kept" and report.accept_length < report.served_accept_length
+    assert same(weights_of(learner), before) and toy.served.versions == [1]
+
+
+def test_weights_that_are_not_finite_are_never_served() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    with torch.no_grad():
+        learner._trainer.head.fc.weight[0, 0] = torch.inf
+    learner._unjudged = True
+    learner.settle()
+    assert toy.served.versions == [] and learner._trainer.head.fc.weight.isfinite().all()
+
+
+def test_a_head_that_turns_out_worse_gives_way_to_the_one_before() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(40))
+    learner.settle()
+    good = checksum(toy.served.state)
+    publisher = learner._publisher
+    bad = EagleHead(SHAPE, seed=3).state_dict()
+    publisher.propose(bad)
+    publisher.follow("published")  # judged on features that did not tell
+    assert checksum(toy.served.state) == checksum(bad)
+    publisher.propose(bad)
+    verdict = publisher.judge(toy.buffer.heldout(1000)).verdict
+    assert verdict == "rolled back"
+    publisher.follow(verdict)
+    assert checksum(toy.served.state) == good and toy.served.versions == [1, 2, 3]
+
+
+def test_what_is_served_is_no_ones_storage() -> None:
+    """Neither the policy's nor the trained copy's: training never changes a draft before it is published."""
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    policy = {tensor.untyped_storage().data_ptr() for tensor in (toy.embedding, toy.lm_head)}
+    trained = {tensor.untyped_storage().data_ptr() for tensor in learner._trainer.head.state_dict().values()}
+    learner.learn(budget_s=60, until=steps(20))
+    learner.settle()
+    served = {tensor.untyped_storage().data_ptr() for tensor in learner._publisher.served.values()}
+    assert not policy & trained and not policy & served and not trained & served
+    before = checksum(learner._publisher.served)
+    embedding, lm_head = toy.embedding.clone(), toy.lm_head.clone()
+    learner.learn(budget_s=60, until=steps(5))
+    assert checksum(learner._publisher.served) == before
+    assert torch.equal(toy.embedding, embedding) and torch.equal(toy.lm_head, lm_head)
+
+
+def test_replicas_agree_after_a_publish_though_each_learned_from_its_own_features() -> None:
+    toys = [Toy(seed) for seed in (5, 6, 7)]
+    learners = [toy.learner() for toy in toys]
+    for learner in learners:
+        learner.begin(COUNTS)
+    for turn in range(3):
+        for learner in learners[: 3 - turn]:  # those without an idle moment learn nothing, one is lost at last
+            learner.learn(budget_s=60, until=steps(15))
+        deltas = [learner.delta() for learner in learners]
+        assert [bool(delta) for delta in deltas] == [index < 3 - turn for index in range(3)]
+        for learner in learners:
+            learner.apply(deltas)
+        judgements = [judgement for learner in learners if (judgement := learner.judge()) is not None]
+        reports = [learner.conclude(pooled(judgements)) for learner in learners]
+        assert len({(report.version, report.checksum) for report in reports}) == 1
+        assert len({checksum(toy.served.state) for toy in toys}) == 1
+        assert same(weights_of(learners[0]), weights_of(learners[1]))
+    assert reports[0].version > 0
+
+
+def test_pooled_judgements_weigh_by_positions() -> None:
+    first, second = Judgement(2.0, 1.5, 1.0, 300), Judgement(1.0, 1.9, 1.0, 100)
+    assert pooled([first, second]) == Judgement(1.75, 1.6, 1.0, 400)
+    assert pooled([first, replace(second, candidate=float("nan"))]).is_finite is False
+
+
+def test_a_resumed_drafter_is_the_saved_one_bit_for_bit(tmp_path: Path) -> None:
+    toy, other = Toy(), Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(20))
+    learner.settle()
+    learner.learn(budget_s=60, until=steps(3))  # ahead of what is served
+    assert learner.save(tmp_path / "drafter") > 0
+    learner.saved()
+    resumed = other.learner(head=EagleHead(SHAPE, seed=9))
+    resumed.load(tmp_path / "drafter")
+    assert same(weights_of(resumed), weights_of(learner))
+    assert same(other.served.state, toy.served.state) and other.served.versions == [1]
+    batch = toy.buffer.batch(256)
+    learner._trainer.step(batch)
+    resumed._trainer.step(batch)
+    assert same(weights_of(resumed), weights_of(learner)), "the optimiser goes on too"
+    small = Learner(
+        EagleHead(replace(SHAPE, draft_vocab=8)),
+        drafter=other.served,
+        buffer=other.buffer,
+        embedding=other.embedding,
+        lm_head=other.lm_head,
+        config=CONFIG,
+        dtype=torch.float32,
+    )
+    with pytest.raises(ConfigError, match="draft_vocab=16"):
+        small.load(tmp_path / "drafter")
+
+
+def test_a_given_drafter_is_served_at_once_and_may_be_left_untrained() -> None:
+    toy = Toy()
+    head = EagleHead(SHAPE, seed=4)
+    learner = toy.learner(replace(CONFIG, init="somewhere", train=False), head=head)
+    assert toy.served.versions == [1] and checksum(toy.served.state) == checksum(head.state_dict())
+    learner.begin(COUNTS)
+    assert learner.learn(budget_s=60, until=lambda: False).num_steps == 0
+    assert learner.settle().off == "drafter.train=false" and toy.served.versions == [1]
+
+
+def test_a_checksum_tells_any_change_and_any_exchange() -> None:
+    state = EagleHead(SHAPE).state_dict()
+    before = checksum(state)
+    assert before == checksum({name: state[name].clone() for name in reversed(state)})
+    for name, tensor in state.items():
+        flat = tensor.flatten()
+        other = flat.clone()
+        other[-1] = 1 - flat[-1].int() if flat.dtype == torch.bool else flat[-1] + 1
+        assert checksum(state | {name: other.view(tensor.shape)}) != before, name
+        if flat[0] != flat[-1]:
+            other = flat.clone()
+            other[0], other[-1] = flat[-1], flat[0]
+            assert checksum(state | {name: other.view(tensor.shape)}) != before, name
