@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -219,6 +221,54 @@ def gain(
     subject = Subject.load(geometry, model, device=device, dtype=dtype, seed=seed)
     result = bench_gain.run(subject, bench_gain.Job(tuple(sizes), new_tokens, rounds, seed))
     _show(result, bench_gain.table(result), out)
+
+
+@app.command()
+def longtail(
+    recipe: Annotated[Path, typer.Option(metavar="CONFIG", help="Recipe of the workload.")] = Path("longtail"),
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Keys to set.")] = None,
+    arms: Annotated[str, typer.Option(help="How rollouts are drafted, the first to compare with.")] = "off,suffix",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each arm; they take turns, a step each.")] = 20,
+    skip: Annotated[int, typer.Option(min=0, help="First steps that enter no figure: captures, compilation.")] = 4,
+    minutes: Annotated[float, typer.Option(min=0, help="Begin no round of turns later than that; 0: no limit.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Start from this run's newest checkpoint: no warm start.")
+    ] = None,
+    runs: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the runs here, DIR/warm first.")] = None,
+    out: Json = None,
+) -> None:
+    """Whole steps of GRPO on a long-tailed workload, by how rollouts are drafted: one run each, from one checkpoint."""
+    _prepare(out)
+    from launch import bench_longtail, longtail_report
+
+    job = bench_longtail.Job(tuple(arms.split(",")), steps, skip, minutes)
+    with nullcontext(runs) if runs else TemporaryDirectory(prefix="paceline-longtail-") as folder:
+        result = bench_longtail.run(
+            recipe,
+            overrides or [],
+            job,
+            checkpoint=checkpoint,
+            folder=Path(folder),
+            keep=lambda so_far: _write(so_far, out),
+        )
+    _show(result, longtail_report.table(result), out)
+
+
+@app.command("longtail-picture")
+def longtail_picture(
+    result: Annotated[Path, typer.Argument(metavar="JSON", help="What `paceline bench longtail` wrote.")],
+    picture: Annotated[Path, typer.Argument(metavar="PNG", help="Where the picture goes.")],
+) -> None:
+    """Draw a long-tail result: where a step's seconds go, and how fast rollouts were by step."""
+    from launch import longtail_report
+
+    _require_writable("PNG", picture)
+    try:
+        found = json.loads(result.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"JSON {result}: cannot be read ({error}); give what --json wrote") from error
+    longtail_report.draw(found, picture)
+    print(f"wrote {picture}")
 
 
 @app.command()
