@@ -1,8 +1,10 @@
 """A trained policy leaves a run as a plain transformers folder."""
 
+import hashlib
 import json
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +43,50 @@ def export_policy(run_path: Path, out: Path) -> None:
     taken or the base model is gone, StorageError when no checkpoint is intact or the disk refuses.
     """
     require_run(run_path)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PreflightError(f"{out} already exists and is not empty; export to another folder")
     config = load(run_path / "config" / "resolved.yaml")
     base = resolve(config.model)
+    with staged(out) as staging:
+        checkpoint = newest_intact(run_path)
+        params = read_params(checkpoint)
+        trained(base, params).save_pretrained(staging)
+        load_tokenizer(base).save_pretrained(staging)
+        (staging / "README.md").write_text(model_card(run_path, config, step_of(checkpoint)), encoding="utf-8")
+        check_export(staging, params)
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes OUT when the block ends well and is gone when it does not.
+
+    Raises PreflightError when OUT is taken, and StorageError for what the disk refuses inside.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PreflightError(f"{out} already exists and is not empty; export to another folder")
     staging = out.with_name(f".staging-{out.name}")
-    checkpoint = newest_intact(run_path)
     try:
-        params = load_file(checkpoint / "trainer" / PARAMS)
-        policy = trained(base, params)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         try:
-            policy.save_pretrained(staging)
-            load_tokenizer(base).save_pretrained(staging)
-            (staging / "README.md").write_text(model_card(run_path, config, step_of(checkpoint)), encoding="utf-8")
-            check_export(staging, params)
+            yield staging
             staging.rename(out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise StorageError(f"cannot export {checkpoint} to {out}: {error}; check the disk and try again") from error
+        raise StorageError(f"cannot export to {out}: {error}; check the disk and try again") from error
+
+
+def read_params(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The policy's parameters in a checkpoint folder, by name, all of one dtype."""
+    return load_file(checkpoint / "trainer" / PARAMS)
+
+
+def weights_sha256(params: Mapping[str, torch.Tensor]) -> str:
+    """Hex digest of a policy's parameters: equal weights give equal digests, whatever files they lie in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(params.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def newest_intact(run_path: Path) -> Path:
@@ -79,13 +104,18 @@ def trained(base: Path, params: dict[str, torch.Tensor]) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, trust_remote_code=False, local_files_only=True
     )
+    fill_params(model, params, base)
+    return model
+
+
+@torch.no_grad()
+def fill_params(model: PreTrainedModel, params: Mapping[str, torch.Tensor], base: Path) -> None:
+    """Copy trained parameters over a model's own, in place. Raises StorageError when they do not fit it."""
     own = dict(model.named_parameters())
     for name, tensor in params.items():
         if name not in own or own[name].shape != tensor.shape:
             raise StorageError(f"the checkpoint's {name} {list(tensor.shape)} has no place in {base}; was it replaced?")
-        own[name].data = tensor
-    model.tie_weights()
-    return model
+        own[name].copy_(tensor)
 
 
 def check_export(folder: Path, params: dict[str, torch.Tensor]) -> None:
