@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedModel
 
-from configs.errors import DataError, ResourceError
+from configs.errors import ResourceError
 from configs.schema import RolloutConfig
 from drafter.types import Drafter, FeatureReader, ResidentDrafter
 from kernels.sample import noise_key
@@ -17,6 +17,7 @@ from rollout.graphs import GraphPool
 from rollout.hosted import HostedCycles
 from rollout.memory import cache_budget
 from rollout.model import PagedCache, bytes_per_block, context_length
+from rollout.prompts import check_prompts
 from rollout.residency import Residency
 from rollout.resident import ResidentCycles
 from rollout.scheduler import Scheduler
@@ -110,7 +111,7 @@ class NativeEngine:
         assert self._scheduler is None, "one generate at a time"
         if not prompts and not partials:
             return
-        self._check(prompts, sampling)
+        check_prompts(prompts, sampling, context=context_length(self._model.config))
         sequences = self._taken_up(partials, sampling)
         sequences += [self._sequence(prompt, n, sampling) for prompt in prompts for n in range(sampling.num_samples)]
         assert len({(s.prompt.id, s.sample) for s in sequences}) == len(sequences), "a sample is asked for twice"
@@ -320,29 +321,13 @@ class NativeEngine:
         )
 
     def _taken_up(self, partials: abc.Sequence[Partial], sampling: Sampling) -> list[Sequence]:
-        """A sequence of each partial response. Raises DataError as _check does."""
-        self._check(list({partial.prompt.id: partial.prompt for partial in partials}.values()), sampling)
+        """A sequence of each partial response. Raises DataError as check_prompts does."""
+        unique = {partial.prompt.id: partial.prompt for partial in partials}
+        check_prompts(list(unique.values()), sampling, context=context_length(self._model.config))
         sequences = [self._sequence(partial.prompt, partial.sample, sampling) for partial in partials]
         for sequence, partial in zip(sequences, partials, strict=True):
             sequence.take_up(partial)
         return sequences
-
-    def _check(self, prompts: abc.Sequence[Prompt], sampling: Sampling) -> None:
-        """Raise DataError for a prompt that cannot be rolled out, before anything starts."""
-        context = context_length(self._model.config)
-        seen: set[str] = set()
-        for prompt in prompts:
-            if prompt.id in seen:
-                raise DataError(f"prompt {prompt.id!r} is given twice in one step; give each prompt an id of its own")
-            seen.add(prompt.id)
-            if not prompt.token_ids:
-                raise DataError(f"prompt {prompt.id!r} has no tokens; remove it from the data")
-            length = len(prompt.token_ids) + sampling.max_new_tokens
-            if length > context:
-                raise DataError(
-                    f"prompt {prompt.id!r}: {len(prompt.token_ids)} tokens and max_new_tokens={sampling.max_new_tokens}"
-                    f" exceed the model's context of {context}; lower rollout.max_new_tokens or data.max_prompt_tokens"
-                )
 
     def _provide_cache(self, longest: int, num_sequences: int) -> None:
         """Allocate the KV cache, or a larger one where sequences of up to so many tokens can use it.
