@@ -1,0 +1,329 @@
+"""vLLM as the engine: rollouts behind the same protocol, from a copy of the policy that vLLM keeps in this process.
+
+What differs from NativeEngine: the weights are copied at every update; the noise is vLLM's own, seeded for each rollout
+but drawn by generators with a state, so that speculation and the batch can change what is sampled, though not its
+distribution; drafts are chains of an exported EAGLE-3 head, which this engine serves and cannot train.
+
+Weights go through vLLM's weight transfer: an engine of our own, registered under its public factory, that is given the
+trainer's tensors instead of receiving them. The same code serves CPU and GPU, the policy and the drafter.
+"""
+
+import asyncio
+import os
+from collections import abc
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from configs.errors import PacelineError, PreflightError, ResourceError
+from configs.schema import RolloutConfig
+from kernels.sample import noise_key
+from rollout.memory import cache_budget
+from rollout.model import bytes_per_block, context_length
+from rollout.prompts import check_prompts
+from rollout.types import Prompt, Rollout, Sampling, SpecStats
+
+# before vLLM is imported; whoever sets them otherwise is obeyed
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: tensors are handed over as they are
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it compiles at start with nvcc
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+from vllm import LLM, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+
+TRANSFER = "paceline"
+MAX_BLOCK_SIZE = 128  # of vLLM's KV cache, whichever the device: a sequence rounds up to whole blocks
+GPU_SHARE = 0.01  # what must be free at start; the cache has its own size, and training has the rest
+SEED_BITS = 62  # a generator's seed is not negative
+
+Weights = list[tuple[str, torch.Tensor]]
+
+
+@dataclass
+class HandOver(WeightTransferInitInfo):
+    """Nothing to agree on: both sides are one process."""
+
+
+@dataclass
+class HandedOver(WeightTransferUpdateInfo):
+    """Parameters under the names of the checkpoint, on the device they are wanted on or another."""
+
+    weights: Weights
+
+
+class HandOverEngine(WeightTransferEngine[HandOver, HandedOver]):
+    """vLLM's receiving side: loads what it is given layer by layer into the storage its graphs know."""
+
+    init_info_cls = HandOver
+    update_info_cls = HandedOver
+
+    def init_transfer_engine(self, init_info: HandOver) -> None:
+        """Nothing to connect."""
+
+    def start_weight_update(self) -> None:
+        """Take a checkpoint's layout, as at the first load."""
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: HandedOver) -> None:
+        """Load them. Raises PreflightError for a parameter of the policy that stayed as it was."""
+        loaded = self.model.load_weights(iter(update_info.weights))
+        if self.model is self._default_model and loaded is not None:
+            missing = sorted({name for name, _ in self.model.named_parameters()} - set(loaded))
+            if missing:
+                raise PreflightError(f"vLLM found no weights for {missing[0]}; set rollout.backend=native")
+
+    def finish_weight_update(self) -> None:
+        """Bring the loaded layers into the form that vLLM computes with, in their old storage."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Nothing is held."""
+
+    @staticmethod
+    def trainer_send_weights(iterator: abc.Iterator[tuple[str, torch.Tensor]], trainer_args: LLM) -> None:
+        """The sending side: hand all weights to the LLM whose update has been started, and finish it."""
+        trainer_args.update_weights({"update_info": {"weights": list(iterator)}})
+        trainer_args.finish_weight_update()
+
+
+WeightTransferEngineFactory.register_engine(TRANSFER, HandOverEngine)
+
+
+@dataclass
+class Running:
+    """A rollout under way."""
+
+    prompt: Prompt
+    sample: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    forwards: int = 0
+    accepted_by_depth: list[int] = field(default_factory=list)
+    finish: Literal["stop", "length"] | None = None
+
+
+class VllmEngine:
+    """Samples rollouts with vLLM from a copy of the policy, brought up to date by update().
+
+    folder: the policy's, whose config and weights vLLM reads at the start. drafter: folder of an exported EAGLE-3
+    drafter, of which each forward verifies depth tokens; None decodes token by token. max_length: the longest sequence,
+    prompt and response. One generate at a time, and no update during one.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        folder: Path,
+        *,
+        rollout: RolloutConfig,
+        max_length: int,
+        drafter: Path | None = None,
+        depth: int = 0,
+    ) -> None:
+        assert (drafter is None) == (depth == 0)
+        self.version = 0
+        self.drafter_version = 0
+        self._policy = policy
+        self._depth = depth
+        self._max_length = min(max_length, context_length(policy.config))
+        self._drafter_shapes = {} if drafter is None else tensor_shapes(drafter)
+        self._running: dict[str, Running] = {}
+        is_cuda = policy.device.type == "cuda"
+        speculative = None
+        if drafter is not None:
+            speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": depth}
+        try:
+            with own_threads():
+                self._llm = LLM(
+                    str(folder),
+                    skip_tokenizer_init=True,
+                    generation_config="vllm",
+                    dtype=str(policy.dtype).removeprefix("torch."),
+                    # room for drafts past the end: without, vLLM drafts for nobody while one sequence is near it
+                    max_model_len=min(self._max_length + depth, context_length(policy.config)),
+                    max_num_seqs=rollout.max_running,
+                    max_num_batched_tokens=max(rollout.prefill_tokens, rollout.max_running * (1 + depth)),
+                    kv_cache_memory_bytes=self._cache_bytes(rollout),
+                    gpu_memory_utilization=GPU_SHARE,
+                    enforce_eager=not is_cuda or rollout.graph_mb == 0,
+                    logprobs_mode="processed_logprobs",
+                    weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
+                    speculative_config=speculative,
+                )
+            if not is_cuda:
+                from rollout.vllm_cpu import repair
+
+                repair()
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, PacelineError):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise PreflightError(f"vLLM does not start with {folder} ({reason}); set rollout.backend=native") from error
+
+    async def generate(self, prompts: abc.Sequence[Prompt], sampling: Sampling) -> abc.AsyncGenerator[Rollout, None]:
+        """num_samples rollouts of every prompt, each as it finishes. Raises DataError as NativeEngine does."""
+        assert not self._running, "one generate at a time"
+        check_prompts(prompts, sampling, context=context_length(self._policy.config))
+        assert sampling.min_p == 0, "vLLM applies min_p in another order, and not at all to drafts"
+        engine = self._llm.llm_engine
+        try:
+            for prompt in prompts:
+                for sample in range(sampling.num_samples):
+                    asked = {"prompt_token_ids": prompt.token_ids}
+                    self._running[f"{sample}:{prompt.id}"] = Running(prompt, sample)
+                    engine.add_request(f"{sample}:{prompt.id}", asked, self._params(prompt, sample, sampling))
+            while self._running:
+                for output in engine.step():
+                    running = self._running[output.request_id]
+                    extend(running, output, greedy=sampling.temperature == 0)
+                    if running.finish is not None:
+                        del self._running[output.request_id]
+                        yield self._rollout(running)
+                await asyncio.sleep(0)
+        finally:
+            # also where the caller leaves early: nothing may stay behind
+            engine.abort_request(list(self._running))
+            self._running.clear()
+
+    def update(self, version: int) -> None:
+        """Copy the policy's weights, which hold this version now, and forget what was computed with the old ones."""
+        assert not self._running, "vLLM takes new weights between two calls of generate"
+        self._llm.start_weight_update()
+        HandOverEngine.trainer_send_weights(self._policy.named_parameters(remove_duplicate=False), self._llm)
+        self._llm.reset_prefix_cache()
+        self.version = version
+
+    def publish(self, state: abc.Mapping[str, torch.Tensor], version: int) -> None:
+        """Draft with these weights from now on: the tensors of an exported drafter's folder, under their names there.
+
+        Raises PreflightError where a name or a shape is another than in the folder that vLLM began with.
+        """
+        assert not self._running, "vLLM takes new weights between two calls of generate"
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name in sorted(shapes.keys() | self._drafter_shapes.keys()):
+            if shapes.get(name) != self._drafter_shapes.get(name):
+                raise PreflightError(
+                    f"drafter tensor {name}: {shapes.get(name, 'missing')} where vLLM serves"
+                    f" {self._drafter_shapes.get(name, 'none')}; start again from an export of this drafter"
+                )
+        self._llm.start_draft_weight_update()
+        HandOverEngine.trainer_send_weights(iter(state.items()), self._llm)
+        self._llm.reset_prefix_cache()  # the head has a KV cache of its own
+        self.drafter_version = version
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing that the next run would not find out by itself."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up nothing."""
+        assert not state
+
+    def _params(self, prompt: Prompt, sample: int, sampling: Sampling) -> SamplingParams:
+        seed = noise_key(seed=sampling.seed, step=sampling.step, prompt_id=prompt.id, sample=sample)
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=seed & ((1 << SEED_BITS) - 1),
+            max_tokens=sampling.max_new_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # the stop tokens above are all there are
+            detokenize=False,
+            logprobs=0,  # of the sampled token alone
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def _rollout(self, running: Running) -> Rollout:
+        assert running.finish is not None
+        drafts = self._depth * (running.forwards - 1)  # the prompt's forward has none
+        by_depth = running.accepted_by_depth + [0] * (self._depth - len(running.accepted_by_depth))
+        return Rollout(
+            prompt_id=running.prompt.id,
+            sample=running.sample,
+            token_ids=running.token_ids,
+            logprobs=running.logprobs,
+            version_spans=[(self.version, len(running.token_ids))],
+            finish=running.finish,
+            spec=SpecStats(
+                forwards=running.forwards,
+                proposed=drafts,
+                accepted=sum(by_depth),
+                proposed_by_depth=[running.forwards - 1] * self._depth,
+                accepted_by_depth=by_depth,
+            ),
+        )
+
+    def _cache_bytes(self, rollout: RolloutConfig) -> int:
+        """Memory for what is to run together, within what the device has room for. Raises ResourceError."""
+        config = self._policy.config
+        layers = config.get_text_config().num_hidden_layers
+        # a drafter is one layer more
+        block = bytes_per_block(config, MAX_BLOCK_SIZE, self._policy.dtype) * (layers + (self._depth > 0)) // layers
+        needed = -(-(self._max_length + self._depth) // MAX_BLOCK_SIZE) + 1  # vLLM keeps one block to itself
+        if rollout.kv_tokens:
+            blocks = max(needed, -(-rollout.kv_tokens // MAX_BLOCK_SIZE) + 1)
+        else:
+            copied = sum(parameter.nbytes for parameter in self._policy.parameters())
+            affordable = cache_budget(str(self._policy.device), reserved=copied) // block
+            blocks = min(rollout.max_running * needed, affordable)
+        if blocks < needed:
+            raise ResourceError(
+                f"vLLM's KV cache has room for {blocks * MAX_BLOCK_SIZE} tokens and the longest sequence needs"
+                f" {needed * MAX_BLOCK_SIZE}; lower rollout.max_new_tokens, or set rollout.backend=native"
+            )
+        return blocks * block
+
+
+def extend(running: Running, output: RequestOutput, *, greedy: bool) -> None:
+    """Add what one forward gave to a rollout: the tokens drafted and accepted, and the one sampled after them."""
+    (completion,) = output.outputs
+    tokens = list(completion.token_ids)
+    running.token_ids += tokens
+    # greedy sampling is certain of its token, whatever the logits
+    running.logprobs += [0.0] * len(tokens) if greedy else sampled_logprobs(tokens, completion.logprobs)
+    running.forwards += 1
+    accepted = len(tokens) - 1
+    running.accepted_by_depth += [0] * (accepted - len(running.accepted_by_depth))
+    for level in range(accepted):
+        running.accepted_by_depth[level] += 1
+    if output.finished:
+        assert completion.finish_reason in ("stop", "length"), completion.finish_reason
+        running.finish = completion.finish_reason
+
+
+def sampled_logprobs(token_ids: list[int], logprobs: Any) -> list[float]:
+    """Each token's own log-prob, from vLLM's table of candidates by position."""
+    return [candidates[token].logprob for token, candidates in zip(token_ids, logprobs, strict=True)]
+
+
+def tensor_shapes(drafter: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in an exported drafter's folder."""
+    with safe_open(drafter / "model.safetensors", framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def own_threads() -> abc.Iterator[None]:
+    """Give this process back its threads: vLLM leaves torch one, and on a CPU takes away the means to set more."""
+    count, setter = torch.get_num_threads(), torch.set_num_threads
+    try:
+        yield
+    finally:
+        torch.set_num_threads = setter
+        torch.set_num_threads(count)
