@@ -42,7 +42,7 @@ def serve(orders: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     job = next(orders)
     begun = perf_counter()
     import torch
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm import LLM, SamplingParams
 
     imported = perf_counter()
     engine = LLM(
