@@ -129,10 +129,28 @@ def _rollout(config: Config) -> Iterator[tuple[str, str]]:
             f"one sequence may take {longest} (data.max_prompt_tokens + rollout.max_new_tokens), {needed} in blocks of"
             f" {block_size}; 0 means enough",
         )
+    if rollout.backend == "vllm":
+        yield from _vllm(config)
     if spec.source != "off":
         for name in ("depth", "top_k", "num_verify", "min_match"):
             if getattr(spec, name) < 1:
                 yield f"spec.{name}", "must be at least 1; set spec.source=off to decode without drafts"
+
+
+def _vllm(config: Config) -> Iterator[tuple[str, str]]:
+    """What vLLM cannot do: it drafts chains with an exported drafter, or not at all, and shows no features."""
+    spec = config.spec
+    if spec.source not in ("off", "eagle"):
+        yield "spec.source", "rollout.backend=vllm drafts with a trained drafter or not at all; set off or eagle"
+    if spec.source == "eagle":
+        if not config.drafter.init:
+            yield "drafter.init", "name the folder of an exported drafter, which rollout.backend=vllm drafts with"
+        if config.drafter.train:
+            yield "drafter.train", "rollout.backend=vllm leaves no features to learn from; set false"
+        if spec.top_k > 1:
+            yield "spec.top_k", "rollout.backend=vllm drafts chains; set 1"
+    if config.rollout.min_p > 0:
+        yield "rollout.min_p", "rollout.backend=vllm does not apply it to drafts; set 0"
 
 
 def _train(config: Config) -> Iterator[tuple[str, str]]:

@@ -59,6 +59,7 @@ class RewardConfig:
 class RolloutConfig:
     """How rollouts are sampled."""
 
+    backend: Literal["native", "vllm"] = "native"  # vllm: in this process, from a copy of the weights; an extra
     prompts_per_step: int = 8
     group_size: int = 8
     max_new_tokens: int = 256

