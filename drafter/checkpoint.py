@@ -108,8 +108,16 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor
 
 def newest(root: Path) -> Path | None:
     """The newest whole checkpoint root/step_N, None where there is none."""
-    folders = [path for path in root.glob("step_*") if path.name[5:].isdecimal()]
-    for folder in sorted(folders, key=lambda path: int(path.name[5:]), reverse=True):
-        if is_sound(folder):
-            return folder
-    return None
+    return next((folder for folder in reversed(steps(root)) if is_sound(folder)), None)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints root/step_N."""
+    for folder in steps(root)[: -keep or None]:
+        shutil.rmtree(folder)
+
+
+def steps(root: Path) -> list[Path]:
+    """Folders root/step_N, oldest first."""
+    folders = (path for path in root.glob("step_*") if path.name[5:].isdecimal())
+    return sorted(folders, key=lambda path: int(path.name[5:]))

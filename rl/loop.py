@@ -1,8 +1,8 @@
 """Group-relative policy optimisation, from prompt to policy, with plain objects.
 
 One step: draw prompts, sample a group of rollouts for each, score them while others are still being sampled, take
-advantages within each group, update the policy, tell the engine. Nothing here knows whether engine and trainer live
-in this process or behind Ray actors.
+advantages within each group, give the drafter its lesson, update the policy, tell the engine. Nothing here knows
+whether engine, trainer and drafter live in this process or behind Ray actors.
 
 Everything random is keyed by (seed, step): the data order and the sampling noise are pure functions of them, so the
 step number is the whole data position and random state, and a step that is lost is done again, identical.
@@ -23,6 +23,7 @@ from rl.advantage import group_advantages
 from rl.batch import pack
 from rl.checkpoint import CheckpointStore, step_of
 from rl.data import DataSet
+from rl.lessons import Lessons
 from rl.metrics import Progress, Stopwatch, rollout_record, sample_rows, step_record
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
@@ -32,6 +33,7 @@ from rollout.types import Engine, Prompt, Rollout, Sampling
 
 # Evaluation noise is never drawn (temperature 0); the step only has to differ from training steps.
 EVAL_STEP = -1
+DRAFTER = "drafter"  # its folder in a checkpoint
 STOP_POLL_S = 0.5  # how often a request to stop is looked for while no rollout finishes
 
 
@@ -50,6 +52,7 @@ class Loop:
     store: CheckpointStore
     progress: Progress
     stop_requested: threading.Event  # set by a signal handler, also in the middle of synchronous work
+    lessons: Lessons | None = None  # of a drafter that learns
     step: int = 0
     prepared: bool = False  # the warm start, if any, is in the weights
 
@@ -94,21 +97,39 @@ class Loop:
         prompts = self.data.prompts(self.step, config.rollout.prompts_per_step)
         stream = self.until_stopped(self.engine.generate(prompts, self.sampling(self.step)))
         groups = await self.collect(prompts, stream, watch, total=len(prompts) * config.rollout.group_size)
+        drafter = self.teach(groups, watch)
         self.progress.phase("train")
         with watch.phase("train"):
             stats = self.trainer.step(pack(groups))
         self.step += 1
         with watch.phase("sync"):
             self.engine.update(self.step)
-        record = step_record(self.step, config.train.steps, groups, stats, watch)
+        record = step_record(self.step, config.train.steps, groups, stats, watch) | drafter
+        if self.lessons is not None:
+            record |= self.lessons.checkpoint(self.step)
         if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.train.steps):
             with watch.phase("eval"):
                 record["eval_reward"] = await self.evaluate("rl")
         record |= watch.record() | {"reward_failures": self.rewards.failures.total()}
+        if self.lessons is not None:
+            self.lessons.earn(record["seconds"])
         self.run.append_metrics("steps", record)
         self.run.write_samples(self.step, sample_rows(groups))
         self.run.write_status(state="running", step=self.step, total_steps=config.train.steps, record=record)
         self.progress.step(record)
+
+    def teach(self, groups: Sequence[Group], watch: Stopwatch) -> dict[str, Any]:
+        """The drafter's lesson of this step, and its figures; {} without a drafter that learns."""
+        if self.lessons is None:
+            return {}
+        self.progress.phase("drafter")
+        off = self.lessons.off
+        with watch.phase("drafter"):
+            record = self.lessons.take(groups)
+        if self.lessons.off != off:
+            self.run.append_event("drafter_off", step=self.step, reason=self.lessons.off)
+            self.progress.message(f"the drafter learns no more: {self.lessons.off}; rollouts go on")
+        return record
 
     async def until_stopped(self, rollouts: AsyncGenerator[Rollout]) -> AsyncGenerator[Rollout]:
         """The same rollouts, until someone asks the run to stop. Raises PreemptedError then."""
@@ -154,6 +175,8 @@ class Loop:
                         failed[0].result()
             self.progress.phase("reward")
             with watch.phase("reward"):
+                if self.lessons is not None:
+                    await self.lessons.while_awaited(scores)
                 await asyncio.gather(*scores)
         finally:
             for score in scores:
@@ -221,7 +244,11 @@ class Loop:
 
         def fill(folder: Path) -> None:
             (folder / "trainer").mkdir()
+            if self.lessons is not None:
+                self.lessons.learner.save(folder / DRAFTER)
             self.trainer.save(folder / "trainer")
+            if self.lessons is not None:
+                self.lessons.learner.saved()
             state = {"step": self.step, "engines": self.engines, "engine": engine_state}
             (folder / "loop.json").write_text(json.dumps(state, default=list))
 
@@ -238,6 +265,8 @@ class Loop:
             )
         self.trainer.load(checkpoint / "trainer")
         self.engine.load_state_dict(state["engine"])
+        if self.lessons is not None and (checkpoint / DRAFTER).exists():  # the run may have begun without one
+            self.lessons.learner.load(checkpoint / DRAFTER)
         self.step, self.prepared = state["step"], True
         self.engine.update(self.step)
         self.run.append_event("resume", step=self.step, path=str(checkpoint))

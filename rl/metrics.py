@@ -16,7 +16,7 @@ class Progress(Protocol):
     """Shows a person where the run is. Implementations: launch/monitor/terminal.py."""
 
     def phase(self, name: str) -> None:
-        """The step enters this phase: rollout, reward, train, checkpoint, eval, warmstart."""
+        """The step enters this phase: rollout, reward, drafter, train, checkpoint, eval, warmstart."""
 
     def rollouts(self, done: int, total: int) -> None:
         """So many of the step's rollouts are finished."""

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from drafter.learner import DrafterReport, LearnStats
 from rollout.types import Prompt, Rollout
 
 Reward = Callable[[Prompt, Rollout], float]
@@ -77,3 +78,25 @@ class Trainer(Protocol):
 
     def load(self, folder: Path) -> None:
         """Restore what save wrote, bit for bit."""
+
+
+class Learner(Protocol):
+    """Improves the drafter beside the policy. drafter.learner.Learner, or one over several workers'."""
+
+    def begin(self, counts: torch.Tensor) -> None:
+        """Choose its vocabulary by how often each token was sampled, counts [V] int64; only the first call counts."""
+
+    def learn(self, *, budget_s: float, until: Callable[[], bool]) -> LearnStats:
+        """Train until told to stop, or until another step would exceed the budget."""
+
+    def settle(self) -> DrafterReport:
+        """Judge what was learned and publish it where it is better. No rollout is being sampled."""
+
+    def save(self, folder: Path) -> float:
+        """Begin to write this folder, which appears when it is whole; the seconds the caller was held up."""
+
+    def saved(self) -> None:
+        """Wait for it. Raises StorageError where it could not be written."""
+
+    def load(self, folder: Path) -> None:
+        """Take up what save wrote, bit for bit, and serve what it served."""

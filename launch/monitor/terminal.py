@@ -17,6 +17,7 @@ Record = Mapping[str, float | int]
 PHASES = {
     "rollout": "cyan",
     "reward": "magenta",
+    "drafter": "red",
     "train": "green",
     "sync": "blue",
     "checkpoint": "yellow",
@@ -173,9 +174,18 @@ def facts(record: Record) -> list[tuple[str, str]]:
         ("length", shown("response_len_mean", ".0f")),
         ("tokens/s", shown("tokens_per_s", ",.0f")),
         ("accept", shown("accept_length", ".2f")),
+        ("drafter", drafter_fact(record)),
         ("loss", shown("loss", ".4f")),
         ("grad", shown("grad_norm", ".3g")),
     ]
+
+
+def drafter_fact(record: Record) -> str:
+    """Which version of the learned drafter is served, and how well it did on held-out features; "" without one."""
+    if "drafter_version" not in record:
+        return ""
+    length = record.get("drafter_served_accept_length")
+    return f"v{record['drafter_version']}" + (f" {length:.2f}" if length is not None else "")
 
 
 def shares(record: Record) -> list[tuple[str, float]]:
