@@ -151,9 +151,15 @@ def choose_vocabulary(counts: torch.Tensor, size: int) -> tuple[torch.Tensor, to
 
 
 def on_device(batch: FeatureBatch, device: torch.device) -> FeatureBatch:
-    """The batch on a device."""
-    tensors = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "temperature"}
-    return replace(batch, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+    """The batch on a device, in tensors that a backward pass may keep."""
+    moved = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            value = value.to(device, non_blocking=True)
+            # an engine computes features in inference mode, whose tensors autograd does not keep
+            moved[field.name] = value.clone() if value.is_inference() else value
+    return replace(batch, **moved)
 
 
 def _measure(

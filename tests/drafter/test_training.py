@@ -12,7 +12,7 @@ from configs.schema import DrafterConfig
 from drafter import local_attention
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.features import FeatureBatch
-from drafter.trainer import DrafterTrainer, choose_vocabulary, evaluate
+from drafter.trainer import DrafterTrainer, choose_vocabulary, evaluate, on_device
 from drafter.unroll import Chains, unroll
 
 VOCAB, SIZE = 48, 16
@@ -323,9 +323,14 @@ def test_windows_of_one_position_teach_nothing_and_break_nothing() -> None:
     assert stats.accept_length == 1.0
 
 
-def test_every_field_of_a_batch_follows_it_to_a_device() -> None:
-    from drafter.trainer import on_device
+def test_features_made_in_inference_mode_can_be_learnt_from() -> None:
+    policy = Bigrams()
+    with torch.inference_mode():
+        batch = policy.batch([9, 5], rejections=True)
+    assert policy.trainer().step(batch).applied
 
+
+def test_every_field_of_a_batch_follows_it_to_a_device() -> None:
     batch = on_device(Bigrams().batch([3]), torch.device("meta"))
     tensors = [getattr(batch, field.name) for field in fields(batch) if field.name != "temperature"]
     assert all(tensor.is_meta for tensor in tensors)
