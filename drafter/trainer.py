@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from math import isfinite
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -152,7 +153,7 @@ def choose_vocabulary(counts: torch.Tensor, size: int) -> tuple[torch.Tensor, to
 
 def on_device(batch: FeatureBatch, device: torch.device) -> FeatureBatch:
     """The batch on a device, in tensors that a backward pass may keep."""
-    moved = {}
+    moved: dict[str, Any] = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, torch.Tensor):
