@@ -344,11 +344,17 @@ def start_deepspeed(device: torch.device) -> Any:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         else:
             dist.init_process_group(backend)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_leave_group)
     if device.type == "cpu":
         _forgo_compiled_collectives(deepspeed)
     deepspeed.init_distributed(dist_init_required=False)
     return deepspeed
+
+
+def _leave_group() -> None:
+    """At the end of the process. An engine that used the group too, as vLLM does, may have ended it already."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _forgo_compiled_collectives(deepspeed: Any) -> None:
