@@ -9,6 +9,7 @@ trainer's tensors instead of receiving them. The same code serves CPU and GPU, t
 """
 
 import asyncio
+import atexit
 import os
 from collections import abc
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from rollout.types import Prompt, Rollout, Sampling, SpecStats
 # before vLLM is imported; whoever sets them otherwise is obeyed
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: tensors are handed over as they are
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it compiles at start with nvcc
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # dozens of warnings at every start
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from vllm import LLM, SamplingParams
@@ -152,6 +153,7 @@ class VllmEngine:
                 self._llm = LLM(
                     str(folder),
                     skip_tokenizer_init=True,
+                    use_tqdm_on_load=False,
                     generation_config="vllm",
                     dtype=str(policy.dtype).removeprefix("torch."),
                     # room for drafts past the end: without, vLLM drafts for nobody while one sequence is near it
@@ -165,6 +167,8 @@ class VllmEngine:
                     weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
                     speculative_config=speculative,
                 )
+            # before whoever shares the process group ends it, at which vLLM's own end would fail
+            atexit.register(self._llm.llm_engine.engine_core.shutdown)
             if not is_cuda:
                 from rollout.vllm_cpu import repair
 
