@@ -7,28 +7,46 @@ prompts over the workers' engines and hands each batch to all trainers, which sh
 import asyncio
 import os
 import socket
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.errors import PreflightError, ResourceError
 from configs.schema import Config
-from rl.types import Batch, StepStats
-from rollout.types import Prompt, Rollout, Sampling
+from drafter.learner import DrafterReport, Learner, LearnStats
+from drafter.publish import Judgement
+from launch.adapters import RayEngine, RayLearner, RayMember, RayTrainer, get
+from launch.fleet import Fleet
+from launch.idle import Decide, decide
+from launch.pace import Key
+from rl.types import Batch, StepStats, Trainer
+from rollout.engine import NativeEngine
+from rollout.types import Engine, Partial, Prompt, Rollout, Sampling
 
 PLACEMENT_TIMEOUT_S = 120.0
 
+# What a worker is made of. Without a trainer it only samples; without a learner there is no drafter to train.
+Parts = tuple[Engine, Trainer | None, Learner | None]
+
 
 class Worker:
-    """Actor body: one rank. Methods mirror Engine and Trainer; generate streams."""
+    """Actor body: one rank. Methods mirror those of engine, trainer and learner; generate streams.
+
+    All of them run in one thread, between two cycles of a generate; learning alone has its own, and never runs beside
+    a generate: whoever gives the worker something to sample calls it away first.
+    """
 
     def __init__(self, rank: int, world_size: int) -> None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+        self.generating = asyncio.Lock()
+        self.away_from = 0  # the last turn of learning that is over
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port: where the ranks of rank 0's group meet."""
@@ -36,17 +54,49 @@ class Worker:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def build(self, config: Config, path: Path, *, device: str, dtype: str, meet: tuple[str, int]) -> None:
-        """Load the policy and join the other ranks."""
-        from launch.cluster import build_worker
-
+    def build(self, make: Callable[[], Parts], meet: tuple[str, int]) -> bool:
+        """Load the policy and join the other ranks; whether there is a drafter to train."""
         os.environ |= {"MASTER_ADDR": meet[0], "MASTER_PORT": str(meet[1])}
-        self.engine, self.trainer = build_worker(config, path, device=device, dtype=dtype)
+        engine, trainer, learner = make()
+        self.engine = engine
+        if trainer is not None:
+            self.trainer = trainer
+        if learner is not None:
+            self.learner = learner
+        return learner is not None
 
-    async def generate(self, prompts: list[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
-        """Engine.generate on this worker's policy."""
-        async for rollout in self.engine.generate(prompts, sampling):
-            yield rollout
+    async def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, partials: Sequence[Partial]
+    ) -> AsyncGenerator[Rollout]:
+        """NativeEngine.generate on this worker's policy, once the one before has ended.
+
+        Raises ResourceError for partials where another engine samples, which goes on with nothing.
+        """
+        if isinstance(self.engine, NativeEngine):
+            stream = self.engine.generate(prompts, sampling, partials=partials)
+        elif partials:
+            raise ResourceError("a worker was lost, and vLLM does not go on with its rollouts; resume the run")
+        else:
+            stream = self.engine.generate(prompts, sampling)
+        async with self.generating, aclosing(stream) as rollouts:
+            async for rollout in rollouts:
+                yield rollout
+
+    def surrender(self, count: int) -> list[Partial]:
+        """NativeEngine.surrender, between two cycles."""
+        assert isinstance(self.engine, NativeEngine)  # others tell no progress, by which takeovers are decided
+        return self.engine.surrender(count)
+
+    def adopt(self, partials: Sequence[Partial]) -> bool:
+        """NativeEngine.adopt, between two cycles; False where there is no generate under way that could."""
+        if not isinstance(self.engine, NativeEngine) or not self.engine.is_generating:
+            return False
+        self.engine.adopt(partials)
+        return True
+
+    def progress(self) -> dict[Key, int]:
+        """NativeEngine.progress; other engines tell nothing."""
+        return self.engine.progress() if isinstance(self.engine, NativeEngine) else {}
 
     def update(self, version: int) -> None:
         """Engine.update."""
@@ -76,90 +126,73 @@ class Worker:
         """Trainer.load."""
         self.trainer.load(folder)
 
+    def begin_learning(self, counts: torch.Tensor) -> None:
+        """Learner.begin."""
+        self.learner.begin(counts)
 
-class RayEngine:
-    """An Engine over every worker's engine: prompt i goes to worker i modulo their number."""
+    async def learn(self, turn: int, budget_s: float) -> LearnStats:
+        """Learner.learn, in a thread so that the actor still hears what it is told, until called away from the turn."""
+        return await asyncio.to_thread(self.learner.learn, budget_s=budget_s, until=lambda: self.away_from >= turn)
 
-    def __init__(self, workers: list[Any]) -> None:
-        self.workers = workers
+    def call_away(self, turn: int) -> None:
+        """End the learning of this turn and those before, begun or not, after the step it is at."""
+        self.away_from = max(self.away_from, turn)
 
-    async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
-        """Merge the workers' streams as rollouts finish."""
-        finished: asyncio.Queue[Rollout | BaseException | None] = asyncio.Queue()
+    def delta(self) -> tuple[bool, dict[str, torch.Tensor]]:
+        """Learner.delta, and whether there is any."""
+        delta = self.learner.delta()
+        return bool(delta), delta
 
-        async def drain(worker: Any, share: list[Prompt]) -> None:
-            try:
-                async for ref in worker.generate.options(num_returns="streaming").remote(share, sampling):
-                    finished.put_nowait(await ref)
-                finished.put_nowait(None)
-            except Exception as error:
-                finished.put_nowait(first_cause(error))
+    def apply_deltas(self, *deltas: dict[str, torch.Tensor]) -> None:
+        """Learner.apply."""
+        self.learner.apply(deltas)
 
-        shares = [list(prompts[rank :: len(self.workers)]) for rank in range(len(self.workers))]
-        drains = [
-            asyncio.create_task(drain(worker, share))
-            for worker, share in zip(self.workers, shares, strict=True)
-            if share
-        ]
-        try:
-            running = len(drains)
-            while running:
-                item = await finished.get()
-                if isinstance(item, BaseException):
-                    raise item
-                if item is None:
-                    running -= 1
-                else:
-                    yield item
-        finally:
-            for task in drains:
-                task.cancel()
+    def judge(self) -> Judgement | None:
+        """Learner.judge."""
+        return self.learner.judge()
 
-    def update(self, version: int) -> None:
-        """Every worker's engine forgets what it computed with the old weights."""
-        on_all(self.workers, "update", version)
+    def conclude(self, judgement: Judgement | None) -> DrafterReport:
+        """Learner.conclude."""
+        return self.learner.conclude(judgement)
 
-    def state_dict(self) -> dict[str, Any]:
-        """One state a worker, by rank."""
-        return {"workers": on_all(self.workers, "engine_state")}
+    def save_drafter(self, folder: Path) -> float:
+        """Learner.save."""
+        return self.learner.save(folder)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give every worker the state it saved."""
-        get(
-            [
-                worker.load_engine_state.remote(saved)
-                for worker, saved in zip(self.workers, state["workers"], strict=True)
-            ]
-        )
+    def drafter_saved(self) -> None:
+        """Learner.saved."""
+        self.learner.saved()
 
-
-class RayTrainer:
-    """A Trainer over every worker's trainer: each is given the whole batch and takes its share."""
-
-    def __init__(self, workers: list[Any]) -> None:
-        self.workers = workers
-
-    def step(self, batch: Batch) -> StepStats:
-        """Trainer.step on all ranks at once; the statistics are those of the whole batch."""
-        return on_all(self.workers, "step", batch)[0]
-
-    def supervise(self, batch: Batch, lr: float) -> StepStats:
-        """Trainer.supervise on all ranks at once."""
-        return on_all(self.workers, "supervise", batch, lr)[0]
-
-    def save(self, folder: Path) -> None:
-        """All ranks gather, rank 0 writes: folder must be on storage that rank 0's node shares with the driver."""
-        on_all(self.workers, "save", folder.absolute())
-
-    def load(self, folder: Path) -> None:
-        """All ranks read the same folder."""
-        on_all(self.workers, "load", folder.absolute())
+    def load_drafter(self, folder: Path) -> None:
+        """Learner.load."""
+        self.learner.load(folder)
 
 
 @contextmanager
 def start_workers(config: Config, path: Path, *, device: str, dtype: str) -> Iterator[tuple[RayEngine, RayTrainer]]:
-    """Start one actor a worker, on the cluster RAY_ADDRESS names or on a local one, and stop them at the end."""
-    count = config.compute.workers
+    """The engine and the trainer of a run, one actor a worker, until the end of the block."""
+    make = partial(make_parts, config, path, device=device, dtype=dtype)
+    count, slots = config.compute.workers, config.rollout.max_running
+    with start_actors(make, count=count, device=device, slots=slots) as (engine, trainer, _):
+        yield engine, trainer
+
+
+def make_parts(config: Config, path: Path, *, device: str, dtype: str) -> Parts:
+    """What a run's worker is made of; called in the worker."""
+    from launch.cluster import build_worker
+
+    engine, trainer = build_worker(config, path, device=device, dtype=dtype)
+    return engine, trainer, None
+
+
+@contextmanager
+def start_actors(
+    make: Callable[[], Parts], *, count: int, device: str, slots: int, decide: Decide = decide
+) -> Iterator[tuple[RayEngine, RayTrainer, RayLearner | None]]:
+    """Start one actor a worker, on the cluster RAY_ADDRESS names or on a local one, and stop them at the end.
+
+    make: called in each worker, after the variables by which ranks find one another are set. slots, decide: as Fleet's.
+    """
     address = os.environ.get("RAY_ADDRESS")
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
@@ -185,32 +218,10 @@ def start_workers(config: Config, path: Path, *, device: str, dtype: str) -> Ite
             for rank in range(count)
         ]
         meet = get(workers[0].address.remote())
-        get([worker.build.remote(config, path, device=device, dtype=dtype, meet=meet) for worker in workers])
-        yield RayEngine(workers), RayTrainer(workers)
+        learns = all(get([worker.build.remote(make, meet) for worker in workers]))
+        fleet = Fleet([RayMember(worker) for worker in workers], slots=slots, learns=learns, decide=decide)
+        learner = RayLearner(workers, fleet) if learns else None
+        yield RayEngine(workers, fleet), RayTrainer(workers, fleet), learner
     finally:
         remove_placement_group(group)
         ray.shutdown()
-
-
-def on_all(workers: list[Any], method: str, *args: Any) -> list[Any]:
-    """Call a method on every worker at once and return their results by rank."""
-    return get([getattr(worker, method).remote(*args) for worker in workers])
-
-
-def get(refs: Any) -> Any:
-    """ray.get, with a user's error as itself instead of wrapped in Ray's."""
-    try:
-        return ray.get(refs)
-    except ray.exceptions.RayError as error:
-        raise first_cause(error) from error
-
-
-def first_cause(error: Exception) -> Exception:
-    """What went wrong in a worker, as itself instead of wrapped in Ray's error."""
-    match error:
-        case ray.exceptions.RayTaskError():
-            return error.cause
-        case ray.exceptions.RayActorError():
-            reason = str(error).strip().splitlines()[0]
-            return ResourceError(f"a worker died ({reason}); it may have run out of memory; resume the run")
-    return error

@@ -1,12 +1,13 @@
 """What a worker whose rollouts are finished does while others still sample: the choice that saves the most time.
 
-Pure functions of what was measured. launch/fleet.py measures, asks here, and carries out what is decided.
+Pure functions of what was measured. launch/shift.py measures, asks here, and carries out what is decided.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from statistics import fmean
+from typing import Protocol
 
 # Seconds of later rollouts that a second of training the drafter is worth. Its gain cannot be read off one step
 # (acceptance moves by less than its noise), while that of a takeover is felt at once: only one that saves a good
@@ -62,6 +63,12 @@ class Rest:
 
 
 Task = TakeOver | Learn | Rest
+
+
+class Decide(Protocol):
+    """What one idle worker does now; see decide."""
+
+    def __call__(self, busy: Sequence[Load], costs: Costs | None, *, can_learn: bool) -> Task: ...
 
 
 def decide(busy: Sequence[Load], costs: Costs | None, *, can_learn: bool) -> Task:

@@ -6,7 +6,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from configs.errors import DataError, ResourceError
-from launch.actors import first_cause
+from launch.adapters import first_cause
 from launch.exits import outcome
 
 

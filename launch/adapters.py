@@ -1,0 +1,264 @@
+"""The loop's objects over Ray actors, one adapter for each protocol: engine, trainer and learner of all workers.
+
+A worker that is lost takes no part any more: the engine and the learner do without it, the trainer cannot.
+"""
+
+import logging
+import math
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from drafter.learner import DrafterReport, LearnStats
+from drafter.publish import pooled
+from launch.fleet import Fleet, WorkerLostError
+from launch.pace import Key
+from launch.shift import sample
+from rl.types import Batch, StepStats
+from rollout.types import Partial, Prompt, Rollout, Sampling
+
+POLL_S = 0.02  # how soon learning ends after it was told to
+
+log = logging.getLogger(__name__)
+
+
+class RayMember:
+    """launch.fleet.Member over a worker actor."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    async def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, partials: Sequence[Partial]
+    ) -> AsyncGenerator[Rollout]:
+        """As Member says."""
+        refs = self.handle.generate.options(num_returns="streaming").remote(prompts, sampling, partials)
+        ended = False
+        try:
+            async for ref in refs:
+                yield await ref
+            ended = True
+        except ray.exceptions.RayError as error:
+            ended = True
+            raise first_cause(error) from error
+        finally:
+            if not ended:
+                ray.cancel(refs)
+
+    async def surrender(self, count: int) -> list[Partial]:
+        """As Member says."""
+        return await self._call("surrender", count)
+
+    async def adopt(self, partials: Sequence[Partial]) -> bool:
+        """As Member says."""
+        return await self._call("adopt", partials)
+
+    async def progress(self) -> dict[Key, int]:
+        """As Member says."""
+        return await self._call("progress")
+
+    async def learn(self, turn: int) -> float:
+        """As Member says."""
+        stats: LearnStats = await self._call("learn", turn, math.inf)
+        return stats.seconds
+
+    async def call_away(self, turn: int) -> None:
+        """As Member says."""
+        await self._call("call_away", turn)
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        try:
+            return await getattr(self.handle, method).remote(*args)
+        except ray.exceptions.RayError as error:
+            raise first_cause(error) from error
+
+
+class RayEngine:
+    """An Engine over every worker's engine."""
+
+    def __init__(self, workers: Sequence[Any], fleet: Fleet) -> None:
+        self.workers = workers
+        self.fleet = fleet
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
+        """Merge the workers' streams as rollouts finish; whoever is done early takes over or learns."""
+        return sample(self.fleet, prompts, sampling)
+
+    def update(self, version: int) -> None:
+        """Every worker's engine forgets what it computed with the old weights."""
+        on_alive(self.workers, self.fleet, "update", version)
+
+    def state_dict(self) -> dict[str, Any]:
+        """One state a worker, by rank. Raises ResourceError where one is lost."""
+        return {"workers": on_all(self.workers, self.fleet, "engine_state")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give every worker the state it saved."""
+        pairs = zip(self.workers, state["workers"], strict=True)
+        get([worker.load_engine_state.remote(saved) for worker, saved in pairs])
+
+
+class RayTrainer:
+    """A Trainer over every worker's trainer: each is given the whole batch and takes its share.
+
+    Everything raises ResourceError once a worker is lost, at once: the others would wait for it.
+    """
+
+    def __init__(self, workers: Sequence[Any], fleet: Fleet) -> None:
+        self.workers = workers
+        self.fleet = fleet
+
+    def step(self, batch: Batch) -> StepStats:
+        """Trainer.step on all ranks at once; the statistics are those of the whole batch."""
+        return on_all(self.workers, self.fleet, "step", batch)[0]
+
+    def supervise(self, batch: Batch, lr: float) -> StepStats:
+        """Trainer.supervise on all ranks at once."""
+        return on_all(self.workers, self.fleet, "supervise", batch, lr)[0]
+
+    def save(self, folder: Path) -> None:
+        """All ranks gather, rank 0 writes: folder must be on storage that rank 0's node shares with the driver."""
+        on_all(self.workers, self.fleet, "save", folder.absolute())
+
+    def load(self, folder: Path) -> None:
+        """All ranks read the same folder."""
+        on_all(self.workers, self.fleet, "load", folder.absolute())
+
+
+class RayLearner:
+    """A Learner over every worker's: each trains its own copy of the drafter, and they agree on the mean of what they
+    learned. What a lost worker had learned since they agreed last is not in it; nothing here ends a run.
+    """
+
+    def __init__(self, workers: Sequence[Any], fleet: Fleet) -> None:
+        self.workers = workers
+        self.fleet = fleet
+
+    def begin(self, counts: torch.Tensor) -> None:
+        """Learner.begin: all choose the same vocabulary."""
+        on_alive(self.workers, self.fleet, "begin_learning", counts)
+
+    def learn(self, *, budget_s: float, until: Callable[[], bool]) -> LearnStats:
+        """Learner.learn on all workers at once: the steps of all, the time of the longest."""
+        self.fleet.num_turns += 1
+        turn = self.fleet.num_turns
+        refs = {number: self.workers[number].learn.remote(turn, budget_s) for number in self.fleet.alive}
+        waiting = list(refs.values())
+        while waiting and not until():
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+        on_alive(self.workers, self.fleet, "call_away", turn)
+        stats: list[LearnStats] = list(survivors(refs, self.fleet).values())
+        return LearnStats(
+            num_steps=sum(each.num_steps for each in stats),
+            seconds=max((each.seconds for each in stats), default=0.0),
+            step_s=max((each.step_s for each in stats), default=0.0),
+        )
+
+    def settle(self) -> DrafterReport:
+        """Agree on the mean of what was learned; judge it on all workers' features; publish it on all, or on none."""
+        self.agree()
+        judgements = [each for each in on_alive(self.workers, self.fleet, "judge").values() if each is not None]
+        judgement = pooled(judgements) if judgements else None
+        reports = list(on_alive(self.workers, self.fleet, "conclude", judgement).values())
+        if not reports:
+            raise self.fleet.nobody()
+        return merged(reports)
+
+    def agree(self) -> None:
+        """Put the mean of what workers learned since the last time into all of them."""
+        deltas = {}
+        learned = {}
+        for number in self.fleet.alive:
+            # what was learned stays in the object store: the driver only hears whether there is anything
+            learned[number], deltas[number] = self.workers[number].delta.options(num_returns=2).remote()
+        given = [deltas[number] for number, any_ in survivors(learned, self.fleet).items() if any_]
+        if given:
+            on_alive(self.workers, self.fleet, "apply_deltas", *given)
+
+    def save(self, folder: Path) -> float:
+        """Learner.save of the first worker, on storage that its node shares with the driver."""
+        return float(get(self.workers[0].save_drafter.remote(folder.absolute())))
+
+    def saved(self) -> None:
+        """Learner.saved."""
+        get(self.workers[0].drafter_saved.remote())
+
+    def load(self, folder: Path) -> None:
+        """Learner.load on all workers, from the same folder."""
+        on_all(self.workers, self.fleet, "load_drafter", folder.absolute())
+
+
+def merged(reports: Sequence[DrafterReport]) -> DrafterReport:
+    """Workers' reports as one: steps, tokens and seconds in all, losses by steps; they serve the same head."""
+    first = reports[0]
+    if len({each.checksum for each in reports}) > 1:
+        log.warning("workers serve different drafters: %s", [f"{each.version} {each.checksum}" for each in reports])
+    learned = [each for each in reports if each.num_steps]
+    steps = sum(each.num_steps for each in learned)
+    return replace(
+        first,
+        num_steps=steps,
+        loss=sum(each.loss * each.num_steps for each in learned) / steps if steps else first.loss,
+        train_accept_length=(
+            sum(each.train_accept_length * each.num_steps for each in learned) / steps
+            if steps
+            else first.train_accept_length
+        ),
+        buffer_tokens=sum(each.buffer_tokens for each in reports),
+        seconds=sum(each.seconds for each in reports),
+        off=first.off if all(each.off for each in reports) else "",
+    )
+
+
+def on_all(workers: Sequence[Any], fleet: Fleet, method: str, *args: Any) -> list[Any]:
+    """Call a method on every worker at once and return their results by rank.
+
+    Raises the first error at once, WorkerLostError too: others may be waiting for the one that is lost.
+    """
+    for error in fleet.lost.values():
+        raise error
+    refs = [getattr(worker, method).remote(*args) for worker in workers]
+    waiting = refs
+    while waiting:
+        done, waiting = ray.wait(waiting)
+        get(done)
+    return [get(ref) for ref in refs]
+
+
+def on_alive(workers: Sequence[Any], fleet: Fleet, method: str, *args: Any) -> dict[int, Any]:
+    """Call a method, which waits for nobody, on every worker alive; the results of those that survived it."""
+    return survivors({number: getattr(workers[number], method).remote(*args) for number in fleet.alive}, fleet)
+
+
+def survivors(refs: Mapping[int, Any], fleet: Fleet) -> dict[int, Any]:
+    """Results by worker, without those of workers that were lost meanwhile."""
+    results = {}
+    for number, ref in refs.items():
+        try:
+            results[number] = get(ref)
+        except WorkerLostError as error:
+            fleet.lose(number, error)
+    return results
+
+
+def get(refs: Any) -> Any:
+    """ray.get, with a user's error as itself instead of wrapped in Ray's."""
+    try:
+        return ray.get(refs)
+    except ray.exceptions.RayError as error:
+        raise first_cause(error) from error
+
+
+def first_cause(error: Exception) -> Exception:
+    """What went wrong in a worker, as itself instead of wrapped in Ray's error."""
+    match error:
+        case ray.exceptions.RayTaskError():
+            return error.cause
+        case ray.exceptions.RayActorError():
+            reason = str(error).strip().splitlines()[0]
+            return WorkerLostError(f"a worker died ({reason}); it may have run out of memory; resume the run")
+    return error

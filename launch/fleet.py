@@ -1,0 +1,98 @@
+"""The workers of a run, as those who give them work see them.
+
+No worker waits for another: whoever is lost costs what only it knew. Its rollouts are sampled again elsewhere, the
+same tokens (DESIGN.md, idea 2); what its drafter had learned since the workers last agreed is gone.
+"""
+
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from configs.errors import ResourceError
+from launch.idle import Decide, decide
+from launch.pace import Key, Pace
+from rollout.types import Partial, Prompt, Rollout, Sampling
+
+log = logging.getLogger(__name__)
+
+
+class WorkerLostError(ResourceError):
+    """A worker is gone, with all that it held."""
+
+
+class Member(Protocol):
+    """One worker as the fleet sees it. Everything raises WorkerLostError once the worker is gone."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, partials: Sequence[Partial]
+    ) -> AsyncGenerator[Rollout]:
+        """NativeEngine.generate; closing it ends the worker's."""
+
+    async def surrender(self, count: int) -> list[Partial]:
+        """NativeEngine.surrender: at most so many of its sequences, which it forgets."""
+
+    async def adopt(self, partials: Sequence[Partial]) -> bool:
+        """NativeEngine.adopt; False where it samples nothing to which they could be added."""
+
+    async def progress(self) -> dict[Key, int]:
+        """Response tokens so far of its unfinished sequences."""
+
+    async def learn(self, turn: int) -> float:
+        """Train the drafter until called away from this turn, or until there is nothing to learn; seconds trained."""
+
+    async def call_away(self, turn: int) -> None:
+        """End the learning of this turn, also where it has not begun."""
+
+
+@dataclass(slots=True)
+class IdleReport:
+    """What became of workers' time between the end of their own rollouts and the end of all, in worker-seconds.
+
+    idle_s: all of it; sampled_s: sequences taken over; learned_s: optimiser steps of the drafter.
+    seconds: of the whole call. num_moved: sequences taken over.
+    """
+
+    seconds: float = 0.0
+    idle_s: float = 0.0
+    sampled_s: float = 0.0
+    learned_s: float = 0.0
+    num_moved: int = 0
+
+    @property
+    def used(self) -> float:
+        """Share of the idle time that was put to use; 1 where there was none."""
+        return (self.sampled_s + self.learned_s) / self.idle_s if self.idle_s else 1.0
+
+
+class Fleet:
+    """Workers, who of them is lost, and how fast they are.
+
+    slots: sequences a worker runs at a time. learns: whether workers have a drafter to train. decide: what an idle
+    worker does; other than launch.idle.decide only to measure it.
+    """
+
+    def __init__(self, members: Sequence[Member], *, slots: int, learns: bool, decide: Decide = decide) -> None:
+        self.members = members
+        self.lost: dict[int, WorkerLostError] = {}
+        self.pace = Pace(slots=slots)
+        self.learns = learns
+        self.decide = decide
+        self.report = IdleReport()  # of the last call
+        self.num_turns = 0  # of learning
+
+    @property
+    def alive(self) -> list[int]:
+        """Numbers of the workers that are not lost."""
+        return [number for number in range(len(self.members)) if number not in self.lost]
+
+    def nobody(self) -> ResourceError:
+        """What is said where no worker is left."""
+        number, error = next(iter(self.lost.items()))
+        return ResourceError(f"no worker is left; worker {number} was lost first ({error}); resume the run")
+
+    def lose(self, number: int, error: WorkerLostError) -> None:
+        """A worker is gone for good."""
+        if number not in self.lost:
+            self.lost[number] = error
+            log.warning("worker %d is lost (%s); the others sample what it had", number, error)
