@@ -11,6 +11,9 @@ from launch.bench_report import WrongResultError, spread
 ROTATED_BYTES = 256 << 20  # several times an H100's L2 cache
 MOST_COPIES = 64
 ROUNDS = 7
+WARM_S = (
+    0.02  # of replays before any counts: an H100 that stood idle moves memory 15 % slower for its first milliseconds
+)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of a result's norm
 
 
@@ -22,7 +25,7 @@ def copies_for(num_bytes: int, device: torch.device) -> int:
 
 
 def times_us(call: Callable[..., object], operands: Sequence[tuple[Any, ...]], device: torch.device) -> list[float]:
-    """Microseconds a call, a value a round; a round calls with each of the operands once, the first is dropped."""
+    """Microseconds a call, a value a round; a round calls with each of the operands once, the device being warm."""
     if device.type == "cpu":
         return [_host_us(call, operands) for _ in range(ROUNDS + 1)][1:]
     stream = torch.cuda.Stream(device)
@@ -35,15 +38,19 @@ def times_us(call: Callable[..., object], operands: Sequence[tuple[Any, ...]], d
     with torch.cuda.graph(graph, stream=stream):
         for given in operands:
             call(*given)
+    begun = perf_counter()
+    while perf_counter() - begun < WARM_S:
+        graph.replay()
+        torch.cuda.synchronize(device)
     times = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(ROUNDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / len(operands))
-    return times[1:]
+    return times
 
 
 def _host_us(call: Callable[..., object], operands: Sequence[tuple[Any, ...]]) -> float:

@@ -10,13 +10,24 @@ from drafter.types import OFF
 from launch.agreement import verify
 from launch.bench_cycle import Hopeless
 from launch.bench_report import in_turns, plain_table, provenance, say, shape, spread
-from launch.bench_rollout import SPECULATIVE, generate, make_engine, ngram_drafter, sampling, subject_prompts
+from launch.bench_rollout import (
+    SPECULATIVE,
+    Switch,
+    generate,
+    make_engine,
+    ngram_drafter,
+    random_prompts,
+    sampling,
+    subject_prompts,
+)
 from launch.geometry import Subject
 from rollout.engine import NativeEngine
-from rollout.strategy import Chooser, FixedChooser, make_chooser
+from rollout.graphs import BUCKETS
+from rollout.strategy import Chooser, FixedChooser, arms, make_chooser
 
 LIMIT = 0.98  # tokens a second of the chosen strategy over those without drafts, at least (issue 3)
 GROUP = 8  # samples of a prompt, which quote one another
+SEQUENCES = 16  # a round at least: with one alone, where it happens to stop would decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +48,10 @@ def run(subject: Subject, job: Job) -> dict[str, Any]:
     model = subject.model
     found = provenance(device=str(model.device), seed=job.seed)
     longest = max(len(prompt.token_ids) for prompt in subject_prompts(subject, 64, seed=job.seed)) + 16
-    choosers: dict[str, Chooser] = {
-        "off": FixedChooser(OFF),
-        "chosen": _goodput(str(model.device), job.seed),
-        "never matching": _goodput(str(model.device), job.seed),
+    choosers: dict[str, Switch] = {
+        "off": Switch(FixedChooser(OFF)),
+        "chosen": Switch(_goodput(str(model.device), job.seed), FixedChooser(SPECULATIVE)),
+        "never matching": Switch(_goodput(str(model.device), job.seed), FixedChooser(SPECULATIVE)),
     }
     drafters = {"off": None, "chosen": ngram_drafter(), "never matching": Hopeless(ngram_drafter())}
     engines = {
@@ -54,6 +65,7 @@ def run(subject: Subject, job: Job) -> dict[str, Any]:
         for name, chooser in choosers.items()
     }
     verified = {name: verify(engine, model, seed=job.seed) for name, engine in engines.items()}
+    captured = {name: _capture(engine, choosers[name], subject, job) for name, engine in engines.items()}
     cells = [_cell(engines, subject, batch, job) for batch in job.batches]
     return {
         "what": "tokens per second of whole rollouts",
@@ -63,21 +75,47 @@ def run(subject: Subject, job: Job) -> dict[str, Any]:
         **asdict(job),
         "strategy": asdict(SPECULATIVE),
         "verified": verified,
+        "capture_s": captured,
         "cells": cells,
         "choosers": {name: chooser.summary() for name, chooser in choosers.items()},
     }
 
 
-def _goodput(device: str, seed: int) -> Chooser:
-    """The chooser users get on a GPU, with SPECULATIVE as the widest of its arms."""
-    spec = SpecConfig(
+def _spec() -> SpecConfig:
+    """What users get on a GPU, with SPECULATIVE as the widest of its arms."""
+    return SpecConfig(
         source="suffix",
         choice="goodput",
         depth=SPECULATIVE.depth,
         top_k=SPECULATIVE.top_k,
         num_verify=SPECULATIVE.num_verify,
     )
-    return make_chooser(spec, device=device, seed=seed)
+
+
+def _goodput(device: str, seed: int) -> Chooser:
+    return make_chooser(_spec(), device=device, seed=seed)
+
+
+def _capture(engine: NativeEngine, chooser: Switch, subject: Subject, job: Job) -> float:
+    """Run every strategy once at every batch size that rollouts pass through, as a run has after a few steps; seconds.
+
+    Graphs last as long as the run: rollouts of a second must not pay for them.
+    """
+    vocab_size = subject.model.config.get_text_config().vocab_size
+    stop = subject.stop_token_ids()
+    usual = chooser.now
+    # real ones first: graphs hold for sequences no longer than these
+    long = subject_prompts(subject, 4, seed=job.seed - 1)
+    seconds = generate(engine, long, sampling(job.new_tokens, seed=job.seed, stop_token_ids=stop)).seconds
+    strategies = arms(_spec()) if chooser.max_num_verify else (OFF,)
+    for batch in [size for size in reversed(BUCKETS) if size <= max(job.batches)]:
+        for strategy in strategies:
+            chooser.now = FixedChooser(strategy)
+            prompts = random_prompts(batch, 1, vocab_size, seed=batch)
+            seconds += generate(engine, prompts, sampling(1, seed=job.seed, stop_token_ids=stop)).seconds
+    chooser.now = usual
+    say(f"graphs of {len(strategies)} strategies: {seconds:.1f} s")
+    return seconds
 
 
 def _cell(engines: dict[str, NativeEngine], subject: Subject, batch: int, job: Job) -> dict[str, Any]:
@@ -88,14 +126,19 @@ def _cell(engines: dict[str, NativeEngine], subject: Subject, batch: int, job: J
     names = list(engines)
     stop = subject.stop_token_ids()
     seeds = [job.seed + 1000 * batch + number for number in range(job.rounds + 1)]
+    calls = -(-SEQUENCES // batch)
     # made once a round: random prompts have new names, and so other noise, each time they are made
-    prompts = [subject_prompts(subject, -(-batch // samples), seed=seed) for seed in seeds]
+    prompts = [subject_prompts(subject, calls * -(-batch // samples), seed=seed) for seed in seeds]
     for number, name in in_turns(names, job.rounds):
         how = sampling(job.new_tokens, seed=seeds[number], num_samples=samples, stop_token_ids=stop)
-        timed = generate(engines[name], prompts[number], how)
-        tokens = sum(len(rollout.token_ids) for rollout in timed.rollouts)
-        rates[name].append(tokens / timed.seconds)
-        lengths[name].append(tokens / sum(rollout.spec.forwards for rollout in timed.rollouts))
+        share = len(prompts[number]) // calls
+        timed = [
+            generate(engines[name], prompts[number][call * share : (call + 1) * share], how) for call in range(calls)
+        ]
+        rollouts = [rollout for one in timed for rollout in one.rollouts]
+        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+        rates[name].append(tokens / sum(one.seconds for one in timed))
+        lengths[name].append(tokens / sum(rollout.spec.forwards for rollout in rollouts))
     cell: dict[str, Any] = {"batch": batch}
     for name in names:
         cell[name] = {"tokens_per_s": spread(rates[name][1:]), "accept_length": spread(lengths[name][1:])}
