@@ -222,6 +222,15 @@ def test_many_draws_follow_the_filtered_distribution(filters: dict[str, Any]) ->
     assert abs(chi_square_z(counts[probs > 0], probs[probs > 0])) < 4
 
 
+def distance_to_target(logits: torch.Tensor, *, temperature: float, top_p: float, top_k: int, min_p: float) -> float:
+    """How near the mass of some tokens and all larger ones comes to top_p: where float32 may decide either way."""
+    scaled = logits.double() / temperature
+    if top_k:
+        scaled = scaled[logits >= logits.topk(top_k).values[-1]]
+    masses = torch.softmax(scaled, dim=0).sort(descending=True).values.cumsum(dim=0)
+    return float((masses - top_p).abs().min()) if top_p < 1 else math.inf
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,7 +245,9 @@ def test_draws_equal_the_reference_at_real_size(dtype: torch.dtype, kind: dict[s
             expected_ids = (logits == logits.amax(dim=1, keepdim=True)).to(torch.int8).argmax(dim=1)
         same = token_ids == expected_ids
         assert (~same).sum() <= rows // 1000
-        torch.testing.assert_close(logprobs[same], expected_logprobs[same], atol=1e-4, rtol=1e-5)
+        equal = torch.isclose(logprobs, expected_logprobs, atol=1e-4, rtol=1e-5)
+        for row in (same & ~equal).nonzero().flatten().tolist():
+            assert distance_to_target(logits[row], **kind) < 1e-6
 
 
 @pytest.mark.gpu
