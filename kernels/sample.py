@@ -27,7 +27,7 @@ def gumbel_noise(keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) -
     The uniform it is made from has the same bits on every device; logarithms may differ in the last place.
     Shapes: keys, positions [N] int64. Returns [N, vocab_size] float32.
     """
-    return _negative_exponential(keys, positions, vocab_size).neg_().log_().neg_()
+    return _negative_exponential(keys, positions, _token_hash(vocab_size, keys.device)).neg_().log_().neg_()
 
 
 def sample(
@@ -39,23 +39,25 @@ def sample(
     top_k: int,
     top_p: float,
     min_p: float,
+    token_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token a row, by the noise of its key and position: in Triton on CUDA, by the reference elsewhere.
 
     A filter keeps what lies at or above a threshold, so equal logits stay or go together and nothing depends on the
     order of a sort. top_k keeps the k largest; top_p, of what is left, the largest tokens whose predecessors hold less
     than top_p of the mass; min_p those of at least min_p times the largest probability.
-    Shapes: logits [N, V] of any float dtype; keys, positions [N] int64.
+    Shapes: logits [N, V] of any float dtype; keys, positions [N] int64; token_ids [V] int32: the tokens that the logits
+    of a reduced vocabulary stand for, whose noise is then that of the whole one; None where column is token.
     Returns: token_ids [N] int64; logprobs [N] float32 under temperature and filters, renormalised. Temperature 0 takes
     the largest logit, the first of equals, with log-prob 0. A row with NaN or +inf, or nothing but -inf, gets a
     log-prob that is not finite.
     """
     transform: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     if not logits.is_cuda:
-        return sample_reference(logits, keys, positions, **transform)
+        return sample_reference(logits, keys, positions, token_ids=token_ids, **transform)
     from kernels.sample_triton import sample_triton  # triton is slow to import, and no CPU process needs it
 
-    return sample_triton(logits, keys, positions, **transform)
+    return sample_triton(logits, keys, positions, token_ids=token_ids, **transform)
 
 
 def sample_reference(
@@ -67,13 +69,16 @@ def sample_reference(
     top_k: int,
     top_p: float,
     min_p: float,
+    token_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """sample, in torch: the definition. It keeps some float32 chunks, CHUNK_ELEMENTS long, beside the logits."""
     if temperature == 0:
-        largest, token_ids = logits.max(dim=1)
-        return token_ids, largest.float() * 0  # 0, and NaN where the logits are not numbers
+        largest, chosen = logits.max(dim=1)
+        drawn = chosen if token_ids is None else token_ids[chosen].long()
+        return drawn, largest.float() * 0  # 0, and NaN where the logits are not numbers
     num_rows, vocab_size = logits.shape
-    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    hashes = _token_hash(vocab_size, logits.device) if token_ids is None else hash_tokens(token_ids)
+    drawn = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     chunk = max(1, CHUNK_ELEMENTS[logits.device.type] // vocab_size)
     for start in range(0, num_rows, chunk):
@@ -83,11 +88,11 @@ def sample_reference(
             _filter(scaled, top_k=top_k, top_p=top_p, min_p=min_p)
         probs = torch.softmax(scaled, dim=1)
         # p / E has the argmax of log p + G and spares two logarithms an element
-        race = probs / _negative_exponential(keys[rows], positions[rows], vocab_size)
+        race = probs / _negative_exponential(keys[rows], positions[rows], hashes)
         chosen = race.argmin(dim=1)
-        token_ids[rows] = chosen
+        drawn[rows] = chosen if token_ids is None else token_ids[chosen]
         logprobs[rows] = probs.gather(1, chosen[:, None]).squeeze(1).log()
-    return token_ids, logprobs
+    return drawn, logprobs
 
 
 def _filter(scaled: torch.Tensor, *, top_k: int, top_p: float, min_p: float) -> None:
@@ -110,9 +115,17 @@ def _filter(scaled: torch.Tensor, *, top_k: int, top_p: float, min_p: float) -> 
         scaled.masked_fill_(scaled < threshold, -torch.inf)
 
 
-def _negative_exponential(keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """-E of exponential noise E with rate 1. keys, positions [N] int64. Returns [N, vocab_size] float32 > -16.7."""
-    bits = noise_words(keys, positions, vocab_size)
+def log_exponential_noise(keys: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """log E of the noise of these tokens. keys, positions [N] int64; token_ids [V] int32. Returns [N, V] float32."""
+    return _negative_exponential(keys, positions, hash_tokens(token_ids)).neg_().log_()
+
+
+def _negative_exponential(keys: torch.Tensor, positions: torch.Tensor, hashes: torch.Tensor) -> torch.Tensor:
+    """-E of exponential noise E with rate 1 of tokens with these hashes [V].
+
+    keys, positions [N] int64. Returns [N, V] float32 > -16.7.
+    """
+    bits = _noise_bits(keys, positions, hashes)
     # -u = -(bits + 1/2) 2^-31, kept above -1 where float32 would round; small u, the likely winners, keep every bit
     negative_uniform = bits.to(torch.float32).mul_(-(1 - 2.0**-24) * 2.0**-31).sub_(2.0**-32)
     return negative_uniform.log1p_()
@@ -125,9 +138,14 @@ def noise_words(keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) ->
     three; shifts and multiplications are those of a murmur3-like finaliser.
     Shapes: keys, positions [N] int64. Returns [N, vocab_size] int32, none negative.
     """
+    return _noise_bits(keys, positions, _token_hash(vocab_size, keys.device))
+
+
+def _noise_bits(keys: torch.Tensor, positions: torch.Tensor, hashes: torch.Tensor) -> torch.Tensor:
+    """noise_words of the tokens with these hashes [V]."""
     row = _mix64(_mix64(keys) + positions * _signed(0x9E3779B97F4A7C15, 64))
     low, high = row.to(torch.int32)[:, None], (row >> 32).to(torch.int32)[:, None]
-    bits = _token_hash(vocab_size, keys.device) ^ low
+    bits = hashes ^ low
     shifted = torch.empty_like(bits)
     bits.mul_(_signed(0xED5AD4BB, 32))
     _xor_shift(bits, 17, shifted)
@@ -140,14 +158,19 @@ def noise_words(keys: torch.Tensor, positions: torch.Tensor, vocab_size: int) ->
 
 @lru_cache(maxsize=8)
 def _token_hash(vocab_size: int, device: torch.device) -> torch.Tensor:
-    """A mixed word for each token, all different. Returns [vocab_size] int32."""
-    tokens = torch.arange(vocab_size, dtype=torch.int32, device=device)
-    shifted = torch.empty_like(tokens)
+    """hash_tokens of the whole vocabulary."""
+    return hash_tokens(torch.arange(vocab_size, dtype=torch.int32, device=device))
+
+
+def hash_tokens(token_ids: torch.Tensor) -> torch.Tensor:
+    """A mixed word for each token, all different. token_ids [V] int32; returns [V] int32."""
+    words = token_ids.clone()
+    shifted = torch.empty_like(words)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        _xor_shift(tokens, shift, shifted)
-        tokens.mul_(_signed(factor, 32))
-    _xor_shift(tokens, 16, shifted)
-    return tokens
+        _xor_shift(words, shift, shifted)
+        words.mul_(_signed(factor, 32))
+    _xor_shift(words, 16, shifted)
+    return words
 
 
 def _mix64(words: torch.Tensor) -> torch.Tensor:

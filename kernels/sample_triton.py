@@ -34,13 +34,16 @@ def sample_triton(
     top_k: int,
     top_p: float,
     min_p: float,
+    token_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """sample, in two launches; filters add two, and top_k and top_p 4 to 8 each."""
     num_rows, vocab_size = logits.shape
-    token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    drawn = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     if num_rows == 0:
-        return token_ids, logprobs
+        return drawn, logprobs
+    mapped = token_ids is not None
+    vocabulary = token_ids if token_ids is not None else drawn  # not read unless mapped
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     num_tiles = triton.cdiv(vocab_size, TILE)
@@ -51,9 +54,19 @@ def sample_triton(
     if temperature == 0:
         maxima = tile_maxima(logits, grid=grid, tile=TILE, tiles_per_program=tiles_per_program)
         _greedy_kernel[(num_rows,)](
-            logits, maxima, token_ids, logprobs, logits.stride(0), vocab_size, num_tiles, TILE=TILE, TILES=tiles
+            logits,
+            maxima,
+            vocabulary,
+            drawn,
+            logprobs,
+            logits.stride(0),
+            vocab_size,
+            num_tiles,
+            MAPPED=mapped,
+            TILE=TILE,
+            TILES=tiles,
         )
-        return token_ids, logprobs
+        return drawn, logprobs
     filtered = 0 < top_k < vocab_size or top_p < 1 or min_p > 0
     if filtered:
         tiling = {"grid": grid, "tile": TILE, "tiles_per_program": tiles_per_program}
@@ -72,6 +85,7 @@ def sample_triton(
         logits,
         keys,
         positions,
+        vocabulary,
         least,
         maxima,
         sums,
@@ -84,6 +98,7 @@ def sample_triton(
         tiles_per_program,
         scale,
         FILTERED=filtered,
+        MAPPED=mapped,
         TILE=TILE,
         OVERLAP=overlap,
         num_warps=RACE_WARPS,
@@ -95,18 +110,20 @@ def sample_triton(
         sums,
         scores,
         winners,
-        token_ids,
+        vocabulary,
+        drawn,
         logprobs,
         logits.stride(0),
         num_tiles,
         num_groups,
         scale,
+        MAPPED=mapped,
         TILES=tiles,
         OVERLAP=overlap,
         num_warps=1,
         launch_pdl=overlap,
     )
-    return token_ids, logprobs
+    return drawn, logprobs
 
 
 @triton.jit(do_not_specialize=["num_groups", "tiles_per_program"])
@@ -114,6 +131,7 @@ def _race_kernel(
     logits,
     keys,
     positions,
+    vocabulary,
     least,
     maxima,
     sums,
@@ -126,6 +144,7 @@ def _race_kernel(
     tiles_per_program,
     scale,
     FILTERED: tl.constexpr,
+    MAPPED: tl.constexpr,
     TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -163,12 +182,14 @@ def _race_kernel(
             weight = tl.exp2((x - origin) * scale)
             tl.store(maxima + row * num_tiles + index, largest)
             tl.store(sums + row * num_tiles + index, tl.sum(weight))
-            uniform = noise_words(token, low, high).to(tl.float32) * ((1 - 2.0**-24) * 2.0**-31) + 2.0**-32
+            identity = token
+            if MAPPED:
+                identity = tl.load(vocabulary + token, mask=token < vocab_size, other=0)
+            uniform = uniforms(identity, low, high)
             # scores are rounded, so a token may be ahead by as much and still lose; never the reverse
             bar = tl.exp2(best - origin * scale - 0.01 - 1e-6 * tl.abs(best))
             if tl.max((weight > bar * uniform).to(tl.int32)) > 0:
-                noise = -_log(1 - uniform, -uniform)
-                score = x * scale - _log(noise, noise - 1) * 1.4426950408889634
+                score = x * scale - log2_exponential(uniform)
                 score, place = tl.max(score, axis=0, return_indices=True)
                 if score > best:
                     best = score
@@ -184,12 +205,14 @@ def _finish_kernel(
     sums,
     scores,
     winners,
-    token_ids,
+    vocabulary,
+    drawn,
     logprobs,
     stride,
     num_tiles,
     num_groups,
     scale,
+    MAPPED: tl.constexpr,
     TILES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -207,13 +230,25 @@ def _finish_kernel(
     _, group = tl.max(score, axis=0, return_indices=True)
     token = tl.load(winners + row * num_groups + group)
     x = tl.load(logits + row * stride + token).to(tl.float32)
-    tl.store(token_ids + row, token.to(tl.int64))
+    if MAPPED:
+        token = tl.load(vocabulary + token)
+    tl.store(drawn + row, token.to(tl.int64))
     tl.store(logprobs + row, ((x - largest) * scale - tl.log2(total)) * 0.6931471805599453)
 
 
 @triton.jit
 def _greedy_kernel(
-    logits, maxima, token_ids, logprobs, stride, vocab_size, num_tiles, TILE: tl.constexpr, TILES: tl.constexpr
+    logits,
+    maxima,
+    vocabulary,
+    drawn,
+    logprobs,
+    stride,
+    vocab_size,
+    num_tiles,
+    MAPPED: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """The first token with the row's largest logit: in the first tile with that maximum. maxima [N, tiles]."""
     row = tl.program_id(0).to(tl.int64)
@@ -223,7 +258,10 @@ def _greedy_kernel(
     token = index * TILE + tl.arange(0, TILE)
     x = tl.load(logits + row * stride + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
     _, place = tl.max(tl.where(x != x, float("inf"), x), axis=0, return_indices=True)
-    tl.store(token_ids + row, (index * TILE + place).to(tl.int64))
+    winner = index * TILE + place
+    if MAPPED:
+        winner = tl.load(vocabulary + winner)
+    tl.store(drawn + row, winner.to(tl.int64))
     tl.store(logprobs + row, largest * 0)  # NaN where the largest is not a number
 
 
@@ -245,6 +283,19 @@ def noise_words(token, low, high):
     bits = (bits ^ (bits >> 11)) * 0x31848BAB
     signed = bits.to(tl.int32, bitcast=True)
     return signed ^ (signed >> 14)
+
+
+@triton.jit
+def uniforms(token, low, high):
+    """The uniform in (0, 1) that each token's noise is made from."""
+    return noise_words(token, low, high).to(tl.float32) * ((1 - 2.0**-24) * 2.0**-31) + 2.0**-32
+
+
+@triton.jit
+def log2_exponential(uniform):
+    """log2 E of the exponential noise E = -log(1 - uniform)."""
+    noise = -_log(1 - uniform, -uniform)
+    return _log(noise, noise - 1) * 1.4426950408889634
 
 
 @triton.jit
