@@ -86,6 +86,8 @@ def paged_sequences(
     the first node, and the nodes whose bit is set in its ancestors, j itself included and none after it. Distances of a
     sliding window are differences of positions, so that it cuts a drafted path where it cuts the same tokens decoded
     one by one. Without trees ancestors and num_drafted are None, and positions need not be given.
+    Where num_drafted exceeds the new tokens, the first nodes are in the cache already: context_lens counts them, and a
+    window takes their indices for their positions.
     On CUDA nothing synchronises and no shape depends on data, so it may be captured; max_context may be any bound.
     Shapes: as in PagedSequences. A sequence drafts at most 63 nodes.
     """
@@ -158,6 +160,9 @@ def _dense_masks(
         clamped = new_index.clamp(0, max_seqlen_q - 1).long()
         is_new = (new_index >= 0) & (new_index < query_lens[:, None, None])
         visible = (new_index < 0) | (is_new & tree.gather(2, clamped.expand(-1, max_seqlen_q, -1)))
+        if bool((num_drafted > query_lens).any()):
+            on_path = (ancestors >> (new_index - first_node).clamp(0, 63)) & 1 > 0
+            visible &= on_path | (new_index >= 0) | (new_index < first_node)
         query_positions = positions
         key_positions = torch.where(is_new, positions.transpose(1, 2).gather(2, clamped), key_index)
     used = torch.arange(num_blocks, device=device) * block_size < (context_lens + query_lens)[:, None]
