@@ -1,0 +1,185 @@
+"""Where verification leaves its hidden states: a ring of positions for each running text, and windows to learn from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from drafter.buffer import FeatureBuffer, FeatureWindow
+from drafter.types import CycleFeatures, Rows, Texts
+from kernels.features import NUM_AUX, Rings, keep_features
+
+
+@dataclass(slots=True)
+class Running:
+    """A text being written, as far as the host has read it. first: the next position to hand on."""
+
+    slot: int
+    first: int
+    length: int
+    version: int | None = None
+
+
+class FeatureRings:
+    """drafter.types.FeatureReader: what a cycle computed for committed tokens stays for drafting and for training.
+
+    The device stores it in the cycle's own graph. The host, told of each cycle one cycle late, copies a window out
+    when it is full, before the ring comes round: it holds a window and what two cycles can add. A window is of one
+    policy version; what is left when a text ends is one too.
+
+    window: positions handed on at a time. max_nodes: drafted tokens a row and cycle at most. sink: None keeps nothing
+    beyond the rings.
+    """
+
+    def __init__(
+        self,
+        *,
+        aux_layers: tuple[int, ...],
+        hidden_size: int,
+        window: int,
+        max_nodes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        sink: FeatureBuffer | None,
+    ) -> None:
+        assert len(aux_layers) == NUM_AUX
+        self.aux_layers = aux_layers
+        self.num_slots = 0
+        self._hidden_size = hidden_size
+        self._window = window
+        self._ring_size = window + 2 * (1 + max_nodes)
+        self._dtype = dtype
+        self._device = device
+        self._sink = sink
+        self._rings: Rings | None = None
+        self._texts: Texts | None = None
+        self._running: dict[int, Running] = {}
+        self._prompt_of: dict[int, str] = {}
+        self._free: list[int] = []
+        self._num_begun = 0
+
+    @property
+    def rings(self) -> Rings:
+        """The tensors, at addresses that stay until texts or rows change in number."""
+        assert self._rings is not None, "attach the texts first"
+        return self._rings
+
+    def attach(self, texts: Texts, *, num_rows: int) -> None:
+        """Read about these texts from now on, of which num_rows at most are written at a time; all of them are free."""
+        self._texts = texts
+        self._running.clear()
+        self._prompt_of.clear()
+        self._free = list(range(num_rows - 1, -1, -1))
+        num_texts = len(texts.lengths)
+        if self._rings is None or self.num_slots != num_rows or len(self._rings.slot_of) != num_texts:
+            self._rings = self._empty(num_texts, num_rows)
+        self._rings.slot_of.fill_(num_rows)
+        self.num_slots = num_rows
+
+    def name(self, text: int, prompt_id: str) -> None:
+        """The prompt that a text is about to answer, before or after begin."""
+        self._prompt_of[text] = prompt_id
+
+    def begin(self, text: int, length: int) -> None:
+        """A sequence of so many tokens begins, or goes on after an eviction, to write this text."""
+        assert text not in self._running, f"text {text} is already written"
+        slot = self._free.pop()
+        self._num_begun += 1
+        self._running[text] = Running(slot, first=length - 1, length=length)
+        rings = self.rings
+        # not by assignment, which waits for the device to copy a number
+        rings.slot_of[text : text + 1].fill_(slot)
+        rings.starts[slot : slot + 1].fill_(length - 1)
+        rings.begun[slot : slot + 1].fill_(self._num_begun)
+
+    def observe(self, texts: Texts, rows: Rows, features: CycleFeatures) -> None:
+        """Keep what was committed. Called after commit, inside the target's CUDA graph: no host synchronisation."""
+        keep_features(
+            self.rings,
+            texts,
+            rows.text[: features.num_rows],
+            aux=features.aux,
+            hidden=features.hidden,
+            counts=features.counts,
+            path=features.path,
+            num_valid=features.num_valid,
+            drafts=features.drafts,
+        )
+
+    def committed(self, text: int, *, length: int, version: int, finished: bool) -> None:
+        """The host has read that a text has so many tokens, of this policy version; hand on what is complete."""
+        running = self._running[text]
+        if running.version != version:
+            self._hand_on_rest(text, running)
+            running.version = version
+        running.length = length
+        while length - 1 - running.first >= self._window:
+            self._hand_on(text, running, running.first + self._window)
+        if finished:
+            self._end(text)
+
+    def release(self, texts: Sequence[int]) -> None:
+        """These texts are no longer written."""
+        for text in texts:
+            if text in self._running:
+                self._end(text)
+            self._prompt_of.pop(text, None)
+
+    def _end(self, text: int) -> None:
+        running = self._running.pop(text)
+        self._hand_on_rest(text, running)
+        self.rings.slot_of[text : text + 1].fill_(self.num_slots)
+        self._free.append(running.slot)
+
+    def _hand_on_rest(self, text: int, running: Running) -> None:
+        if running.length - 1 > running.first:
+            self._hand_on(text, running, running.length - 1)
+
+    def _hand_on(self, text: int, running: Running, end: int) -> None:
+        """Give the sink a copy of the positions before end."""
+        first, running.first = running.first, end
+        if self._sink is None:
+            return
+        assert self._texts is not None and running.version is not None
+        # the copies are learned from, and what inference mode makes takes no part in that
+        with torch.inference_mode(False), torch.no_grad():
+            token_ids = self._texts.tokens[text, first : end + 1].clone()
+            states = self._copy(self.rings.states[running.slot], first, end)
+            alt_ids = self._copy(self.rings.alt_ids[running.slot], first, end)
+            size = self._hidden_size
+            aux, hidden, alt_hidden = states.split([NUM_AUX * size, size, size], dim=1)
+        self._sink.add(
+            FeatureWindow(
+                prompt_id=self._prompt_of.get(text, ""),
+                first=first,
+                version=running.version,
+                token_ids=token_ids[:-1],
+                next_ids=token_ids[1:],
+                aux=aux,
+                hidden=hidden,
+                alt_ids=alt_ids,
+                alt_hidden=alt_hidden,
+            )
+        )
+
+    def _copy(self, ring: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """Positions first to end - 1 of a ring [F, ...]."""
+        begin, count = first % self._ring_size, end - first
+        if begin + count <= self._ring_size:
+            return ring[begin : begin + count].clone()
+        return torch.cat([ring[begin:], ring[: begin + count - self._ring_size]])
+
+    def _empty(self, num_texts: int, num_slots: int) -> Rings:
+        # written in inference mode and outside of it
+        with torch.inference_mode(False):
+
+            def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+                return torch.zeros(shape, dtype=dtype, device=self._device)
+
+            return Rings(
+                slot_of=zeros(num_texts),
+                starts=zeros(num_slots + 1),
+                begun=zeros(num_slots + 1),
+                states=zeros(num_slots + 1, self._ring_size, (NUM_AUX + 2) * self._hidden_size, dtype=self._dtype),
+                alt_ids=zeros(num_slots + 1, self._ring_size),
+            )
