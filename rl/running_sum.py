@@ -21,8 +21,8 @@ class RunningSumConfig:
     min_terms: int = 2
     max_terms: int = 150
     tail: float = 0.5
-    min_value: int = 10
-    max_value: int = 99
+    min_value: int = 1
+    max_value: int = 9
     seed: int = 0
     size: int = 500
 

@@ -38,7 +38,7 @@ def test_a_row_lists_its_terms_by_number_and_answers_their_sum() -> None:
     terms = row["metadata"]["terms"]
     assert row == again
     assert row["question"].splitlines()[1:] == [f"{number}: {term}" for number, term in enumerate(terms, 1)]
-    assert row["answer"] == str(sum(terms)) and all(10 <= term <= 99 for term in terms)
+    assert row["answer"] == str(sum(terms)) and all(1 <= term <= 9 for term in terms)
 
 
 def test_only_the_whole_sum_scores() -> None:
