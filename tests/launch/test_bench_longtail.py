@@ -25,7 +25,7 @@ def recipe(tiny_model_dir: Path, tmp_path: Path) -> Path:
     config |= {"model": str(tiny_model_dir), "compute": {"dtype": "float32", "device": "cpu"}}
     config["data"] |= {"options": {"max_terms": 12}, "size": 100}
     config["reward"]["workers"] = 1
-    config["rollout"] = {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 64, "kv_tokens": 4096}
+    config["rollout"] = {"prompts_per_step": 2, "group_size": 4, "max_new_tokens": 64, "temperature": 0.3}
     config["warmstart"] |= {"steps": 2, "warmup_steps": 1, "examples_per_step": 4}
     config["eval"] = {"every": 1, "num_prompts": 4}
     path = tmp_path / "tiny.yaml"
