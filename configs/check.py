@@ -33,6 +33,15 @@ _AT_LEAST: dict[str, float] = {
     "rollout.prefill_tokens": 1,
     "rollout.block_size": 1,
     "rollout.kv_tokens": 0,
+    "spec.below": 0,
+    "drafter.draft_vocab": 1,
+    "drafter.window": 1,
+    "drafter.unroll": 1,
+    "drafter.batch_tokens": 1,
+    "drafter.feature_window": 1,
+    "drafter.buffer_mb": 1,
+    "drafter.budget": 0,
+    "drafter.checkpoint_every": 1,
     "train.steps": 1,
     "train.warmup_steps": 0,
     "train.weight_decay": 0,
@@ -51,10 +60,11 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
 }
-_ABOVE_ZERO = ("reward.timeout_s", "rollout.top_p", "rollout.temperature", "train.lr", "warmstart.lr")
+_ABOVE_ZERO = ("reward.timeout_s", "rollout.top_p", "rollout.temperature", "drafter.lr", "train.lr", "warmstart.lr")
 _AT_MOST: dict[str, float] = {
     "rollout.top_p": 1,
     "data.max_bad_fraction": 1,
+    "drafter.budget": 1,
     "train.clip_low": 1,
     "spec.num_verify": 63,  # a node's ancestors are the bits of a word
     "spec.depth": 63,
@@ -135,6 +145,8 @@ def _rollout(config: Config) -> Iterator[tuple[str, str]]:
         for name in ("depth", "top_k", "num_verify", "min_match"):
             if getattr(spec, name) < 1:
                 yield f"spec.{name}", "must be at least 1; set spec.source=off to decode without drafts"
+    if spec.source in ("eagle", "auto") and rollout.backend == "native":
+        yield from _drafter(config)
 
 
 def _vllm(config: Config) -> Iterator[tuple[str, str]]:
@@ -151,6 +163,20 @@ def _vllm(config: Config) -> Iterator[tuple[str, str]]:
             yield "spec.top_k", "rollout.backend=vllm drafts chains; set 1"
     if config.rollout.min_p > 0:
         yield "rollout.min_p", "rollout.backend=vllm does not apply it to drafts; set 0"
+    if spec.below:
+        yield "spec.below", "rollout.backend=vllm drafts for any number of sequences; set 0"
+
+
+def _drafter(config: Config) -> Iterator[tuple[str, str]]:
+    """What a learned drafter needs beyond its bounds."""
+    spec, drafter = config.spec, config.drafter
+    if not drafter.train and not drafter.init:
+        yield "drafter.init", "name a trained drafter's folder: drafter.train=false leaves random weights as they are"
+    if drafter.batch_tokens < drafter.feature_window:
+        yield "drafter.batch_tokens", f"holds no window of drafter.feature_window={drafter.feature_window} tokens"
+    levels = min(spec.depth, spec.num_verify)
+    if (levels - 1) * spec.top_k > 63:  # the bits that say what a node sees
+        yield "spec.top_k", f"a trained head's trees of {levels} levels are no wider; set {63 // (levels - 1)} or less"
 
 
 def _train(config: Config) -> Iterator[tuple[str, str]]:

@@ -83,6 +83,7 @@ class SpecConfig:
     # Which draft, how long. "goodput": the most tokens a second by measured times and acceptance, off among the arms;
     # "beg_mab": TLT's bandit; "fixed": always depth, top_k and num_verify. auto: goodput on a GPU, fixed on a CPU.
     choice: Literal["auto", "goodput", "beg_mab", "fixed"] = "auto"
+    below: int = 0  # draft only while fewer sequences run, 0 for always; with beg_mab, and 32, this is TLT's policy
     depth: int = 6  # levels drafted at most
     top_k: int = 1  # children kept a node; 1 drafts a chain
     num_verify: int = 6  # drafted tokens verified at most, a sequence and cycle

@@ -76,6 +76,10 @@ class Switch:
         """Tell the present chooser."""
         self.now.policy_changed()
 
+    def drafter_changed(self, source: str) -> None:
+        """Tell the present chooser."""
+        self.now.drafter_changed(source)
+
     def summary(self) -> dict[str, Any]:
         """What the present chooser knows."""
         return self.now.summary()

@@ -72,7 +72,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     activations = micro_tokens * _activation_elements(model_config, train.gradient_checkpointing) * itemsize
     logits = max(
         _training_logits_bytes(model_config, micro_tokens, itemsize, device),
-        _rollout_logits_bytes(model_config, running * (1 + configured(config.spec).num_verify), itemsize, device),
+        _rollout_logits_bytes(model_config, running * (1 + configured(config.spec)[0].num_verify), itemsize, device),
     )
     graphs = rollout.graph_mb << 20 if device == "cuda" else 0
     available = available_bytes(device) // (1 if device == "cuda" else workers)
@@ -185,12 +185,16 @@ def _epochs(config: Config) -> float | None:
 
 def _speculation(config: Config, device: str) -> str:
     """Where drafts come from, who chooses their shape, and the widest, as "source: shape"."""
-    strategy = configured(config.spec)
+    strategies = configured(config.spec)
+    strategy = strategies[0]
     if strategy == OFF:
         return "off: one token a forward"
     shape = "chains" if strategy.top_k == 1 else f"trees of {strategy.top_k} children a node"
     choice = make_chooser(config.spec, device=device, seed=config.run.seed).summary()["choice"]
-    return f"{strategy.source}, {choice}: {shape}, up to {strategy.depth} deep, {strategy.num_verify} verified"
+    sources = " and ".join(each.source for each in strategies)
+    if config.spec.below:
+        choice += f" below {config.spec.below} running"
+    return f"{sources}, {choice}: {shape}, up to {strategy.depth} deep, {strategy.num_verify} verified"
 
 
 def _activation_elements(model_config: PretrainedConfig, checkpointing: bool) -> int:

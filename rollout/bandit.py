@@ -23,7 +23,7 @@ class BegMabChooser:
     The group that verifies most serves batches from thresholds[0], the next one those from thresholds[1], and so on.
     A strategy's reward is (accepted / batch + 1) x batch / seconds; with probability epsilon a candidate is drawn at
     random, else the one with the largest median of its last window rewards is taken. What was never tried goes first.
-    Off is a candidate everywhere, where TLT stops speculating above a batch size.
+    Off, where it is among the arms, is a candidate for every batch.
     Source: TLT (arXiv 2511.16665), its algorithm of the adaptive rollout engine.
     """
 
@@ -38,9 +38,9 @@ class BegMabChooser:
     ) -> None:
         widths = sorted({arm.num_verify for arm in arms if arm != OFF}, reverse=True)
         assert thresholds[0] <= 1 and all(low < high for low, high in pairwise(thresholds)), "thresholds rise from 1"
-        assert len(widths) <= len(thresholds), "each group needs a threshold"
+        assert 1 <= len(widths) <= len(thresholds), "each group needs a threshold"
         self._buckets = [
-            (threshold, (OFF, *(arm for arm in dict.fromkeys(arms) if arm != OFF and arm.num_verify == width)))
+            (threshold, tuple(arm for arm in dict.fromkeys(arms) if arm.num_verify in (OFF.num_verify, width)))
             for threshold, width in zip(thresholds, widths, strict=False)
         ]
         self._arms = tuple(dict.fromkeys((OFF, *arms)))
@@ -68,6 +68,12 @@ class BegMabChooser:
     def policy_changed(self) -> None:
         """The window forgets by itself."""
 
+    def drafter_changed(self, source: str) -> None:
+        """Try the source's strategies as if for the first time."""
+        for arm, rewards in self._rewards.items():
+            if arm.source == source:
+                rewards.clear()
+
     def summary(self) -> dict[str, Any]:
         """Shares of cycles, and the median rewards in tokens a second."""
         cycles = sum(self._chosen.values())
@@ -84,11 +90,7 @@ class BegMabChooser:
         return {"choice": "beg_mab", "cycles": cycles, "arms": arms}
 
     def _candidates(self, batch: int) -> tuple[Strategy, ...]:
-        found: tuple[Strategy, ...] = (OFF,)
-        for threshold, group in self._buckets:
-            if batch >= threshold:
-                found = group
-        return found
+        return [group for threshold, group in self._buckets if batch >= threshold][-1]
 
     def _value(self, arm: Strategy) -> float:
         rewards = self._rewards[arm]

@@ -42,8 +42,7 @@ class GoodputChooser:
         self._index = {arm: number for number, arm in enumerate(self._arms)}
         count = len(self._arms)
         self._costs = CostTable([1 + arm.num_verify for arm in self._arms])
-        depths = {arm.source: max(a.depth for a in self._arms if a.source == arm.source) for arm in self._arms[1:]}
-        self._sources = {source: Acceptance(depth) for source, depth in depths.items()}
+        self._sources = {arm.source: self._untried(arm.source) for arm in self._arms[1:]}
         self._gains = [Share(0.0, 0.0) for _ in range(count)]
         self._tokens = [1.0] * count
         self._refresh()
@@ -91,6 +90,16 @@ class GoodputChooser:
         """Let new evidence outweigh the old, and look at every arm again soon."""
         self._weaken(NEW_POLICY_TRIALS)
 
+    def drafter_changed(self, source: str) -> None:
+        """Hope as for a source that was never tried, and look at it again soon."""
+        for number, arm in enumerate(self._arms):
+            if arm.source == source:
+                self._sources[arm.source] = self._untried(source)
+                self._gains[number] = Share(0.0, 0.0)
+                self._interval[number] = FIRST_INTERVAL
+                self._due[number] = min(self._due[number], self._cycle + FIRST_INTERVAL)
+        self._refresh()
+
     def summary(self) -> dict[str, Any]:
         """Shares of cycles, times, tokens and acceptance as they stand, and what probing has cost."""
         cycles = max(1, self._cycle)
@@ -110,6 +119,9 @@ class GoodputChooser:
         }
         probes = {"count": self._probes, "loss_s": self._probe_loss_s}
         return {"choice": "goodput", "cycles": self._cycle, "arms": arms, "sources": sources, "probes": probes}
+
+    def _untried(self, source: str) -> Acceptance:
+        return Acceptance(max(arm.depth for arm in self._arms if arm.source == source))
 
     def _select(self, rows: int, context: float) -> int:
         """The arm of most expected tokens a second, unless another's turn to be probed has come."""

@@ -227,6 +227,10 @@ class SharedChooser:
         """The weights of all ranks moved."""
         self._inner.policy_changed()
 
+    def drafter_changed(self, source: str) -> None:
+        """The drafters of all ranks changed."""
+        self._inner.drafter_changed(source)
+
     def summary(self) -> dict[str, Any]:
         """What this rank's chooser knows: of rank 0 alone, all there is."""
         return self._inner.summary()

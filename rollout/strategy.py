@@ -1,13 +1,15 @@
 """Which draft, and how long: what a chooser is asked and told, the arms it has, and the choosers by name."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 from configs.schema import SpecConfig
 from drafter.types import OFF, Strategy
 from rollout.bandit import BegMabChooser
 from rollout.goodput import GoodputChooser
+
+SOURCES: tuple[Literal["suffix", "eagle"], ...] = ("suffix", "eagle")  # of spec.source=auto
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +49,27 @@ class Chooser(Protocol):
     def policy_changed(self) -> None:
         """The weights moved: what was accepted of their samples tells less of what will be."""
 
+    def drafter_changed(self, source: str) -> None:
+        """A source drafts with other weights: what was accepted of its drafts tells nothing of what will be."""
+
     def summary(self) -> dict[str, Any]:
         """What it knows and did, for logs and metrics: JSON-able."""
 
 
 class FixedChooser:
-    """Always the same strategy."""
+    """Always the same strategy; of several, each for its share of the cycles."""
 
-    def __init__(self, strategy: Strategy) -> None:
-        self.max_num_verify = strategy.num_verify
-        self._strategy = strategy
-        self._cycles = 0
+    def __init__(self, *strategies: Strategy) -> None:
+        assert strategies
+        self.max_num_verify = max(strategy.num_verify for strategy in strategies)
+        self._chosen = dict.fromkeys(strategies, 0)
 
     def choose(self, *, batch: int, context: float) -> Strategy:
-        self._cycles += 1
-        return self._strategy
+        # by what has been said, not by a count of cycles: a resumed run begins with no count, and must choose alike
+        turn = round(batch * context) % len(self._chosen)
+        strategy = list(self._chosen)[turn]
+        self._chosen[strategy] += 1
+        return strategy
 
     def observe(self, report: CycleReport) -> None:
         """Nothing can be learned."""
@@ -69,51 +77,107 @@ class FixedChooser:
     def policy_changed(self) -> None:
         """Nothing was learned."""
 
+    def drafter_changed(self, source: str) -> None:
+        """Nothing was learned."""
+
     def summary(self) -> dict[str, Any]:
-        """The strategy, and how often it was used."""
-        strategy = self._strategy
-        arm = {"source": strategy.source, "depth": strategy.depth, "num_verify": strategy.num_verify, "share": 1.0}
-        return {"choice": "fixed", "cycles": self._cycles, "arms": [arm]}
+        """The strategies, and how often each was used."""
+        cycles = sum(self._chosen.values())
+        arms = [
+            {"source": arm.source, "depth": arm.depth, "num_verify": arm.num_verify, "share": count / max(1, cycles)}
+            for arm, count in self._chosen.items()
+        ]
+        return {"choice": "fixed", "cycles": cycles, "arms": arms}
 
 
-def configured(spec: SpecConfig) -> Strategy:
-    """The strategy that uses all the config allows. A chain has one node a level: it verifies at most depth."""
-    if spec.source == "off":
+class BelowChooser:
+    """Another chooser's choice while fewer sequences run than a limit, and none drafted from there on.
+
+    Source: TLT (arXiv 2511.16665), whose engine speculates for the long tail alone.
+    """
+
+    def __init__(self, inner: Chooser, *, below: int) -> None:
+        self.max_num_verify = inner.max_num_verify
+        self._inner = inner
+        self._below = below
+        self._cycles_above = 0
+
+    def choose(self, *, batch: int, context: float) -> Strategy:
+        """Off at the limit and above."""
+        if batch < self._below:
+            return self._inner.choose(batch=batch, context=context)
+        self._cycles_above += 1
         return OFF
-    assert spec.source == "suffix", "no engine drafts from anything else yet"
+
+    def observe(self, report: CycleReport) -> None:
+        """What cycles cost and brought, plain ones too."""
+        self._inner.observe(report)
+
+    def policy_changed(self) -> None:
+        """The weights moved."""
+        self._inner.policy_changed()
+
+    def drafter_changed(self, source: str) -> None:
+        """A source drafts with other weights."""
+        self._inner.drafter_changed(source)
+
+    def summary(self) -> dict[str, Any]:
+        """What the other chooser did below the limit, and the cycles it was not asked in."""
+        return {**self._inner.summary(), "below": self._below, "cycles_above": self._cycles_above}
+
+
+def configured(spec: SpecConfig) -> tuple[Strategy, ...]:
+    """The strategy of each source that uses all the config allows; off alone where there is none.
+
+    A chain has one node a level: it verifies at most depth.
+    """
+    if spec.source == "off":
+        return (OFF,)
+    sources = SOURCES if spec.source == "auto" else (spec.source,)
     num_verify = min(spec.num_verify, spec.depth) if spec.top_k == 1 else spec.num_verify
-    return Strategy(source=spec.source, depth=min(spec.depth, num_verify), top_k=spec.top_k, num_verify=num_verify)
+    depth = min(spec.depth, num_verify)
+    return tuple(Strategy(source, depth, spec.top_k, num_verify) for source in sources)
 
 
 def arms(spec: SpecConfig) -> tuple[Strategy, ...]:
-    """What a chooser may choose from: off, the configured strategy, and at most two shorter ones, shortest first.
+    """What a chooser may choose from: off, and by source the configured strategy after two shorter ones at most.
 
     A shorter one verifies the largest 2^k - 1 drafted tokens that are at most half of the next one's, so that a row
     forwards 2^k with the pending one; it is no deeper than that many tokens. spec.num_verify 15 gives 0, 3, 7, 15;
-    6 gives 0, 1, 3, 6. Four at most: each costs a set of CUDA graphs.
+    6 gives 0, 1, 3, 6. Four widths at most: each costs a set of CUDA graphs, which sources share.
     """
-    found = [configured(spec)]
-    if found[0] == OFF:
+    if spec.source == "off":
         return (OFF,)
+    return (OFF, *(arm for strategy in configured(spec) for arm in _shorter(strategy)))
+
+
+def _shorter(strategy: Strategy) -> list[Strategy]:
+    """The strategy after those that halve it, shortest first."""
+    found = [strategy]
     while len(found) < 3 and found[0].num_verify > 1:
         widest = found[0]
         num_verify = (1 << (widest.num_verify // 2 + 1).bit_length() - 1) - 1
-        shorter = Strategy(widest.source, min(widest.depth, num_verify), widest.top_k, num_verify)
-        found.insert(0, shorter)
-    return (OFF, *found)
+        found.insert(0, replace(widest, depth=min(widest.depth, num_verify), num_verify=num_verify))
+    return found
 
 
 def make_chooser(spec: SpecConfig, *, device: str, seed: int) -> Chooser:
-    """The chooser that spec.choice names.
+    """The chooser that spec.choice names, below spec.below sequences.
 
     "auto" measures on a GPU. On a CPU it is fixed, so that equal inputs give equal batches and a resumed run the last
     bit of an uninterrupted one's. seed: of beg_mab's exploration.
     """
+    if spec.source == "off":
+        return FixedChooser(OFF)
     choice = spec.choice
     if choice == "auto":
         choice = "goodput" if device.startswith("cuda") else "fixed"
-    if spec.source == "off" or choice == "fixed":
-        return FixedChooser(configured(spec))
-    if choice == "beg_mab":
-        return BegMabChooser(arms(spec), seed=seed)
-    return GoodputChooser(arms(spec))
+    chooser: Chooser
+    if choice == "fixed":
+        chooser = FixedChooser(*configured(spec))
+    elif choice == "beg_mab":
+        # with a limit it is TLT's policy: below it something is always drafted
+        chooser = BegMabChooser(arms(spec)[1:] if spec.below else arms(spec), seed=seed)
+    else:
+        chooser = GoodputChooser(arms(spec))
+    return BelowChooser(chooser, below=spec.below) if spec.below else chooser

@@ -154,6 +154,10 @@ def test_wrong_value_is_one_line_with_key_value_and_expectation(override: str, s
         "train.betas=[0.9, 1.0]",
         "train.lr=0",
         "spec.num_verify=0",
+        "spec.below=-1",
+        "drafter.lr=0",
+        "drafter.budget=1.5",
+        "drafter.window=0",
         "compute.workers=2",
         "reward.functions.nope=1",
         "reward.functions={task: 1, a b:c: 1}",
@@ -183,6 +187,22 @@ def test_cache_that_holds_one_sequence_only_without_its_last_block_is_refused() 
 
 def test_draft_lengths_do_not_matter_when_speculation_is_off() -> None:
     assert parse(BASE, ["spec.source=off", "spec.num_verify=0"]).spec.num_verify == 0
+
+
+@pytest.mark.parametrize("source", ["eagle", "auto"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["drafter.init=''", "drafter.train=false"],
+        ["drafter.batch_tokens=100", "drafter.feature_window=101"],
+        ["spec.top_k=16", "spec.depth=5", "spec.num_verify=60"],
+    ],
+    ids=" ".join,
+)
+def test_what_a_learned_drafter_cannot_do_is_refused_where_there_is_one(source: str, overrides: list[str]) -> None:
+    parse(BASE, overrides)
+    (line,) = complaint(BASE, f"spec.source={source}", *overrides)
+    assert line.startswith(overrides[0].partition("=")[0])
 
 
 @pytest.mark.parametrize("text", ["train: [1,\n  b: 2", "train: {steps: 1, steps: 2}", "- a", "a: b: c"])

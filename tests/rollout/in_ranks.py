@@ -78,6 +78,9 @@ class Fickle:
     def policy_changed(self) -> None:
         pass
 
+    def drafter_changed(self, source: str) -> None:
+        """Nothing was learned."""
+
     def summary(self) -> dict[str, Any]:
         return {"reports": self.reports}
 

@@ -48,6 +48,9 @@ class RandomChooser:
     def policy_changed(self) -> None:
         """Nothing was learned."""
 
+    def drafter_changed(self, source: str) -> None:
+        """Nothing was learned."""
+
     def summary(self) -> dict[str, Any]:
         return {}
 

@@ -14,6 +14,7 @@ from rollout.graphs import bucket
 from rollout.strategy import CycleReport
 
 ARMS = (OFF, *(Strategy("suffix", depth=min(8, width), top_k=3, num_verify=width) for width in (3, 7, 15)))
+BOTH = (*ARMS, *(replace(arm, source="eagle") for arm in ARMS[1:]))
 BATCHES = (1, 2, 8, 32, 128, 256)
 CYCLES = 2000
 SEEDS = range(5)
@@ -106,9 +107,36 @@ class Outcome:
         return self.seconds / self.best_seconds - 1
 
 
+@dataclass
+class TwoSources:
+    """A device on which two drafters may be asked: each a world that differs in its drafts alone."""
+
+    suffix: World
+    eagle: World
+    delay: int = 2
+
+    def of(self, arm: Strategy) -> World:
+        return self.eagle if arm.source == "eagle" else self.suffix
+
+    def seconds(self, arm: Strategy, batch: int, context: float) -> float:
+        return self.of(arm).seconds(arm, batch, context)
+
+    def tokens(self, arm: Strategy) -> float:
+        return self.of(arm).tokens(arm)
+
+    def rate(self, arm: Strategy, batch: int, context: float) -> float:
+        return self.of(arm).rate(arm, batch, context)
+
+    def best(self, batch: int, context: float) -> Strategy:
+        return max(BOTH, key=lambda arm: self.rate(arm, batch, context))
+
+    def run(self, arm: Strategy, batch: int, context: float) -> CycleReport:
+        return self.of(arm).run(arm, batch, context)
+
+
 def play(
     chooser: GoodputChooser,
-    world: World,
+    world: World | TwoSources,
     loads: Iterator[tuple[int, float]],
     event: Callable[[int], None] = lambda cycle: None,
 ) -> Outcome:
@@ -215,6 +243,41 @@ def test_follows_acceptance_that_drifts_unannounced() -> None:
     outcome = play(chooser, world, steady(8, 2 * CYCLES), drift)
     late = outcome.near_best[3 * CYCLES // 2 :]
     assert sum(late) >= 0.95 * len(late)
+
+
+@pytest.mark.parametrize(("suffix", "eagle"), [(0.0, 0.7), (0.3, 0.8), (0.7, 0.3), (0.0, 0.0)])
+@pytest.mark.parametrize("batch", [1, 8, 32, 256])
+def test_the_better_of_two_sources_leads_and_neither_loses_to_plain_decoding(
+    batch: int, suffix: float, eagle: float
+) -> None:
+    settled: list[bool] = []
+    for seed in SEEDS:
+        world = TwoSources(
+            World(acceptance=suffix, coverage=0.6, noise=0.03, seed=seed),
+            World(acceptance=eagle, draft_ms=0.4, noise=0.03, seed=seed + 100),
+        )
+        outcome = play(GoodputChooser(BOTH), world, steady(batch))
+        assert outcome.time <= 1.015
+        settled += outcome.near_best[LEARNING:]
+    assert sum(settled) >= 0.9 * len(settled)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32])
+def test_a_head_that_is_published_takes_the_lead_within_a_hundred_cycles(batch: int) -> None:
+    settled: list[bool] = []
+    for seed in SEEDS:
+        eagle = World(acceptance=0.0, coverage=0.0, draft_ms=0.2, noise=0.03, seed=seed + 100)
+        world = TwoSources(World(acceptance=0.4, coverage=0.5, noise=0.03, seed=seed), eagle)
+        chooser = GoodputChooser(BOTH)
+
+        def publish(cycle: int, eagle: World = eagle, chooser: GoodputChooser = chooser) -> None:
+            if cycle == CYCLES // 2:
+                eagle.acceptance, eagle.coverage = 0.8, 1.0
+                chooser.drafter_changed("eagle")
+
+        outcome = play(chooser, world, steady(batch, CYCLES // 2 + 400), publish)
+        settled += outcome.near_best[CYCLES // 2 + LEARNING :]
+    assert sum(settled) >= 0.9 * len(settled)
 
 
 def test_one_absurd_time_changes_nothing() -> None:

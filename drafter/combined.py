@@ -1,0 +1,50 @@
+"""Several drafters over the same texts: whose turn it is, the strategy says."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from drafter.types import Drafts, ResidentDrafter, Rows, Strategy, Texts
+
+
+class CombinedDrafter:
+    """A ResidentDrafter of several, by the strategies' source. All hear of every sequence; one proposes in a cycle."""
+
+    def __init__(self, drafters: Mapping[str, ResidentDrafter]) -> None:
+        assert "off" not in drafters
+        self._drafters = dict(drafters)
+
+    def attach(self, texts: Texts) -> None:
+        """Draft from these texts from now on; all of them are free."""
+        for drafter in self._drafters.values():
+            drafter.attach(texts)
+
+    def begin(self, text: int, group: int, prompt_id: str, prompt_ids: Sequence[int], free_texts: Sequence[int]) -> int:
+        """A sequence starts to write a text; each drafter may take free texts that those before it left."""
+        taken = 0
+        for drafter in self._drafters.values():
+            taken += drafter.begin(text, group, prompt_id, prompt_ids, free_texts[taken:])
+        return taken
+
+    def propose(self, texts: Texts, rows: Rows, strategy: Strategy, out: Drafts) -> None:
+        """Let the strategy's source write a draft for each of the first B rows."""
+        self._drafters[strategy.source].propose(texts, rows, strategy, out)
+
+    def finish(self, text: int, prompt_id: str, token_ids: Sequence[int]) -> None:
+        """The sequence that wrote this text is complete."""
+        for drafter in self._drafters.values():
+            drafter.finish(text, prompt_id, token_ids)
+
+    def release(self, texts: Sequence[int]) -> None:
+        """These texts are free again; some of them only one drafter has ever heard of."""
+        for drafter in self._drafters.values():
+            drafter.release(texts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The drafters' states, by source."""
+        return {source: drafter.state_dict() for source, drafter in self._drafters.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what was saved of the sources there are."""
+        for source, drafter in self._drafters.items():
+            if source in state:
+                drafter.load_state_dict(state[source])
