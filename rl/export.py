@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -80,6 +79,12 @@ def read_params(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "trainer" / PARAMS)
 
 
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in the safetensors files of a model folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def weights_sha256(params: Mapping[str, torch.Tensor]) -> str:
     """Hex digest of a policy's parameters: equal weights give equal digests, whatever files they lie in."""
     digest = hashlib.sha256()
@@ -149,10 +154,20 @@ def model_card(run_path: Path, config: Config, step: int) -> str:
 
 def recorded(run_path: Path, name: str, step: int, key: str) -> float | None:
     """A number that metrics/NAME.jsonl holds for a step, the last if several; None without one."""
-    value: Any = None
+    return dict(_records(run_path, name, key)).get(step)
+
+
+def last_recorded(run_path: Path, name: str, step: int, key: str) -> float | None:
+    """The number that metrics/NAME.jsonl holds for the last step up to this one that has it; None without one."""
+    values = dict(_records(run_path, name, key))
+    return values.get(max((at for at in values if at <= step), default=step))
+
+
+def _records(run_path: Path, name: str, key: str) -> Iterator[tuple[int, float]]:
+    """Step and value of every line of metrics/NAME.jsonl that holds the key."""
     with suppress(FileNotFoundError):
         for line in (run_path / "metrics" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             with suppress(json.JSONDecodeError):  # a live run may be in the middle of its last line
                 record = json.loads(line)
-                value = record.get(key) if record.get("step") == step else value
-    return value
+                if record.get(key) is not None:
+                    yield record["step"], record[key]

@@ -1,0 +1,185 @@
+"""A trained drafter leaves a run, or an offline training, as a folder to serve from: checked, with a card."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from configs.errors import PreflightError
+from configs.load import load
+from drafter import checkpoint
+from drafter.eagle import EagleHead
+from drafter.export import check_drafter, write_drafter
+from drafter.layouts import Layout, Origin
+from drafter.learner import SERVED, as_config
+from drafter.vllm_check import check_in_vllm
+from rl.checkpoint import step_of
+from rl.export import last_recorded, newest_intact, read_params, saved_weights, staged, weights_sha256
+from rl.loop import DRAFTER
+from rl.rundir import require_run
+from rollout.model import load_config
+from rollout.pretrained import SHIPPED, resolve
+
+ACCEPT_LENGTH = "drafter_served_accept_length"  # of the steps' metrics
+
+CARD = """\
+---
+base_model: {base}
+library_name: {library}
+tags: [paceline, eagle3, speculative-decoding]
+---
+# Drafter of {policy}
+
+An EAGLE-3 head with {parameters:.1f} M parameters, trained with Paceline beside its policy (step {step}). It proposes
+{draft_vocab:,} of {vocab:,} tokens, attends to the last {window} and reads the residual streams that enter the
+policy's layers {layers}.
+{measured}
+
+Its policy's weights have this SHA-256 (Paceline's weights_sha256); with others, drafts are rejected more often:
+
+    {sha256}
+
+## Serve
+
+{serve}
+{loaded}
+The drafter holds nothing of the policy but its copy of output weights, and stays under the policy's licence.
+"""
+
+VLLM = """\
+vLLM:
+
+    vllm serve {policy} --disable-hybrid-kv-cache-manager \\
+      --speculative-config '{{"method": "eagle3", "model": "{out}", "num_speculative_tokens": {tokens}}}'
+
+Without the flag, vLLM splits the cache of all layers into groups of one, for the sake of the drafter's window.
+"""
+
+SGLANG = """
+SGLang:
+
+    python -m sglang.launch_server --model-path {policy} --speculative-algorithm EAGLE3 \\
+      --speculative-draft-model-path {out} --speculative-num-steps {tokens} --speculative-eagle-topk 1 \\
+      --speculative-num-draft-tokens {nodes}
+
+SGLang knows no window of a drafter: past {window} tokens it attends to more than it was trained with.
+"""
+
+
+def export_drafter(run_path: Path, out: Path, *, layout: Layout, policy: Path | None = None) -> str | None:
+    """Write the drafter that a run serves, as of its newest intact checkpoint; vLLM's version where it was tried there.
+
+    policy: where the policy was exported to, which the card and the layout then name, and which must hold the weights
+    of this checkpoint; else they name the model the run began with. OUT appears only when every check has passed.
+    Raises PreflightError where the run has no drafter, the policy is another or OUT is taken; StorageError.
+    """
+    require_run(run_path)
+    config = load(run_path / "config" / "resolved.yaml")
+    base = resolve(config.model)
+    saved = newest_intact(run_path)
+    head = served_head(saved)
+    params = read_params(saved)
+    (dtype,) = {tensor.dtype for tensor in params.values()}
+    origin = Origin(
+        policy=str(policy.absolute()) if policy else hub_name(config.model),
+        policy_architectures=architectures(base),
+        policy_sha256=weights_sha256(params),
+        step=step_of(saved),
+        num_draft_tokens=config.drafter.unroll,
+        accept_length=last_recorded(run_path, "steps", step_of(saved), ACCEPT_LENGTH),
+    )
+    if policy is not None and weights_sha256(saved_weights(policy)) != origin.policy_sha256:
+        raise PreflightError(f"{policy} does not hold the policy of {saved}; export both at once, with the run at rest")
+    with staged(out) as staging:
+        return save_drafter(staging, head, layout=layout, dtype=dtype, origin=origin, base=base, name=str(out))
+
+
+def export_trained(
+    out: Path,
+    head: EagleHead,
+    *,
+    policy: PreTrainedModel,
+    model: str,
+    step: int,
+    num_draft_tokens: int,
+    accept_length: float,
+    layout: Layout,
+) -> str | None:
+    """As export_drafter, of a head and the policy it was trained beside; model is what a recipe calls that policy."""
+    base = resolve(model)
+    origin = Origin(
+        policy=hub_name(model),
+        policy_architectures=architectures(base),
+        policy_sha256=weights_sha256(dict(policy.named_parameters())),
+        step=step,
+        num_draft_tokens=num_draft_tokens,
+        accept_length=accept_length,
+    )
+    with staged(out) as staging:
+        return save_drafter(staging, head, layout=layout, dtype=policy.dtype, origin=origin, base=base, name=str(out))
+
+
+def save_drafter(
+    folder: Path, head: EagleHead, *, layout: Layout, dtype: torch.dtype, origin: Origin, base: Path, name: str
+) -> str | None:
+    """Write a drafter and its card into a folder and check it, in vLLM too where that is installed.
+
+    base: a transformers folder of the policy's architecture. name: what the folder will be called. Returns the version
+    of vLLM that loaded it. Raises PreflightError, StorageError.
+    """
+    write_drafter(folder, head, layout=layout, dtype=dtype, origin=origin)
+    check_drafter(folder, head, dtype=dtype, policy_sha256=origin.policy_sha256)
+    version = check_in_vllm(folder, base)
+    (folder / "README.md").write_text(card(head, layout, origin, name=name, vllm=version), encoding="utf-8")
+    return version
+
+
+def served_head(saved: Path) -> EagleHead:
+    """The head that a run served when this checkpoint was written. Raises PreflightError where it served none."""
+    folder = saved / DRAFTER
+    if not folder.is_dir():
+        raise PreflightError(
+            f"{saved} has no drafter: train with spec.source=eagle or auto, or `paceline drafter train`"
+        )
+    record, files = checkpoint.read(folder)
+    if SERVED not in files:
+        raise PreflightError(f"{folder}: no drafter was good enough to be served by then; train longer")
+    head = EagleHead(as_config(record["head"]))
+    head.load_state_dict(files[SERVED])
+    return head
+
+
+def architectures(base: Path) -> list[str]:
+    """The class names that a model folder's config.json gives."""
+    return list(load_config(base).architectures or [])
+
+
+def hub_name(model: str) -> str:
+    """What others call a model: the hub id of a shipped one, else the name as it is."""
+    shipped = SHIPPED.get(model.lower())
+    return shipped.hub_id if shipped else model
+
+
+def card(head: EagleHead, layout: Layout, origin: Origin, *, name: str, vllm: str | None) -> str:
+    """What the folder holds, how well it does, and how to serve it."""
+    config = head.config
+    tokens = origin.num_draft_tokens
+    measured = "Nobody has measured its accept length; `paceline drafter eval` does."
+    if origin.accept_length is not None:
+        measured = f"Accept length {origin.accept_length:.2f} with chains of {tokens} tokens, on texts held out."
+    serve = VLLM + (SGLANG if layout == "eagle3" else "")
+    return CARD.format(
+        base=origin.policy,
+        library="transformers" if layout == "eagle3" else "speculators",
+        policy=origin.policy,
+        parameters=sum(parameter.numel() for parameter in head.parameters()) / 1e6,
+        step=origin.step,
+        draft_vocab=config.draft_vocab,
+        vocab=config.vocab_size,
+        window=config.window,
+        layers=", ".join(map(str, config.aux_layers)),
+        measured=measured,
+        sha256=origin.policy_sha256,
+        serve=serve.format(policy=origin.policy, out=name, tokens=tokens, nodes=tokens + 1, window=config.window),
+        loaded=f"vLLM {vllm} has loaded it, over NaN." if vllm else "It has not been tried in vLLM.",
+    )
