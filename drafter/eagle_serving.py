@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from drafter.eagle import EagleConfig
-from drafter.rings import FeatureRings
+from drafter.rings import MIN_POSITIONS, FeatureRings
 from drafter.types import Drafts, Rows, Strategy, Texts
 from kernels.attention import paged_attention, paged_sequences
 from kernels.cache import rope_and_write
@@ -16,7 +16,9 @@ from kernels.eagle import LOG2_E, Candidates, CatchUp, KvRings, catch_up, grow, 
 from kernels.linear import Norm, gated_linear, linear
 
 BLOCK_SIZE = 16  # tokens in a block of the head's own cache
-MIN_CATCH_UP = 8  # positions caught up with at least: so many cycles may draft otherwise, or less deep, at no loss
+# Positions caught up with by a call: what other cycles commit in between, up to here, costs the head no context. A
+# product of 128 tokens costs about what reading its weights does, so few rows can afford more.
+CATCH_UP_TOKENS, MIN_CATCH_UP = 128, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class EagleDrafter:
         self._texts: Texts | None = None
         self._kv: KvRings | None = None
         self._cos = self._sin = torch.empty(0)
-        self._multiples = torch.empty(0)
+        self._multiples = self._repeats = torch.empty(0)  # [n, i]: n * i, and n; n queries or nodes a row
 
     def set_temperature(self, temperature: float) -> None:
         """Draft for sampling at this temperature from now on, 0 for greedy; captured graphs stay valid."""
@@ -163,7 +165,7 @@ class EagleDrafter:
             self._kv,
             self._head.published,
             num_rows=num_rows,
-            num_positions=max(levels + 1, MIN_CATCH_UP),
+            num_positions=positions_caught_up(num_rows, levels),
             levels=levels,
             top_k=top_k,
         )
@@ -324,6 +326,11 @@ class EagleDrafter:
             begun=zeros(),
             window=config.window,
         )
+
+
+def positions_caught_up(num_rows: int, levels: int) -> int:
+    """How many known positions a call steps in each row: more than a draft of so many levels can have committed."""
+    return max(levels + 1, MIN_CATCH_UP, min(MIN_POSITIONS, CATCH_UP_TOKENS // num_rows))
 
 
 def _empty_head(config: EagleConfig, dtype: torch.dtype, device: torch.device) -> ServedHead:

@@ -9,6 +9,8 @@ from drafter.buffer import FeatureBuffer, FeatureWindow
 from drafter.types import CycleFeatures, Rows, Texts
 from kernels.features import NUM_AUX, Rings, keep_features
 
+MIN_POSITIONS = 32  # that a ring keeps: what a head catches up with at once
+
 
 @dataclass(slots=True)
 class Running:
@@ -47,7 +49,7 @@ class FeatureRings:
         self.num_slots = 0
         self._hidden_size = hidden_size
         self._window = window
-        self._ring_size = window + 2 * (1 + max_nodes)
+        self._ring_size = max(window + 2 * (1 + max_nodes), MIN_POSITIONS)
         self._dtype = dtype
         self._device = device
         self._sink = sink

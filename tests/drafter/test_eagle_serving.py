@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import drafter.eagle_serving
 from drafter.eagle import EagleConfig, EagleHead
-from drafter.eagle_serving import MIN_CATCH_UP, EagleDrafter
+from drafter.eagle_serving import MIN_CATCH_UP, EagleDrafter, positions_caught_up
 from drafter.rings import FeatureRings
 from drafter.types import CycleFeatures, Drafts, ResidentDrafter, Rows, Strategy, Texts
 from kernels.sample import gumbel_noise
@@ -158,7 +159,7 @@ class Bench:
         if not int(self.rows.active[row]) or not known:
             return []
         newest = int(self.texts.lengths[text]) - 2
-        first = max(newest + 1 - max(strategy.depth + 1, MIN_CATCH_UP), min(known))
+        first = max(newest + 1 - positions_caught_up(NUM_ROWS, strategy.depth), min(known))
         if text not in self.origins or self.digested[text] < first:
             self.origins[text] = first
         self.digested[text] = newest + 1
@@ -232,7 +233,8 @@ def test_drafts_are_those_of_the_written_out_step(strategy: Strategy, temperatur
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_texts_come_go_fall_behind_and_outgrow_their_rings(seed: int) -> None:
+def test_texts_come_go_fall_behind_and_outgrow_their_rings(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafter.eagle_serving, "CATCH_UP_TOKENS", [8, 48][seed % 2])
     bench = Bench(a_head(), seed=seed)
     bench.publish()
     choice = torch.Generator().manual_seed(seed)
@@ -259,7 +261,8 @@ def test_texts_come_go_fall_behind_and_outgrow_their_rings(seed: int) -> None:
             assert bench.propose(strategy) == [bench.expected(row, strategy) for row in range(NUM_ROWS)]
 
 
-def test_a_text_that_falls_behind_begins_anew() -> None:
+def test_a_text_that_falls_behind_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafter.eagle_serving, "CATCH_UP_TOKENS", 0)
     bench = Bench(a_head())
     bench.publish()
     bench.begin(0, 0, 4)
@@ -273,6 +276,11 @@ def test_a_text_that_falls_behind_begins_anew() -> None:
         bench.commit([1, 0, 0], 0)
     assert bench.propose(chain(2))[0] == bench.expected(0, chain(2))
     assert bench.origins[0] == int(bench.texts.lengths[0]) - 1 - MIN_CATCH_UP
+
+
+def test_few_rows_catch_up_with_more() -> None:
+    assert [positions_caught_up(rows, 5) for rows in (1, 4, 8, 16, 256)] == [32, 32, 16, 8, 8]
+    assert positions_caught_up(256, 12) == 13
 
 
 def test_nothing_is_proposed_without_weights() -> None:
