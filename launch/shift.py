@@ -12,7 +12,7 @@ from launch.idle import Learn, Rest, TakeOver
 from launch.pace import Key, Look
 from rollout.types import Partial, Prompt, Rollout, Sampling, SpecStats
 
-TICK_S = 1.0  # between looks at those that still sample, while somebody is idle
+TICK_S = 0.5  # between looks at those that still sample, while somebody is idle
 FIRST_TICK_S = 0.1  # until the second look, which first tells a rate
 DISMISS_S = 60.0  # for streams and learning to end after the last rollout
 
