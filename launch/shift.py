@@ -217,6 +217,8 @@ class Shift:
         """Continue another worker's sequences on this one, if it still has any."""
         begun = perf_counter()
         await self._recall(number)
+        if number in self.fleet.lost:
+            return
         try:
             partials = await self.fleet.members[source].surrender(count)
         except WorkerLostError as error:
@@ -235,7 +237,9 @@ class Shift:
     def _hand_over(self, number: int, partials: Sequence[Partial]) -> None:
         """These are the worker's now. Should it have been lost just now, they are sampled anew by another."""
         self.owner |= {_key(partial): number for partial in partials}
-        if number not in self.fleet.lost:
+        if number in self.fleet.lost:
+            self._changed.set()
+        else:
             self._start(number, (), partials)
 
     def _unbegun(self, key: Key) -> Partial:
