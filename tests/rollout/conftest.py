@@ -12,6 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from configs.schema import RolloutConfig
+from drafter.buffer import FeatureBuffer
+from drafter.combined import CombinedDrafter
+from drafter.eagle import EagleConfig, EagleHead
+from drafter.eagle_serving import EagleDrafter
+from drafter.ngram import NgramDrafter
+from drafter.rings import FeatureRings
 from drafter.types import OFF, Draft, Drafter, Drafts, DraftState, ResidentDrafter, Rows, Strategy, Texts
 from rollout.engine import NativeEngine
 from rollout.model import load_policy
@@ -169,6 +175,29 @@ def scripted_drafter() -> type[ScriptedDrafter]:
 @pytest.fixture
 def resident_scripted() -> type[ResidentScripted]:
     return ResidentScripted
+
+
+@pytest.fixture
+def learned_drafting(policy: PreTrainedModel) -> Callable[[], tuple[CombinedDrafter, FeatureRings]]:
+    """A suffix drafter beside a served head of random weights, and the rings it reads."""
+
+    def make() -> tuple[CombinedDrafter, FeatureRings]:
+        config = EagleConfig.of(policy.config, draft_vocab=128, window=12)
+        rings = FeatureRings(
+            aux_layers=config.aux_layers,
+            hidden_size=config.hidden_size,
+            window=8,
+            max_nodes=TREE.num_verify,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            sink=FeatureBuffer(max_bytes=1 << 20, temperature=1.0, seed=0),
+        )
+        embedding = policy.get_input_embeddings().weight.detach()
+        eagle = EagleDrafter(config, embedding=embedding, rings=rings, temperature=1.0, device=torch.device("cpu"))
+        eagle.publish(EagleHead(config, seed=0).state_dict(), version=1)
+        return CombinedDrafter({"suffix": NgramDrafter(min_match=1), "eagle": eagle}), rings
+
+    return make
 
 
 @pytest.fixture

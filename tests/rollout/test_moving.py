@@ -87,6 +87,7 @@ def test_sequences_that_move_at_any_moment_sample_the_same(
     assert_same: AssertSame,
     scripted_drafter: Callable[..., Any],
     resident_scripted: Callable[..., Any],
+    learned_drafting: Callable[..., Any],
     chain: Strategy,
     tree: Strategy,
     monkeypatch: pytest.MonkeyPatch,
@@ -100,14 +101,18 @@ def test_sequences_that_move_at_any_moment_sample_the_same(
     def engine() -> NativeEngine:
         cycles = choices.choice(KINDS)
         strategy = choices.choice([OFF, chain, tree])
+        combined, rings = learned_drafting()
         drafters = {
             "hosted": [SuffixDrafter(min_match=1), scripted_drafter(truth, 0.6, 259)],
-            "resident": [NgramDrafter(min_match=1), resident_scripted(truth, 0.6, 259)],
+            "resident": [NgramDrafter(min_match=1), resident_scripted(truth, 0.6, 259), combined],
         }
+        drafter = None if strategy == OFF else choices.choice(drafters[cycles])
+        eagle = replace(strategy, source="eagle")
         return NativeEngine(
             policy,
-            drafter=None if strategy == OFF else choices.choice(drafters[cycles]),
-            chooser=FixedChooser(strategy),
+            drafter=drafter,
+            chooser=FixedChooser(strategy, eagle) if drafter is combined else FixedChooser(strategy),
+            reader=rings if drafter is combined else None,
             rollout=RolloutConfig(
                 block_size=choices.choice([1, 4, 16]),
                 max_running=choices.randint(1, 9),

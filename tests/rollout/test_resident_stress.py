@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,21 +26,23 @@ ARMS = [
     Strategy(source="suffix", depth=4, top_k=1, num_verify=4),
     Strategy(source="suffix", depth=3, top_k=3, num_verify=9),
 ]
+LEARNED = [replace(arm, source="eagle") for arm in ARMS[1:]]
 
 
 class RandomChooser:
     """Another strategy at every cycle; sees that what it is told is of cycles it chose."""
 
-    def __init__(self, choices: random.Random) -> None:
-        self.max_num_verify = max(arm.num_verify for arm in ARMS)
+    def __init__(self, choices: random.Random, arms: Sequence[Strategy]) -> None:
+        self.max_num_verify = max(arm.num_verify for arm in arms)
         self._choices = choices
+        self._arms = arms
 
     def choose(self, *, batch: int, context: float) -> Strategy:
         assert batch > 0
-        return self._choices.choice(ARMS)
+        return self._choices.choice(self._arms)
 
     def observe(self, report: CycleReport) -> None:
-        assert report.strategy in ARMS
+        assert report.strategy in self._arms
         assert 0 < report.batch <= report.bucket
         assert report.batch * report.strategy.num_verify >= sum(report.proposed_by_depth)
         assert all(a <= p for a, p in zip(report.accepted_by_depth, report.proposed_by_depth, strict=True))
@@ -111,19 +114,26 @@ async def some_rollouts(
     return found
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.usefixtures("checked_cycles")
 def test_nothing_at_once_changes_what_is_sampled(
-    seed: int, policy: PreTrainedModel, make_engine: MakeEngine, collect: Collect, resident_scripted: Callable[..., Any]
+    seed: int,
+    policy: PreTrainedModel,
+    make_engine: MakeEngine,
+    collect: Collect,
+    resident_scripted: Callable[..., Any],
+    learned_drafting: Callable[..., Any],
 ) -> None:
     choices = random.Random(seed)
     scripted = resident_scripted({}, 0.5, 259)
-    drafter = choices.choice([None, NgramDrafter(min_match=1, max_rollouts=3), scripted])
+    combined, rings = learned_drafting()
+    drafter = choices.choice([None, NgramDrafter(min_match=1, max_rollouts=3), scripted, combined])
+    arms = [*ARMS, *LEARNED] if drafter is combined else ARMS
     block_size = choices.choice([1, 4, 16])
     engine = NativeEngine(
         policy,
         drafter=drafter,
-        chooser=FixedChooser(OFF) if drafter is None else RandomChooser(choices),
+        chooser=FixedChooser(OFF) if drafter is None else RandomChooser(choices, arms),
         rollout=RolloutConfig(
             block_size=block_size,
             max_running=choices.randint(1, 9),
@@ -131,8 +141,9 @@ def test_nothing_at_once_changes_what_is_sampled(
             prefill_tokens=choices.choice([1, 7, 64]),
         ),
         cycles="resident",
+        reader=rings if drafter is combined else None,
     )
-    for _ in range(4):
+    for _ in range(3):
         prompts, sampling = random_prompts(choices, longest=24), random_sampling(choices)
         expected = collect(make_engine(), prompts, sampling)
         scripted.truth = {key: rollout.token_ids for key, rollout in expected.items()}
@@ -151,3 +162,4 @@ def test_nothing_at_once_changes_what_is_sampled(
         assert (residency.texts.groups == -1).all()
         assert len(residency._free_texts) == len(set(residency._free_texts)) == len(residency.texts.lengths) - 1
         assert not scripted.prompts, "a text is still taken"
+        assert not rings._running, "a text is still read"
