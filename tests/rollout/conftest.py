@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from configs.schema import RolloutConfig
-from drafter.buffer import FeatureBuffer
 from drafter.combined import CombinedDrafter
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.eagle_serving import EagleDrafter
@@ -178,23 +177,24 @@ def resident_scripted() -> type[ResidentScripted]:
 
 
 @pytest.fixture
-def learned_drafting(policy: PreTrainedModel) -> Callable[[], tuple[CombinedDrafter, FeatureRings]]:
-    """A suffix drafter beside a served head of random weights, and the rings it reads."""
+def learned_drafting() -> Callable[..., tuple[CombinedDrafter, FeatureRings]]:
+    """A suffix drafter beside a served head of random weights, and the rings it reads; what sink is given of them."""
 
-    def make() -> tuple[CombinedDrafter, FeatureRings]:
+    def make(policy: PreTrainedModel, sink: Any = None) -> tuple[CombinedDrafter, FeatureRings]:
         config = EagleConfig.of(policy.config, draft_vocab=128, window=12)
         rings = FeatureRings(
             aux_layers=config.aux_layers,
             hidden_size=config.hidden_size,
             window=8,
             max_nodes=TREE.num_verify,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            sink=FeatureBuffer(max_bytes=1 << 20, temperature=1.0, seed=0),
+            dtype=policy.dtype,
+            device=policy.device,
+            sink=sink,
         )
         embedding = policy.get_input_embeddings().weight.detach()
-        eagle = EagleDrafter(config, embedding=embedding, rings=rings, temperature=1.0, device=torch.device("cpu"))
-        eagle.publish(EagleHead(config, seed=0).state_dict(), version=1)
+        eagle = EagleDrafter(config, embedding=embedding, rings=rings, temperature=1.0, device=policy.device)
+        head = EagleHead(config, seed=0).to(policy.device)
+        eagle.publish(head.state_dict(), version=1)
         return CombinedDrafter({"suffix": NgramDrafter(min_match=1), "eagle": eagle}), rings
 
     return make

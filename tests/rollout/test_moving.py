@@ -5,6 +5,7 @@ import pickle
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from drafter.ngram import NgramDrafter
 from drafter.suffix import SuffixDrafter
 from drafter.types import OFF, Strategy
 from rollout.engine import NativeEngine
+from rollout.model import load_policy
 from rollout.strategy import FixedChooser
 from rollout.types import Partial, Prompt, Rollout, Sampling
 
@@ -77,13 +79,21 @@ class Relay:
             self.found[key] = rollout
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize(
+    ("device", "seed"),
+    [
+        *(("cpu", seed) for seed in range(24)),
+        *(pytest.param("cuda", seed, marks=pytest.mark.gpu) for seed in range(6)),
+    ],
+)
 def test_sequences_that_move_at_any_moment_sample_the_same(
+    device: str,
     seed: int,
     make_engine: MakeEngine,
     collect: Collect,
     prompts: list[Prompt],
     policy: PreTrainedModel,
+    tiny_model_dir: Path,
     assert_same: AssertSame,
     scripted_drafter: Callable[..., Any],
     resident_scripted: Callable[..., Any],
@@ -97,19 +107,22 @@ def test_sequences_that_move_at_any_moment_sample_the_same(
     sampling = replace(SAMPLING, temperature=choices.choice([0.0, 1.0]), stop_token_ids=choices.choice([(), (2, 7)]))
     expected = collect(make_engine(), prompts, sampling)
     truth = {key: rollout.token_ids for key, rollout in expected.items()}
+    model = policy if device == "cpu" else load_policy(tiny_model_dir, device=device, dtype="float32")
 
     def engine() -> NativeEngine:
-        cycles = choices.choice(KINDS)
+        cycles = choices.choice(KINDS) if device == "cpu" else "resident"
         strategy = choices.choice([OFF, chain, tree])
-        combined, rings = learned_drafting()
+        combined, rings = learned_drafting(model)
         drafters = {
             "hosted": [SuffixDrafter(min_match=1), scripted_drafter(truth, 0.6, 259)],
             "resident": [NgramDrafter(min_match=1), resident_scripted(truth, 0.6, 259), combined],
         }
+        if device == "cuda":  # no script can be captured
+            drafters["resident"] = [NgramDrafter(min_match=1), combined]
         drafter = None if strategy == OFF else choices.choice(drafters[cycles])
         eagle = replace(strategy, source="eagle")
         return NativeEngine(
-            policy,
+            model,
             drafter=drafter,
             chooser=FixedChooser(strategy, eagle) if drafter is combined else FixedChooser(strategy),
             reader=rings if drafter is combined else None,

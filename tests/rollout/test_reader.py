@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from configs.schema import RolloutConfig
+from drafter.buffer import FeatureWindow
 from drafter.types import OFF, CycleFeatures, Rows, Strategy, Texts
 from rollout.engine import NativeEngine
+from rollout.model import load_policy
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 
@@ -88,7 +91,7 @@ def dense(model: PreTrainedModel, token_ids: list[int], layers: Sequence[int]) -
     implementation = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
-        hidden = model.base_model(torch.tensor([token_ids]), use_cache=False).last_hidden_state[0]
+        hidden = model.base_model(torch.tensor([token_ids], device=model.device), use_cache=False).last_hidden_state[0]
     model.set_attn_implementation(implementation)
     for hook in hooks:
         hook.remove()
@@ -192,3 +195,57 @@ def test_a_reader_hears_versions_and_of_sequences_that_go_elsewhere(
     assert moved == 3
     assert_all_read(second, policy, {key: rollouts[key] for key in list(rollouts)[-moved:]})
     assert_all_read(reader, policy, {key: rollouts[key] for key in list(rollouts)[:-moved]})
+
+
+@dataclass
+class Windows:
+    """What rings hand on."""
+
+    found: list[FeatureWindow] = field(default_factory=list)
+
+    def add(self, window: FeatureWindow) -> None:
+        self.found.append(window)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_rings_hand_on_in_any_cycle_is_what_a_dense_forward_computes(
+    device: str,
+    tiny_model_dir: Path,
+    make_engine: MakeEngine,
+    collect: Collect,
+    prompts: list[Prompt],
+    learned_drafting: Callable[..., Any],
+    chain: Strategy,
+    tree: Strategy,
+) -> None:
+    """On a GPU through captured graphs, whose every shape is replayed."""
+    model = load_policy(tiny_model_dir, device=device, dtype="float32")
+    sink = Windows()
+    drafter, rings = learned_drafting(model, sink)
+    strategies = [OFF, chain, tree, replace(chain, source="eagle"), replace(tree, source="eagle")]
+    engine = NativeEngine(
+        model,
+        drafter=drafter,
+        chooser=FixedChooser(*strategies),
+        rollout=RolloutConfig(block_size=16, max_running=6),
+        reader=rings,
+    )
+    for step in range(3):
+        sampling = replace(SAMPLING, step=step, max_new_tokens=40)
+        rollouts = collect(engine, prompts, sampling)
+        expected = collect(make_engine(), prompts, sampling)
+        assert {key: r.token_ids for key, r in rollouts.items()} == {key: r.token_ids for key, r in expected.items()}
+        texts = {
+            prompt.id: [prompt.token_ids + r.token_ids for r in rollouts.values() if r.prompt_id == prompt.id]
+            for prompt in prompts
+        }
+        for window in sink.found:
+            token_ids = [*window.token_ids.tolist(), int(window.next_ids[-1])]
+            end = window.first + len(token_ids)
+            text = next(text for text in texts[window.prompt_id] if text[window.first : end] == token_ids)
+            states = dense(model, text, rings.aux_layers)[window.first : end - 1].flatten(1)
+            torch.testing.assert_close(torch.cat([window.aux, window.hidden], dim=1), states, atol=2e-3, rtol=2e-3)
+        sampled = sum(len(rollout.token_ids) for rollout in rollouts.values())
+        assert sum(len(window.token_ids) for window in sink.found) == sampled
+        sink.found.clear()
+    assert {report["share"] > 0 for report in engine._chooser.summary()["arms"]} == {True}

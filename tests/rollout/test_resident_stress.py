@@ -126,7 +126,7 @@ def test_nothing_at_once_changes_what_is_sampled(
 ) -> None:
     choices = random.Random(seed)
     scripted = resident_scripted({}, 0.5, 259)
-    combined, rings = learned_drafting()
+    combined, rings = learned_drafting(policy)
     drafter = choices.choice([None, NgramDrafter(min_match=1, max_rollouts=3), scripted, combined])
     arms = [*ARMS, *LEARNED] if drafter is combined else ARMS
     block_size = choices.choice([1, 4, 16])
