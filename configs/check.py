@@ -152,6 +152,8 @@ def _rollout(config: Config) -> Iterator[tuple[str, str]]:
 def _vllm(config: Config) -> Iterator[tuple[str, str]]:
     """What vLLM cannot do: it drafts chains with an exported drafter, or not at all, and shows no features."""
     spec = config.spec
+    if config.compute.backend == "ray":
+        yield "rollout.backend", "Ray workers move sequences between their engines, which vllm does not; set native"
     if spec.source not in ("off", "eagle"):
         yield "spec.source", "rollout.backend=vllm drafts with a trained drafter or not at all; set off or eagle"
     if spec.source == "eagle":

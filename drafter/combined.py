@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from drafter.types import Drafts, ResidentDrafter, Rows, Strategy, Texts
+from drafter.types import Drafts, FollowsTemperature, ResidentDrafter, Rows, Strategy, Texts
 
 
 class CombinedDrafter:
@@ -28,6 +28,12 @@ class CombinedDrafter:
     def propose(self, texts: Texts, rows: Rows, strategy: Strategy, out: Drafts) -> None:
         """Let the strategy's source write a draft for each of the first B rows."""
         self._drafters[strategy.source].propose(texts, rows, strategy, out)
+
+    def set_temperature(self, temperature: float) -> None:
+        """Draft for sampling at this temperature from now on."""
+        for drafter in self._drafters.values():
+            if isinstance(drafter, FollowsTemperature):
+                drafter.set_temperature(temperature)
 
     def finish(self, text: int, prompt_id: str, token_ids: Sequence[int]) -> None:
         """The sequence that wrote this text is complete."""

@@ -79,13 +79,11 @@ class Learner:
         lm_head: torch.Tensor,
         config: DrafterConfig,
         dtype: torch.dtype,
-        num_workers: int = 1,
     ) -> None:
         """head: float32, on the policy's device; with config.init it is served as it is, else its vocabulary is still
         to be chosen. embedding, lm_head [V, H]: the policy's, as they are at any time. dtype: of the weights served."""
         self.off = "" if config.train else "drafter.train=false"
         self.ready = bool(config.init)
-        self.num_workers = num_workers
         self._config = config
         self._buffer = buffer
         self._lm_head = lm_head

@@ -18,7 +18,7 @@ from drafter.eagle import EagleHead
 from drafter.features import FeatureBatch
 from drafter.trainer import evaluate
 
-MIN_GAIN = 0.005  # in accept length, relative: below it a change is noise and not worth a new version
+MIN_GAIN = 0.02  # in accept length, relative: less is not worth that choosers measure a new version from the start
 CHUNK_WORDS = 1 << 22  # of a checksum's int64 temporaries: 32 MB
 MIXER = 0x3C6EF362  # even, so that every word's factor is odd and no single change goes unseen; sums wrap at 2^64
 

@@ -105,6 +105,14 @@ class ResidentDrafter(Protocol):
         """As Drafter.load_state_dict."""
 
 
+@runtime_checkable
+class FollowsTemperature(Protocol):
+    """A drafter that draws its tokens with the target's own noise, and so must know how the target samples."""
+
+    def set_temperature(self, temperature: float) -> None:
+        """Draft for sampling at this temperature from now on, 0 for greedy. Between cycles; graphs stay valid."""
+
+
 @dataclass(frozen=True, slots=True)
 class CycleFeatures:
     """What the target computed for the tokens of one cycle: B rows of Q = 1 + M forwarded tokens, Q consecutive each.

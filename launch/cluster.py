@@ -14,18 +14,18 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from configs.errors import ConfigError, PreflightError
 from configs.schema import Config
-from drafter.ngram import NgramDrafter
-from drafter.suffix import SuffixDrafter
-from drafter.types import Drafter, ResidentDrafter
+from drafter.learner import Learner as WorkerLearner
+from launch.drafting import make_drafting
 from rl.checkpoint import CheckpointStore
 from rl.data import DataSet, load_data
+from rl.lessons import Lessons
 from rl.loop import Loop
 from rl.metrics import Progress
 from rl.reward import check_rewards
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
 from rl.trainer import DeepSpeedTrainer
-from rl.types import Trainer
+from rl.types import Learner, Trainer
 from rl.warmstart import solver
 from rollout.engine import NativeEngine
 from rollout.model import context_length, load_config, load_policy, resolve_compute
@@ -57,14 +57,15 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Progress) 
         progress.message("no intact checkpoint yet: starting from step 0")
     engine: Engine
     trainer: Trainer
+    learner: Learner | None = None
     with ExitStack() as stack:
         if config.compute.backend == "ray":
             protect_local_ray()
             from launch.actors import start_workers  # Ray takes a second to import; one process does not need it
 
-            engine, trainer = stack.enter_context(start_workers(config, path, device=device, dtype=dtype))
+            engine, trainer, learner = stack.enter_context(start_workers(config, path, device=device, dtype=dtype))
         else:
-            engine, trainer = build_worker(config, path, device=device, dtype=dtype)
+            engine, trainer, learner = build_worker(config, path, device=device, dtype=dtype)
         asyncio.run(
             run_loop(
                 config,
@@ -73,6 +74,7 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Progress) 
                 data=data,
                 engine=engine,
                 trainer=trainer,
+                lessons=make_lessons(config, learner, path, run),
                 tokenizer=tokenizer,
                 stop_token_ids=stop_token_ids(path, tokenizer),
                 store=store,
@@ -94,8 +96,11 @@ async def run_loop(config: Config, run: RunDir, checkpoint: Path | None, **parts
             await loop.train()
 
 
-def build_worker(config: Config, path: Path, *, device: str, dtype: str) -> tuple[Engine, Trainer]:
-    """One policy module, the trainer that updates it and the engine that samples from the very same weights."""
+def build_worker(
+    config: Config, path: Path, *, device: str, dtype: str
+) -> tuple[Engine, Trainer, WorkerLearner | None]:
+    """One policy module, the trainer that updates it, the engine that samples from the very same weights, and the
+    learner of its drafter, if it has one that learns."""
     policy = load_policy(path, device=device, dtype=dtype)
     trainer = DeepSpeedTrainer(
         policy,
@@ -104,19 +109,23 @@ def build_worker(config: Config, path: Path, *, device: str, dtype: str) -> tupl
         temperature=config.rollout.temperature,
         device=device,
     )
-    return make_engine(config, policy, path, device), trainer
-
-
-def make_engine(config: Config, policy: PreTrainedModel, path: Path, device: str) -> Engine:
-    """The engine that rollout.backend names."""
     if config.rollout.backend == "vllm":
-        return make_vllm_engine(config, policy, path)
-    return NativeEngine(
-        policy,
-        drafter=make_drafter(config, device),
-        chooser=make_chooser(config.spec, device=device, seed=config.run.seed),
-        rollout=config.rollout,
+        return make_vllm_engine(config, policy, path), trainer, None
+    chooser = make_chooser(config.spec, device=device, seed=config.run.seed)
+    # only now have the parameters found their place
+    drafting = make_drafting(config, policy, chooser)
+    engine = NativeEngine(
+        policy, drafter=drafting.drafter, chooser=chooser, rollout=config.rollout, reader=drafting.reader
     )
+    return engine, trainer, drafting.learner
+
+
+def make_lessons(config: Config, learner: Learner | None, path: Path, run: RunDir) -> Lessons | None:
+    """The lessons of a drafter that learns; without one, None."""
+    if learner is None:
+        return None
+    vocab_size = load_config(path).get_text_config().vocab_size
+    return Lessons(learner, config.drafter, vocab_size=vocab_size, folder=run.path / "drafter")
 
 
 def make_vllm_engine(config: Config, policy: PreTrainedModel, path: Path) -> Engine:
@@ -136,15 +145,6 @@ def make_vllm_engine(config: Config, policy: PreTrainedModel, path: Path) -> Eng
         drafter=Path(config.drafter.init).expanduser().absolute() if drafts else None,
         depth=min(config.spec.depth, config.spec.num_verify) if drafts else 0,
     )
-
-
-def make_drafter(config: Config, device: str) -> Drafter | ResidentDrafter | None:
-    """The drafter behind the strategy, on the device where the engine's state is; None when speculation is off."""
-    if config.spec.source == "off":
-        return None
-    if device == "cuda":
-        return NgramDrafter(min_match=config.spec.min_match)
-    return SuffixDrafter(min_match=config.spec.min_match)
 
 
 def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from configs.errors import ResourceError
 from configs.schema import RolloutConfig
-from drafter.types import Drafter, FeatureReader, ResidentDrafter
+from drafter.types import Drafter, FeatureReader, FollowsTemperature, ResidentDrafter
 from kernels.sample import noise_key
 from rollout.blocks import BlockPool
 from rollout.decoder import Decoder, make_decoder
@@ -260,6 +260,8 @@ class NativeEngine:
                 block_size=block_size,
             )
         max_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+        if isinstance(self._drafter, FollowsTemperature):
+            self._drafter.set_temperature(sampling.temperature)
         return ResidentCycles(
             self._provide_decoder(max_length),
             self._cache,

@@ -1,0 +1,109 @@
+"""A run's drafting, put together from its config: who proposes, what keeps hidden states, and who improves the head."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from configs.errors import ConfigError
+from configs.schema import Config
+from drafter.buffer import FeatureBuffer
+from drafter.combined import CombinedDrafter
+from drafter.eagle import EagleConfig, EagleHead
+from drafter.eagle_serving import EagleDrafter
+from drafter.export import read_drafter
+from drafter.learner import Learner
+from drafter.ngram import NgramDrafter
+from drafter.rings import FeatureRings
+from drafter.suffix import SuffixDrafter
+from drafter.types import Drafter, FeatureReader, ResidentDrafter
+from rollout.strategy import Chooser
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """What an engine is given to draft with, and the learner that improves it; None where there is none."""
+
+    drafter: Drafter | ResidentDrafter | None
+    reader: FeatureReader | None = None
+    learner: Learner | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A head that is published to a drafter, and the chooser that measures it anew then: drafter.publish.Serves."""
+
+    drafter: EagleDrafter
+    chooser: Chooser
+
+    def publish(self, state: dict[str, torch.Tensor], version: int) -> None:
+        """As EagleDrafter.publish."""
+        self.drafter.publish(state, version)
+        self.chooser.drafter_changed("eagle")
+
+
+def make_drafting(config: Config, policy: PreTrainedModel, chooser: Chooser) -> Drafting:
+    """The drafting that spec.source names, on the policy's device; its parameters must have found their place.
+
+    chooser: of the engine that will draft so. Raises ConfigError, PreflightError.
+    """
+    match config.spec.source:
+        case "off":
+            return Drafting(None)
+        case "suffix":
+            hosted = policy.device.type == "cpu"
+            return Drafting((SuffixDrafter if hosted else NgramDrafter)(min_match=config.spec.min_match))
+    options = config.drafter
+    head = starting_head(config, policy).to(policy.device)
+    buffer = FeatureBuffer(
+        max_bytes=options.buffer_mb << 20, temperature=config.rollout.temperature, seed=config.run.seed
+    )
+    rings = FeatureRings(
+        aux_layers=head.config.aux_layers,
+        hidden_size=head.config.hidden_size,
+        window=options.feature_window,
+        max_nodes=max(1, chooser.max_num_verify),
+        dtype=policy.dtype,
+        device=policy.device,
+        sink=buffer if options.train else None,
+    )
+    # as they are: the policy trains on, and these are its present weights at any time
+    embedding = policy.get_input_embeddings().weight.detach()
+    lm_head = policy.get_output_embeddings().weight.detach()
+    eagle = EagleDrafter(
+        head.config,
+        embedding=embedding,
+        rings=rings,
+        temperature=config.rollout.temperature,
+        device=policy.device,
+    )
+    learner = Learner(
+        head,
+        drafter=Announced(eagle, chooser),
+        buffer=buffer,
+        embedding=embedding,
+        lm_head=lm_head,
+        config=options,
+        dtype=policy.dtype,
+    )
+    drafter: ResidentDrafter = eagle
+    if config.spec.source == "auto":
+        drafter = CombinedDrafter({"suffix": NgramDrafter(min_match=config.spec.min_match), "eagle": eagle})
+    return Drafting(drafter, rings, learner)
+
+
+def starting_head(config: Config, policy: PreTrainedModel) -> EagleHead:
+    """The head in drafter.init, or one with random weights; float32, on the CPU. Raises ConfigError, PreflightError."""
+    options = config.drafter
+    shape = EagleConfig.of(policy.config, draft_vocab=options.draft_vocab, window=options.window)
+    if not options.init:
+        return EagleHead(shape, seed=config.run.seed)
+    head = read_drafter(Path(options.init).expanduser())
+    for name in ("hidden_size", "vocab_size", "aux_layers"):
+        if getattr(head.config, name) != getattr(shape, name):
+            raise ConfigError(
+                f"drafter.init={options.init} drafts for a policy with {name}={getattr(head.config, name)}, and this"
+                f" one has {getattr(shape, name)}; take a drafter of this policy"
+            )
+    return head

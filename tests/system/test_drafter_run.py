@@ -1,0 +1,75 @@
+"""Whole runs with a learned drafter on the tiny model, as the command runs them."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+Paceline = Callable[..., subprocess.CompletedProcess[str]]
+
+# a window holds a whole response; learning may take as long as the steps do
+DRAFTER = (
+    "drafter.draft_vocab=200",
+    "drafter.window=32",
+    "drafter.batch_tokens=256",
+    "drafter.budget=1.0",
+    "drafter.checkpoint_every=2",
+    "rollout.temperature=0.7",
+)
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics" / "steps.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["eagle", "auto"])
+def test_a_run_trains_and_publishes_its_drafter_and_goes_on_with_it(
+    recipe: Path, tmp_path: Path, paceline: Paceline, source: str
+) -> None:
+    result = paceline("train", recipe, f"spec.source={source}", "spec.top_k=1", *DRAFTER)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    steps = records(run)
+    assert steps[0]["drafter_version"] == 0 and steps[-1]["drafter_version"] > 0
+    assert steps[-1]["drafter_steps"] > 0 and steps[-1]["seconds_drafter"] > 0
+    measured = [record["drafter_accept_length"] for record in steps if "drafter_accept_length" in record]
+    assert measured[-1] > measured[0] > 1
+    assert all(record["drafter_stall_s"] > 0 for record in steps[1::2])
+    assert "drafter v" in result.stdout
+    assert sorted(path.name for path in (run / "drafter").iterdir()) == ["step_4", "step_6"]
+    saved = run / "checkpoints" / "step_6" / "drafter"
+    version = json.loads((saved / "drafter.json").read_text())["version"]
+    served = load_file(saved / "served.safetensors")
+    resumed = paceline("resume", run, "train.steps=7", "drafter.budget=0")
+    assert resumed.returncode == 0, resumed.stderr
+    assert records(run)[-1]["drafter_version"] == version
+    again = load_file(run / "checkpoints" / "step_7" / "drafter" / "served.safetensors")
+    assert served.keys() == again.keys() and all(torch.equal(again[name], served[name]) for name in served)
+
+
+@pytest.mark.slow
+def test_a_learned_drafter_changes_no_token_of_a_run(recipe: Path, tmp_path: Path, paceline: Paceline) -> None:
+    texts = {}
+    for source in ("auto", "off"):
+        run = tmp_path / source
+        result = paceline("train", recipe, f"run.dir={run}", f"spec.source={source}", "train.steps=4", *DRAFTER)
+        assert result.returncode == 0, result.stderr
+        texts[source] = [pq.read_table(run / "samples" / f"step_{step}.parquet")["text"].to_pylist() for step in (1, 4)]
+    assert records(tmp_path / "auto")[-1]["drafter_version"] > 0
+    assert texts["auto"] == texts["off"]
+
+
+@pytest.mark.slow
+def test_workers_agree_on_one_drafter(recipe: Path, tmp_path: Path, paceline: Paceline) -> None:
+    overrides = ("spec.source=eagle", "spec.top_k=1", "compute.backend=ray", "compute.workers=2", "train.steps=4")
+    result = paceline("train", recipe, *overrides, *DRAFTER)
+    assert result.returncode == 0, result.stderr
+    steps = records(tmp_path / "run")
+    assert steps[-1]["drafter_version"] > 0 and not any("drafter_off" in record for record in steps)
+    assert "different drafters" not in result.stderr + result.stdout
