@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from configs.errors import PacelineError, PreflightError, ResourceError
+from configs.errors import ConfigError, PacelineError, PreflightError, ResourceError
 from configs.schema import RolloutConfig
 from kernels.sample import noise_key
 from rollout.memory import cache_budget
@@ -144,7 +144,7 @@ class VllmEngine:
         self._max_length = min(max_length, context_length(policy.config))
         self._drafter_shapes = {} if drafter is None else tensor_shapes(drafter)
         self._running: dict[str, Running] = {}
-        is_cuda = policy.device.type == "cuda"
+        self._is_cuda = policy.device.type == "cuda"
         speculative = None
         if drafter is not None:
             speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": depth}
@@ -162,14 +162,14 @@ class VllmEngine:
                     max_num_batched_tokens=max(rollout.prefill_tokens, rollout.max_running * (1 + depth)),
                     kv_cache_memory_bytes=self._cache_bytes(rollout),
                     gpu_memory_utilization=GPU_SHARE,
-                    enforce_eager=not is_cuda or rollout.graph_mb == 0,
+                    enforce_eager=not self._is_cuda or rollout.graph_mb == 0,
                     logprobs_mode="processed_logprobs",
                     weight_transfer_config=WeightTransferConfig(backend=TRANSFER),
                     speculative_config=speculative,
                 )
             # before whoever shares the process group ends it, at which vLLM's own end would fail
             atexit.register(self._llm.llm_engine.engine_core.shutdown)
-            if not is_cuda:
+            if not self._is_cuda:
                 from rollout.vllm_cpu import repair
 
                 repair()
@@ -180,10 +180,16 @@ class VllmEngine:
             raise PreflightError(f"vLLM does not start with {folder} ({reason}); set rollout.backend=native") from error
 
     async def generate(self, prompts: abc.Sequence[Prompt], sampling: Sampling) -> abc.AsyncGenerator[Rollout, None]:
-        """num_samples rollouts of every prompt, each as it finishes. Raises DataError as NativeEngine does."""
+        """num_samples rollouts of every prompt, each as it finishes. Raises DataError as check_prompts does."""
         assert not self._running, "one generate at a time"
         check_prompts(prompts, sampling, context=context_length(self._policy.config))
         assert sampling.min_p == 0, "vLLM applies min_p in another order, and not at all to drafts"
+        if self._depth and sampling.temperature and sampling.top_k and sampling.top_p == 1 and not self._is_cuda:
+            # apply_top_k_only of vLLM 0.32.0 fails on a step without drafts, which every prompt's first is
+            raise ConfigError(
+                f"rollout.top_k={sampling.top_k}: vLLM cannot filter by top_k alone while it drafts on a CPU;"
+                " set 0, rollout.top_p below 1 beside it, or spec.source=off"
+            )
         engine = self._llm.llm_engine
         try:
             for prompt in prompts:
