@@ -4,13 +4,13 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from configs.errors import ConfigError
-from launch import bench
+from launch import bench, drafter
 from launch.exits import TERMINATED, recorded, run_command
 
 if TYPE_CHECKING:
@@ -97,21 +97,38 @@ def plan(config: Recipe, overrides: Overrides = None) -> None:
 @app.command()
 def export(
     run: Run,
-    policy: Annotated[Path, typer.Option(metavar="OUT", help="Folder to write, for transformers to load.")],
+    policy: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Folder to write the policy to, for transformers to load.")
+    ] = None,
+    drafter_out: Annotated[
+        Path | None,
+        typer.Option("--drafter", metavar="OUT", help="Folder to write the drafter to, for vLLM and SGLang to load."),
+    ] = None,
+    layout: Annotated[
+        Literal["eagle3", "speculators"], typer.Option("--format", help="The drafter's: SGLang reads eagle3 alone.")
+    ] = "eagle3",
 ) -> None:
-    """Write the trained policy as a folder that transformers loads."""
+    """Write the trained policy as a folder that transformers loads, its drafter as one that servers load."""
     from rl.rundir import require_run
 
     require_run(run)
+    if policy is None and drafter_out is None:
+        raise ConfigError("say what to export: --policy OUT, --drafter OUT, or both")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving a model imports DeepSpeed, which would look for one aloud
     _prepare()
     from launch.logs import disable_progress_bars
-    from rl.export import export_policy
 
     disable_progress_bars()
+    if policy is not None:
+        from rl.export import export_policy
 
-    export_policy(run, policy)
-    print(f"wrote {policy}")
+        export_policy(run, policy)
+        print(f"wrote {policy}")
+    if drafter_out is not None:
+        from rl.export_drafter import export_drafter
+
+        version = export_drafter(run, drafter_out, layout=layout, policy=policy)
+        print(f"wrote {drafter_out}" + (f"; vLLM {version} loads it" if version else ""))
 
 
 @app.command()
@@ -178,6 +195,7 @@ def _prepare() -> None:
 
 
 app.add_typer(bench.app, name="bench")
+app.add_typer(drafter.app, name="drafter")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,135 @@
+"""`paceline drafter`: train a drafter away from a run, and measure one."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from configs.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from drafter.trainer import DrafterStats
+    from launch.subject import Subject
+
+app = typer.Typer(help="Train and measure drafters.")
+
+Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="A run directory, or a recipe.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Keys to set, as drafter.lr=1e-3.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Where the results go.")]
+
+REPORT_EVERY = 10  # updates between two lines
+
+
+@app.callback()
+def drafter() -> None:
+    """Train and measure drafters."""
+
+
+@app.command()
+def train(
+    source: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: for drafter.init, vLLM and SGLang.")],
+    overrides: Overrides = None,
+    answers: Annotated[
+        Literal["policy", "solutions"],
+        typer.Option(help="From a recipe: what the policy says to its problems, or their worked solutions."),
+    ] = "policy",
+    texts: Annotated[int, typer.Option(min=2, help="Responses to learn from, at most.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 200,
+    layout: Annotated[Literal["eagle3", "speculators"], typer.Option("--format", help="Of OUT.")] = "eagle3",
+) -> None:
+    """Warm a drafter up: on a run's samples, or on answers to a recipe's problems."""
+    subject = _subject(source, overrides)
+    from launch import offline
+    from rl.export_drafter import export_trained
+
+    console = Console()
+    learned = offline.texts_for(subject, texts, answers=answers)
+    console.print(f"{len(learned)} texts, {sum(len(text.token_ids) for text in learned):,} tokens", highlight=False)
+
+    def report(step: int, stats: "DrafterStats") -> None:
+        if step % REPORT_EVERY == 0 or step == steps:
+            figures = f"loss {stats.loss:.3f}, accept length {stats.accept_length:.2f}"
+            console.print(f"step {step}/{steps}: {figures}, {stats.seconds * 1e3:.0f} ms", highlight=False)
+
+    trained = offline.train_drafter(subject, learned, steps=steps, report=report)
+    before, after = trained.before.accept_length, trained.after.accept_length
+    console.print(f"accept length on texts not learned from: {before:.2f} before, {after:.2f} after", highlight=False)
+    version = export_trained(
+        out,
+        trained.head,
+        policy=subject.policy,
+        model=subject.config.model,
+        step=subject.step,
+        num_draft_tokens=subject.config.drafter.unroll,
+        accept_length=after,
+        layout=layout,
+    )
+    console.print(f"wrote {out}" + (f"; vLLM {version} loads it" if version else ""), highlight=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    source: Source,
+    overrides: Overrides = None,
+    folder: Annotated[
+        Path | None, typer.Option("--drafter", metavar="FOLDER", help="An exported drafter; of a run, its own.")
+    ] = None,
+    temperatures: Annotated[str, typer.Option(help="Temperatures to sample at, as 0,0.7,1; 0 is greedy.")] = "",
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out problems to answer.")] = 32,
+    depth: Annotated[int, typer.Option(min=1, help="Tokens of a draft, a chain.")] = 4,
+    context: Annotated[
+        Literal["rollout", "server"],
+        typer.Option(help="What the drafter has read: the response, as in rollouts, or the prompt too, as in servers."),
+    ] = "rollout",
+    out: Json = None,
+) -> None:
+    """Accept length by draft position, by position in the response and by temperature."""
+    if out is not None and not os.access(out.absolute().parent, os.W_OK):
+        raise StorageError(f"--json {out}: its folder is missing or not writable; make it first")
+    subject = _subject(source, overrides)
+    from launch import offline
+
+    chosen = _temperatures(temperatures) or [subject.config.rollout.temperature]
+    head = offline.drafter_for(subject, folder)
+    problems = offline.problems(subject, prompts)
+    measured = []
+    for temperature in chosen:
+        cycles = offline.measure(subject, head, problems, temperature=temperature, depth=depth, context=context)
+        measured.append({"temperature": temperature} | cycles.table())
+    from launch.drafter_report import document, tables
+
+    for table in tables(measured):
+        Console().print(table)
+    if out is not None:
+        result = document(subject, folder, measured, prompts=len(problems), context=context)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {out}")
+
+
+def _temperatures(text: str) -> list[float]:
+    """Numbers between commas. Raises ConfigError."""
+    try:
+        values = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ConfigError(f"--temperatures {text!r} is not numbers between commas, as 0,0.7,1") from None
+    if any(not 0 <= value < float("inf") for value in values):
+        raise ConfigError(f"--temperatures {text!r}: none may be negative or infinite")
+    return values
+
+
+def _subject(source: Path, overrides: list[str] | None) -> "Subject":
+    """The policy to draft for, after what comes before the first heavy import."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading a checkpoint imports DeepSpeed, which would look for one
+    from launch.logs import check_kernels, quiet_libraries
+
+    check_kernels()
+    quiet_libraries()
+    from launch.logs import disable_progress_bars
+    from launch.subject import load_subject
+
+    disable_progress_bars()
+    return load_subject(source, list(overrides or []))

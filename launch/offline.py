@@ -1,0 +1,161 @@
+"""Training a drafter away from its run, and measuring one."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+import torch
+
+from configs.errors import ConfigError, DataError
+from drafter.eagle import EagleConfig, EagleHead
+from drafter.evaluate import Cycles, walk
+from drafter.features import FeatureBatch
+from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary
+from launch.drafting import starting_head
+from launch.subject import Subject, policy_answers, sampled_texts, solved_texts
+from rl.export import newest_intact
+from rl.export_drafter import served_head
+from rl.features import Text, batches, text_features
+from rl.warmstart import FIRST_STEP
+from rollout.types import Prompt
+
+HELDOUT = 8  # one text in so many is kept from training, to say how well the drafter does on others
+
+Context = Literal["rollout", "server"]
+Report = Callable[[int, DrafterStats], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A drafter, and what it makes of texts it has not seen: of the chains it was trained to draw."""
+
+    head: EagleHead
+    before: DrafterStats
+    after: DrafterStats
+
+
+def train_drafter(subject: Subject, texts: Sequence[Text], *, steps: int, report: Report) -> Trained:
+    """Train a drafter for the policy on these texts, from drafter.init or from random weights, so many updates.
+
+    Every other batch starts at the prompt, as servers have the drafter read it; the rest where rollouts start. Raises
+    ConfigError for fewer than two texts.
+    """
+    if len(texts) < 2:
+        raise ConfigError(f"{len(texts)} texts are too few: some are kept to measure by; raise --texts")
+    config = subject.config.drafter
+    learned = [text for index, text in enumerate(texts) if index % HELDOUT]
+    heldout = texts[::HELDOUT]
+    head = start_head(subject, learned).to(subject.device)
+    trainer = DrafterTrainer(head, **output_weights(subject), config=config)
+    (measured, *_) = batches(heldout, config.batch_tokens)
+    unseen = features(subject, measured, head.config, subject.config.rollout.temperature, "rollout")
+    before = trainer.evaluate(unseen)
+    endless = endless_batches(learned, config.batch_tokens, seed=subject.config.run.seed)
+    for step, group in zip(range(steps), endless, strict=False):
+        context: Context = "server" if step % 2 else "rollout"
+        batch = features(subject, group, head.config, subject.config.rollout.temperature, context)
+        report(step + 1, trainer.step(batch))
+    return Trained(head, before, trainer.evaluate(unseen))
+
+
+def texts_for(subject: Subject, count: int, *, answers: Literal["policy", "solutions"]) -> list[Text]:
+    """What to learn from: a run's samples; of a recipe, worked solutions or what the policy says to its problems."""
+    if subject.run is not None:
+        return sampled_texts(subject, count)
+    if answers == "solutions":
+        return solved_texts(subject, count)
+    data = subject.data(num_heldout=0)
+    prompts = data.prompts(FIRST_STEP, min(count, len(data)))
+    return policy_answers(subject, prompts, temperature=subject.config.rollout.temperature)[0]
+
+
+def problems(subject: Subject, count: int) -> list[Prompt]:
+    """Held-out problems, so many or all there are. Raises DataError where a table holds none out."""
+    prompts = subject.data(num_heldout=count).heldout(count)
+    if not prompts:
+        raise DataError("no held-out problems to measure on; give more data")
+    return prompts
+
+
+def start_head(subject: Subject, texts: Sequence[Text]) -> EagleHead:
+    """The drafter in drafter.init, or a new one that can propose the commonest tokens of these responses."""
+    head = starting_head(subject.config, subject.policy)
+    if not subject.config.drafter.init:
+        tokens = [token for text in texts for token in text.token_ids[text.num_prompt :]]
+        counts = torch.bincount(torch.tensor(tokens), minlength=head.config.vocab_size)
+        lm_head = subject.policy.get_output_embeddings().weight.cpu()
+        head.set_vocabulary(*choose_vocabulary(counts, head.config.draft_vocab), lm_head)
+    return head
+
+
+def drafter_for(subject: Subject, folder: Path | None) -> EagleHead:
+    """The drafter in a folder, else the one its run served, else that in drafter.init. Raises PacelineError."""
+    config = subject.config
+    if folder is None and subject.run is not None:
+        return served_head(newest_intact(subject.run))
+    if folder is not None:
+        config = replace(config, drafter=replace(config.drafter, init=str(folder)))
+    if not config.drafter.init:
+        raise ConfigError("say which drafter to measure: --drafter FOLDER, or a run directory instead of a recipe")
+    return starting_head(config, subject.policy)
+
+
+def measure(
+    subject: Subject,
+    head: EagleHead,
+    prompts: Sequence[Prompt],
+    *,
+    temperature: float,
+    depth: int,
+    context: Context,
+) -> Cycles:
+    """The cycles of drafts of this depth over the policy's answers to the prompts, the drafter in the policy's dtype.
+
+    context "server": the drafter has read the prompt, as vLLM and SGLang have it; "rollout": it starts at the response.
+    """
+    texts, keys = policy_answers(subject, prompts, temperature=temperature)
+    served = copy.deepcopy(head).to(subject.device, subject.policy.dtype)
+    embedding = output_weights(subject)["embedding"]
+    cycles, done = Cycles(depth, [], []), 0
+    for group in batches(texts, subject.config.drafter.batch_tokens):
+        batch = features(subject, group, head.config, temperature, context)
+        cycles += walk(
+            served,
+            batch,
+            first=[text.num_prompt - 1 if context == "server" else 0 for text in group],
+            embedding=embedding,
+            depth=depth,
+            keys=keys[done : done + len(group)] if temperature else None,
+        )
+        done += len(group)
+    return cycles
+
+
+def features(
+    subject: Subject, texts: Sequence[Text], config: EagleConfig, temperature: float, context: Context
+) -> FeatureBatch:
+    """What the policy leaves behind on these texts."""
+    return text_features(
+        subject.policy,
+        texts,
+        aux_layers=config.aux_layers,
+        temperature=temperature,
+        with_prompt=context == "server",
+        version=subject.step,
+    )
+
+
+def output_weights(subject: Subject) -> dict[str, torch.Tensor]:
+    """The policy's embedding and lm_head, [V, H] each."""
+    policy = subject.policy
+    return {"embedding": policy.get_input_embeddings().weight, "lm_head": policy.get_output_embeddings().weight}
+
+
+def endless_batches(texts: Sequence[Text], tokens: int, *, seed: int) -> Iterator[list[Text]]:
+    """Groups of together at most so many tokens, epoch after epoch, each in another order."""
+    random = Random(seed)
+    while True:
+        yield from batches(random.sample(texts, len(texts)), tokens)

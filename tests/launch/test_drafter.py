@@ -1,0 +1,193 @@
+"""`paceline drafter` and `paceline export --drafter`, from a model folder to a folder that engines load."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from configs.errors import ConfigError, PreflightError
+from configs.load import dump, load
+from drafter.checkpoint import CheckpointWriter
+from drafter.eagle import EagleConfig, EagleHead
+from drafter.export import read_drafter
+from launch.cli import app
+from launch.subject import load_subject, policy_answers, sampled_texts, solved_texts
+from rl.checkpoint import CheckpointStore, write_tensors
+from rollout.model import load_policy
+
+RECIPE = """
+model: {model}
+compute: {{device: cpu, dtype: float32}}
+data:
+  name: chain_sum
+  options: {{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}}
+  size: 64
+rollout: {{max_new_tokens: 12, temperature: 1.0}}
+drafter: {{draft_vocab: 100, window: 32, batch_tokens: 512, unroll: 2}}
+warmstart: {{solutions: "rl.worked:chain_sum"}}
+"""
+
+
+@pytest.fixture(scope="session")
+def deep_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """Seven layers, so that three of them are read; small ones, under the tiny model's tokenizer."""
+    folder = tmp_path_factory.mktemp("deep-model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=7,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, deep_model_dir: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(model=deep_model_dir))
+    return path
+
+
+@pytest.fixture
+def paceline() -> Callable[..., None]:
+    """The command line, in this process."""
+    return lambda *arguments: app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path, recipe: Path, deep_model_dir: Path) -> Path:
+    """A run whose checkpoint of step 3 holds a policy and a served drafter, with samples of steps 2 and 3."""
+    path = tmp_path / "run"
+    for name in ("config", "metrics", "samples"):
+        (path / name).mkdir(parents=True)
+    (path / "config" / "resolved.yaml").write_text(dump(load(recipe)))
+    (path / "STATUS.json").write_text("{}")
+    (path / "metrics" / "steps.jsonl").write_text(
+        '{"step": 2, "drafter_served_accept_length": 2.25}\n{"step": 3, "reward_mean": 0.5}\n'
+    )
+    policy = load_policy(deep_model_dir, device="cpu", dtype="bfloat16")
+    params = {name: (param + 0.01).detach() for name, param in policy.named_parameters()}
+    head = EagleHead(EagleConfig.of(policy.config, draft_vocab=100, window=32), seed=4)
+
+    def fill(folder: Path) -> None:
+        (folder / "trainer").mkdir()
+        write_tensors(folder / "trainer" / "params.safetensors", params)
+        writer = CheckpointWriter()
+        record = {"head": {name: getattr(head.config, name) for name in head.config.__slots__}, "version": 1}
+        served = {
+            name: value.to(torch.bfloat16) if value.is_floating_point() else value
+            for name, value in head.state_dict().items()
+        }
+        writer.begin(folder / "drafter", {"training": head.state_dict(), "served": served}, record)
+        writer.wait()
+
+    CheckpointStore(path / "checkpoints", keep=2).write(3, fill)
+    for step in (2, 3):
+        rows = [{"question": f"{i} + {step}?", "text": f"It is {i + step}.", "finish": "stop"} for i in range(3)]
+        pq.write_table(pa.Table.from_pylist(rows), path / "samples" / f"step_{step}.parquet")
+    return path
+
+
+def test_a_drafter_is_trained_measured_and_trained_on(
+    recipe: Path, tmp_path: Path, paceline: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, again, results = tmp_path / "out", tmp_path / "again", tmp_path / "eval.json"
+    paceline("drafter", "train", recipe, out, "--answers", "solutions", "--texts", 16, "--steps", 10)
+    card = (out / "README.md").read_text()
+    assert "step 10/10: loss" in capsys.readouterr().out
+    assert "vllm serve" in card and "sglang.launch_server" in card and "Accept length" in card
+    head = read_drafter(out)
+    assert (head.config.draft_vocab, head.config.window, head.config.aux_layers) == (100, 32, (2, 3, 4))
+    measure = ("drafter", "eval", recipe, "--drafter", out, "--temperatures", "0,1", "--prompts", 4, "--depth", 3)
+    paceline(*measure, "--json", results)
+    shown = capsys.readouterr().out
+    assert "accept length" in shown and "+3" in shown
+    result = json.loads(results.read_text())
+    assert [one["temperature"] for one in result["temperatures"]] == [0, 1]
+    for one in result["temperatures"]:
+        assert 1 <= one["accept_length"] <= 4 and len(one["by_depth"]) == 3
+        assert one["draft_tokens"] == 3 * one["drafts"]
+    paceline("drafter", "train", recipe, again, "--texts", 8, "--steps", 1, f"drafter.init={out}")
+    assert torch.equal(read_drafter(again).d2t, head.d2t)
+
+
+def test_a_runs_drafter_is_exported_with_its_policy(run: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
+    policy, out = tmp_path / "policy", tmp_path / "drafter"
+    paceline("export", run, "--policy", policy, "--drafter", out)
+    origin = json.loads((out / "drafter.json").read_text())
+    assert (origin["step"], origin["accept_length"], origin["policy"]) == (3, 2.25, str(policy))
+    assert f"vllm serve {policy}" in (out / "README.md").read_text()
+    paceline("export", run, "--drafter", tmp_path / "other", "--format", "speculators")
+    described = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert described["speculators_model_type"] == "eagle3"
+    assert "sglang" not in (tmp_path / "other" / "README.md").read_text()  # it does not know the names
+    first, second = read_drafter(out).state_dict(), read_drafter(tmp_path / "other").state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_drafter_is_not_exported_for_another_policy(
+    run: Path, tmp_path: Path, deep_model_dir: Path, paceline: Callable[..., None]
+) -> None:
+    from rl.export_drafter import export_drafter
+
+    with pytest.raises(PreflightError, match="does not hold the policy of"):
+        export_drafter(run, tmp_path / "out", layout="eagle3", policy=deep_model_dir)
+    shutil.rmtree(run / "checkpoints" / "step_3" / "drafter")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_lacks_is_named(run: Path, recipe: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
+    with pytest.raises(ConfigError, match="say what to export"):
+        paceline("export", run)
+    with pytest.raises(ConfigError, match="say which drafter to measure"):
+        paceline("drafter", "eval", recipe)
+    with pytest.raises(ConfigError, match="is not numbers between commas"):
+        paceline("drafter", "eval", recipe, "--temperatures", "hot")
+
+
+def test_a_runs_samples_become_texts_newest_first(run: Path) -> None:
+    subject = load_subject(run, [])
+    assert subject.step == 3 and subject.policy.dtype == torch.bfloat16
+    texts = sampled_texts(subject, 4)
+    decoded = [subject.tokenizer.decode(text.token_ids[text.num_prompt :]) for text in texts]
+    assert decoded == ["It is 3.<|im_end|>", "It is 4.<|im_end|>", "It is 5.<|im_end|>", "It is 2.<|im_end|>"]
+    assert "0 + 3?" in subject.tokenizer.decode(texts[0].token_ids[: texts[0].num_prompt])
+
+
+def test_a_runs_own_drafter_is_measured_on_its_policy(
+    run: Path, paceline: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paceline("drafter", "eval", run, "--prompts", 2, "--context", "server")
+    assert "accept length" in capsys.readouterr().out
+
+
+def test_answers_are_the_policys_and_solutions_the_recipes(recipe: Path) -> None:
+    subject = load_subject(recipe, ["rollout.max_new_tokens=5"])
+    prompts = subject.data(num_heldout=0).prompts(0, 3)
+    texts, keys = policy_answers(subject, prompts, temperature=0.0, num_samples=2)
+    assert len(texts) == len(keys) == 6 and len(set(keys.tolist())) == 6
+    assert texts[0].token_ids == texts[1].token_ids  # greedy
+    with torch.no_grad():
+        text = texts[0]
+        model = LlamaForCausalLM.from_pretrained(subject.config.model, dtype=torch.float32)
+        logits = model(torch.tensor(text.token_ids)[None]).logits[0]
+    assert logits[text.num_prompt - 1 : -1].argmax(1).tolist() == text.token_ids[text.num_prompt :]
+    solved = solved_texts(subject, 2)
+    assert all(text.token_ids[-1] == subject.tokenizer.eos_token_id for text in solved)
