@@ -138,7 +138,10 @@ def test_sequences_that_move_at_any_moment_sample_the_same(
     engines = [engine() for _ in range(choices.randint(1, 3))]
     relay = Relay(engines, sampling, choices)
     asyncio.run(relay.run(prompts))
-    assert_same(relay.found, expected)
+    if device == "cpu":
+        assert_same(relay.found, expected)
+    else:  # whose float32 sums are another processor's
+        assert {key: rollout.token_ids for key, rollout in relay.found.items()} == truth
     assert relay.num_moved > 0
     for rollout in relay.found.values():
         assert sum(count for _, count in rollout.version_spans) == len(rollout.token_ids)
