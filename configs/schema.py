@@ -101,7 +101,7 @@ class DrafterConfig:
     loss: Literal["lk", "kl", "ce", "tv"] = "lk"
     unroll: int = 4  # steps of training-time test: how many of its own predictions it learns to go on from
     lr: float = 1e-3
-    batch_tokens: int = 8192  # feature tokens of one optimiser step
+    batch_tokens: int = 4096  # feature tokens of an optimiser step, after which it can be called away
     feature_window: int = 128  # consecutive tokens kept of a sequence at a time
     buffer_mb: int = 1024  # memory for features
     budget: float = 0.05  # share of a step's time that training it may add where no GPU is idle
