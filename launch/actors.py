@@ -172,20 +172,13 @@ class Worker:
 def start_workers(
     config: Config, path: Path, *, device: str, dtype: str
 ) -> Iterator[tuple[RayEngine, RayTrainer, RayLearner | None]]:
-    """Engine, trainer and learner, if the run has one, of a run, one actor a worker, until the end of the block."""
-    make = partial(make_parts, config, path, device=device, dtype=dtype)
+    """A run's engine, its trainer and, if it has one, its learner: one actor a worker, until the end of the block."""
+    from launch.cluster import build_worker
+
+    make = partial(build_worker, config, path, device=device, dtype=dtype)
     count, slots = config.compute.workers, config.rollout.max_running
     with start_actors(make, count=count, device=device, slots=slots) as parts:
         yield parts
-
-
-def make_parts(config: Config, path: Path, *, device: str, dtype: str) -> Parts:
-    """What a run's worker is made of; called in the worker."""
-    from launch.cluster import build_worker
-
-    engine, trainer, learner = build_worker(config, path, device=device, dtype=dtype)
-    assert isinstance(engine, NativeEngine), "no other engine gives sequences away"
-    return engine, trainer, learner
 
 
 @contextmanager

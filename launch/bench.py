@@ -227,9 +227,12 @@ def gain(
 def longtail(
     recipe: Annotated[Path, typer.Option(metavar="CONFIG", help="Recipe of the workload.")] = Path("longtail"),
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Keys to set.")] = None,
-    arms: Annotated[str, typer.Option(help="How rollouts are drafted, the first to compare with.")] = "off,suffix",
+    arms: Annotated[
+        str, typer.Option(help="How rollouts are drafted, the first to compare with.")
+    ] = "off,suffix,tlt,ours",
     steps: Annotated[int, typer.Option(min=1, help="Steps of each arm; they take turns, a step each.")] = 20,
     skip: Annotated[int, typer.Option(min=0, help="First steps that enter no figure: captures, compilation.")] = 4,
+    head_start: Annotated[float, typer.Option(min=0, help="Seconds a drafter may train in the skipped steps.")] = 4,
     minutes: Annotated[float, typer.Option(min=0, help="Begin no round of turns later than that; 0: no limit.")] = 0,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Start from this run's newest checkpoint: no warm start.")
@@ -241,7 +244,7 @@ def longtail(
     _prepare(out)
     from launch import bench_longtail, longtail_report
 
-    job = bench_longtail.Job(tuple(arms.split(",")), steps, skip, minutes)
+    job = bench_longtail.Job(tuple(arms.split(",")), steps, skip, head_start, minutes)
     with nullcontext(runs) if runs else TemporaryDirectory(prefix="paceline-longtail-") as folder:
         result = bench_longtail.run(
             recipe,
@@ -369,6 +372,32 @@ def drafter_training(
     )
     result = bench_drafter.run(job)
     _show(result, bench_drafter.table(result), out)
+
+
+@app.command()
+def idle(
+    geometry: Geometry = None,
+    model: Model = None,
+    running: Annotated[int, typer.Option(min=2, help="Sequences a worker runs at a time; it has twice as many.")] = 32,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a rollout.")] = 512,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one of the drafter's optimiser steps.")] = 8192,
+    rounds: Rounds = 3,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Json = None,
+) -> None:
+    """Two workers of which one is idle: how much of its time is used, what that costs the other, what a kill does."""
+    _prepare(out)
+    from launch.cluster import protect_local_ray
+
+    protect_local_ray()
+    from launch import bench_idle
+
+    job = bench_idle.Job(geometry, model, running, prompt_len, new_tokens, batch_tokens, rounds, seed)
+    result = bench_idle.run(job, device=device, dtype=dtype)
+    _show(result, bench_idle.table(result), out)
 
 
 def _numbers(option: str, text: str) -> list[int]:
