@@ -381,7 +381,7 @@ def idle(
     running: Annotated[int, typer.Option(min=2, help="Sequences a worker runs at a time; it has twice as many.")] = 32,
     prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a rollout.")] = 512,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one of the drafter's optimiser steps.")] = 8192,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one of the drafter's optimiser steps.")] = 4096,
     rounds: Rounds = 3,
     device: Device = "auto",
     dtype: Dtype = "auto",
