@@ -104,3 +104,18 @@ def test_states_are_kept_by_source_and_a_run_with_fewer_sources_gives_what_it_ha
     CombinedDrafter(resumed).load_state_dict({"suffix": saved["suffix"]})
     assert resumed["suffix"].state == {"finished": [1]}
     assert resumed["eagle"].state == {"weights": 0}
+
+
+@dataclass
+class Tempered(Noted):
+    """A drafter that draws with the target's noise."""
+
+    def set_temperature(self, temperature: float) -> None:
+        self.heard.append(("temperature", temperature))
+
+
+def test_those_that_draw_with_the_targets_noise_are_told_how_it_samples() -> None:
+    drafters = {"suffix": Noted(0), "eagle": Tempered(0)}
+    CombinedDrafter(drafters).set_temperature(0.7)
+    assert drafters["eagle"].heard == [("temperature", 0.7)]
+    assert drafters["suffix"].heard == []
