@@ -21,7 +21,7 @@ from configs.errors import ConfigError, PreemptedError, PreflightError
 from configs.load import dump, load
 from configs.schema import Config
 from launch.bench_report import provenance, say
-from launch.cluster import build_worker, check_counts, on_sigterm, stop_token_ids
+from launch.cluster import build_worker, check_counts, make_lessons, on_sigterm, stop_token_ids
 from launch.longtail_report import report, warmstart
 from rl.checkpoint import CheckpointStore, step_of
 from rl.data import DataSet, load_data
@@ -35,6 +35,9 @@ from rollout.pretrained import load_tokenizer, resolve
 ARMS: dict[str, tuple[str, ...]] = {
     "off": ("spec.source=off",),
     "suffix": ("spec.source=suffix", "spec.choice=auto"),
+    # TLT (arXiv 2511.16665): a learned head, its bandit over a fixed table, on while fewer than 32 sequences run
+    "tlt": ("spec.source=eagle", "spec.choice=beg_mab", "spec.below=32"),
+    "ours": ("spec.source=auto", "spec.choice=auto"),
 }
 # Over the recipe and under the user's overrides: caches of so many tokens fit side by side, one for each arm.
 SHAPE = ("rollout.kv_tokens=262144",)
@@ -48,12 +51,14 @@ Keep = Callable[[dict[str, Any]], None]
 class Job:
     """What is measured: steps of every arm, of which the first `skip` (captures, compilation) enter no figure.
 
-    minutes: no round of turns is begun later than that after the start; 0 sets no limit.
+    head_start_s: what a learned drafter may train among those first steps beyond its budget, as it would have in the
+    steps of a longer run. minutes: no round of turns is begun later than that after the start; 0 sets no limit.
     """
 
     arms: tuple[str, ...]
     steps: int
     skip: int
+    head_start_s: float
     minutes: float
 
 
@@ -127,6 +132,10 @@ def run(
         raise ConfigError(f"--arms {','.join(job.arms)}: name some of {', '.join(ARMS)}")
     if job.skip >= job.steps:
         raise ConfigError(f"--skip {job.skip} leaves nothing of --steps {job.steps}; lower it")
+    if job.head_start_s and job.skip < 2:
+        raise ConfigError(
+            f"--head-start {job.head_start_s:g} needs the second of --skip {job.skip} steps; skip 2 or more"
+        )
     if checkpoint is not None:
         require_run(checkpoint)
     given = [*SHAPE, *overrides, *FIXED]
@@ -186,6 +195,8 @@ async def _run(
                 for arm in [*arms[turn:], *arms[:turn]]:
                     if arm.error is None:
                         await take_turn(arm)
+                        if number + 1 < job.skip:
+                            lend(arm.loop, job.head_start_s / (job.skip - 1))
                         keep(result | figures(arms, job))
     for arm in arms:
         if arm.error is not None:
@@ -229,13 +240,14 @@ def make_loop(name: str, config: Config, ground: Ground) -> Loop:
     """A run under the ground's folder, with a policy, a trainer and an engine of its own."""
     config = replace(config, run=replace(config.run, name=name, dir=str(ground.folder / name)))
     run = RunDir.create(config, dump(config))
-    engine, trainer = build_worker(config, ground.path, device=ground.device, dtype=ground.dtype)
+    engine, trainer, learner = build_worker(config, ground.path, device=ground.device, dtype=ground.dtype)
     return Loop(
         config=config,
         run=run,
         data=ground.data,
         engine=engine,
         trainer=trainer,
+        lessons=make_lessons(config, learner, ground.path, run),
         rewards=ground.rewards,
         tokenizer=ground.tokenizer,
         stop_token_ids=stop_token_ids(ground.path, ground.tokenizer),
@@ -243,6 +255,13 @@ def make_loop(name: str, config: Config, ground: Ground) -> Loop:
         progress=Lines(name),
         stop_requested=ground.stop,
     )
+
+
+def lend(loop: Loop, seconds: float) -> None:
+    """Let a learned drafter's next lesson take so much longer."""
+    budget = loop.config.drafter.budget
+    if loop.lessons is not None and budget:
+        loop.lessons.earn(seconds / budget)
 
 
 def figures(arms: Sequence[Arm], job: Job) -> dict[str, Any]:

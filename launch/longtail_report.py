@@ -165,16 +165,18 @@ def _parts(arms: Mapping[str, Any], skip: int) -> list[tuple[str, list[float], s
     """The stacked parts of a mean step, bottom first: label, seconds of each arm, colour."""
 
     def mean(arm: Record, key: str) -> float:
-        return statistics.fmean(step[key] for step in arm["steps"][skip:])
+        return statistics.fmean(step.get(key, 0.0) for step in arm["steps"][skip:])
 
     tail = [mean(arm, "seconds_tail") for arm in arms.values()]
     bulk = [mean(arm, "seconds_rollout") - late for arm, late in zip(arms.values(), tail, strict=True)]
     train = [mean(arm, "seconds_train") for arm in arms.values()]
     whole = [mean(arm, "seconds") for arm in arms.values()]
-    rest = [w - b - t - u for w, b, t, u in zip(whole, bulk, tail, train, strict=True)]
+    learn = [mean(arm, "seconds_drafter") for arm in arms.values()]
+    rest = [w - b - t - u - v for w, b, t, u, v in zip(whole, bulk, tail, train, learn, strict=True)]
     return [
         ("rollouts, the first 90 %", bulk, "#0b4f8a"),
         ("rollouts, the last 10 %", tail, "#7fb0d8"),
         ("policy update", train, "#b5651d"),
+        ("drafter's lessons", learn, "#5b9f67"),
         ("the rest", rest, "#d9d9d9"),
     ]

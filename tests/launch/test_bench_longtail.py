@@ -52,7 +52,7 @@ def test_arms_start_alike_take_turns_and_sample_the_same(
     measure: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    result = measure("--arms", "off,suffix", "--steps", "3", "--skip", "1", "--runs", str(runs))
+    result = measure("--arms", "off,suffix", "--steps", "3", "--skip", "1", "--head-start", "0", "--runs", str(runs))
     assert [record["stage"] for record in result["warmstart"]["eval"]] == ["base", "warmstart"]
     assert len(result["warmstart"]["warmstart"]) == 2
     off, suffix = result["arms"]["off"], result["arms"]["suffix"]
@@ -63,11 +63,24 @@ def test_arms_start_alike_take_turns_and_sample_the_same(
     assert [step["reward_mean"] for step in off["steps"]] == [step["reward_mean"] for step in suffix["steps"]]
     assert off["tail"]["median"] <= off["rollout"]["median"]
 
-    again = measure("--arms", "off", "--steps", "1", "--skip", "0", "--checkpoint", str(runs / "warm"))
+    again = measure(
+        "--arms", "off", "--steps", "1", "--skip", "0", "--head-start", "0", "--checkpoint", str(runs / "warm")
+    )
     assert again["arms"]["off"]["steps"][0]["reward_mean"] == off["steps"][0]["reward_mean"]
     picture = tmp_path / "out.png"
     drawn = CliRunner().invoke(bench.app, ["longtail-picture", str(tmp_path / "out.json"), str(picture)])
     assert drawn.exit_code == 0 and picture.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_learned_drafters_draft_the_same_rollouts_and_may_train_ahead(measure: Callable[..., dict[str, Any]]) -> None:
+    small = ("drafter.batch_tokens=128", "drafter.feature_window=32", "drafter.budget=0.01")
+    result = measure("--arms", "off,tlt,ours", "--steps", "3", "--skip", "2", "--head-start", "2", *small)
+    assert result["settings"]["tlt"]["below"] == 32
+    for name in ("tlt", "ours"):
+        arm = result["arms"][name]
+        assert arm["agreement"] == [{"rollouts": 1.0, "prefix": 1.0}] * 3
+        assert arm["steps"][1]["drafter_steps"] > 2 * arm["steps"][2]["drafter_steps"]
 
 
 def test_an_arm_that_fails_ends_alone_and_is_named(
@@ -81,7 +94,7 @@ def test_an_arm_that_fails_ends_alone_and_is_named(
         await step(loop)
 
     monkeypatch.setattr(Loop, "train_step", train_step)
-    job = bench_longtail.Job(("off", "suffix"), steps=3, skip=0, minutes=0)
+    job = bench_longtail.Job(("off", "suffix"), steps=3, skip=0, head_start_s=0, minutes=0)
     seen: list[dict[str, Any]] = []
     overrides = ["rollout.kv_tokens=4096", "eval.every=0", "warmstart.steps=0", "warmstart.warmup_steps=0"]
     with pytest.raises(RuntimeError, match="no such luck"):
@@ -94,7 +107,8 @@ def test_an_arm_that_fails_ends_alone_and_is_named(
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--arms", "off,fast"], 2, "--arms off,fast: name some of off, suffix"),
+        (["--arms", "off,fast"], 2, "--arms off,fast: name some of off, suffix, tlt, ours"),
+        (["--skip", "1"], 2, "--head-start 4 needs the second of --skip 1 steps; skip 2 or more"),
         (["--steps", "3", "--skip", "3"], 2, "--skip 3 leaves nothing of --steps 3; lower it"),
         (["--checkpoint", "nowhere"], 3, "nowhere is not a run directory"),
     ],
