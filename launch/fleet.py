@@ -95,4 +95,4 @@ class Fleet:
         """A worker is gone for good."""
         if number not in self.lost:
             self.lost[number] = error
-            log.warning("worker %d is lost (%s); the others sample what it had", number, error)
+            log.warning("worker %d is lost, and the others sample what it owed: %s", number, error)
