@@ -10,8 +10,12 @@ if not torch.cuda.is_available():
     # before triton is imported, by transformers too: its own library is decorated then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+settings.register_profile("paceline", deadline=None)  # on a shared machine time says nothing
+settings.load_profile("paceline")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
