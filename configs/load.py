@@ -29,6 +29,15 @@ _TYPE_NAMES = {
 }
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that OmegaConf reads as a number and YAML 1.1 does not, such as 0e0."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in a YAML file, with `a.b=c` overrides applied on top of it.
 
@@ -53,7 +62,7 @@ def parse(text: str, overrides: Sequence[str] = (), *, origin: str = "config") -
 
 def dump(config: Config) -> str:
     """The configuration as YAML that `load` reads back to an equal value."""
-    text: str = yaml.safe_dump(_escaped(_plain(config)), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(_escaped(_plain(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -218,6 +218,7 @@ VALUES = st.integers() | st.booleans() | st.text("ab${}\\: ")
     options=st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), VALUES),
     lr=st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False),
 )
+@example(system="0e0", options={}, lr=1.0)
 def test_dumped_config_loads_back_equal(system: str, options: dict[str, object], lr: float) -> None:
     config = parse(BASE)
     config = replace(
