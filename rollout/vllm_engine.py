@@ -78,13 +78,14 @@ class HandOverEngine(WeightTransferEngine[HandOver, HandedOver]):
 
     def start_weight_update(self) -> None:
         """Take a checkpoint's layout, as at the first load."""
+        self._expected = {name for name, _ in self.model.named_parameters()}  # before tied ones are told apart
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HandedOver) -> None:
         """Load them. Raises PreflightError for a parameter of the policy that stayed as it was."""
         loaded = self.model.load_weights(iter(update_info.weights))
         if self.model is self._default_model and loaded is not None:
-            missing = sorted({name for name, _ in self.model.named_parameters()} - set(loaded))
+            missing = sorted(self._expected - set(loaded))
             if missing:
                 raise PreflightError(f"vLLM found no weights for {missing[0]}; set rollout.backend=native")
 
