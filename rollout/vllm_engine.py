@@ -11,6 +11,7 @@ trainer's tensors instead of receiving them. The same code serves CPU and GPU, t
 import asyncio
 import atexit
 import os
+import weakref
 from collections import abc
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -169,7 +170,7 @@ class VllmEngine:
                     speculative_config=speculative,
                 )
             # before whoever shares the process group ends it, at which vLLM's own end would fail
-            atexit.register(self._llm.llm_engine.engine_core.shutdown)
+            atexit.register(shut_down, weakref.ref(self._llm))
             if not self._is_cuda:
                 from rollout.vllm_cpu import repair
 
@@ -327,6 +328,12 @@ def tensor_shapes(drafter: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in an exported drafter's folder."""
     with safe_open(drafter / "model.safetensors", framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def shut_down(llm: weakref.ref[LLM]) -> None:
+    """End what vLLM runs, if it still does."""
+    if (running := llm()) is not None:
+        running.llm_engine.engine_core.shutdown()
 
 
 @contextmanager
