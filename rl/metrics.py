@@ -90,6 +90,11 @@ def rollout_record(groups: Sequence[Group], *, seconds: float) -> dict[str, floa
         "draft_tokens": proposed,
         "draft_accept_rate": accepted / max(proposed, 1),
     }
+    for source in sorted({source for rollout in rollouts for source in rollout.spec.by_source}):
+        counts = [rollout.spec.by_source.get(source, (0, 0)) for rollout in rollouts]
+        drafted = sum(number for number, _ in counts)
+        record[f"accept_length_{source}"] = 1 + sum(number for _, number in counts) / drafted
+        record[f"draft_share_{source}"] = drafted / forwards
     for name in groups[0].parts:
         record[f"reward_{name}"] = statistics.fmean(value for group in groups for value in group.parts[name])
     return record

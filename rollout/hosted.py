@@ -68,7 +68,7 @@ class HostedCycles:
                 self._scheduler.advance(sequence, sequence.num_cached + work.num_tokens)
                 continue
             length = len(sequence.tokens)
-            committed += self._commit(work, target, path, version)
+            committed += self._commit(work, target, path, version, strategy.source)
             if sequence.finish is None:
                 self._scheduler.advance(sequence, length + len(path))
             else:
@@ -131,7 +131,7 @@ class HostedCycles:
                 self._scheduler.attach(work, draft, max_nodes=strategy.num_verify)
         return strategy
 
-    def _commit(self, work: Work, target: Drawn, path: list[int], version: int) -> int:
+    def _commit(self, work: Work, target: Drawn, path: list[int], version: int, source: str) -> int:
         """Append what the target sampled along the accepted path, and tell the drafter; return how many tokens."""
         sequence = work.sequence
         rows = [0, *(node + 1 for node in path)]
@@ -141,7 +141,7 @@ class HostedCycles:
             stop_token_ids=self._stop,
             version=version,
         )
-        sequence.count_forward(_by_depth([work]), min(len(path), count))
+        sequence.count_forward(_by_depth([work]), min(len(path), count), source)
         if self._drafter is not None:
             self._drafter.extend(sequence.prompt.id, sequence.sample, sequence.tokens[-count:])
             if sequence.finish is not None:

@@ -285,7 +285,7 @@ class ResidentCycles:
                 token_lists[row], logprob_lists[row], stop_token_ids=self._stop, version=launched.version
             )
             assert taken == count, "host and device disagree about the end of a sequence"
-            sequence.count_forward(proposed_lists[row], accepted[row])
+            sequence.count_forward(proposed_lists[row], accepted[row], launched.strategy.source)
             if reader is not None:
                 reader.committed(
                     self._residency.text_of(sequence),

@@ -34,6 +34,7 @@ class Sequence:
     num_forwards: int = 0
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
+    by_source: dict[str, tuple[int, int]] = field(default_factory=dict)  # as in SpecStats
     _hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -86,8 +87,8 @@ class Sequence:
         self.version_spans[-1] = (version, self.version_spans[-1][1] + count)
         return count
 
-    def count_forward(self, proposed_by_depth: abc.Sequence[int], num_accepted: int) -> None:
-        """Record one verification: drafted nodes d + 1 levels down, and how many of them were committed."""
+    def count_forward(self, proposed_by_depth: abc.Sequence[int], num_accepted: int, source: str) -> None:
+        """Record one verification: drafted nodes d + 1 levels down, how many were committed, and who drafted them."""
         self.num_forwards += 1
         deepest = len(proposed_by_depth)
         while deepest and not proposed_by_depth[deepest - 1]:
@@ -100,6 +101,9 @@ class Sequence:
             self.proposed_by_depth[level] += proposed_by_depth[level]
         for level in range(num_accepted):
             self.accepted_by_depth[level] += 1
+        if deepest:
+            forwards, accepted = self.by_source.get(source, (0, 0))
+            self.by_source[source] = forwards + 1, accepted + num_accepted
 
     def take_up(self, partial: Partial) -> None:
         """Go on from what was sampled elsewhere."""
@@ -110,6 +114,7 @@ class Sequence:
         self.num_forwards = partial.spec.forwards
         self.proposed_by_depth += partial.spec.proposed_by_depth
         self.accepted_by_depth += partial.spec.accepted_by_depth
+        self.by_source |= partial.spec.by_source
         assert self.num_remaining > 0, "it is complete"
 
     def partial(self) -> Partial:
@@ -144,4 +149,5 @@ class Sequence:
             accepted=sum(self.accepted_by_depth),
             proposed_by_depth=self.proposed_by_depth,
             accepted_by_depth=self.accepted_by_depth,
+            by_source=self.by_source,
         )

@@ -45,7 +45,8 @@ class Sampling:
 class SpecStats:
     """What speculation did for one rollout.
 
-    accepted_by_depth[d] and proposed_by_depth[d] count drafted tokens d + 1 levels below the pending token.
+    accepted_by_depth[d] and proposed_by_depth[d] count drafted tokens d + 1 levels below the pending token. by_source:
+    for each source that drafted, the forwards that verified its drafts, and its drafted tokens that were accepted.
     The accept length, tokens committed a forward, is (tokens) / forwards.
     """
 
@@ -54,6 +55,7 @@ class SpecStats:
     accepted: int
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
+    by_source: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,9 @@ def test_a_run_trains_and_publishes_its_drafter_and_goes_on_with_it(
     steps = records(run)
     assert steps[0]["drafter_version"] == 0 and steps[-1]["drafter_version"] > 0
     assert steps[-1]["drafter_steps"] > 0 and steps[-1]["seconds_drafter"] > 0
+    sources = ["eagle"] if source == "eagle" else ["eagle", "suffix"]
+    assert all(steps[-1][f"accept_length_{name}"] >= 1 and steps[-1][f"draft_share_{name}"] > 0 for name in sources)
+    assert "accept_length_eagle" not in steps[0], "nothing was published yet"
     measured = [record["drafter_accept_length"] for record in steps if "drafter_accept_length" in record]
     assert measured[-1] > measured[0] > 1
     assert all(record["drafter_stall_s"] > 0 for record in steps[1::2])

@@ -137,6 +137,7 @@ def test_live_acceptance_is_what_the_head_earns_on_the_finished_texts(taught: Ru
         )
         expected.append(sum(cycles.accepted))
         live.append(rollout.spec.accepted)
+        assert rollout.spec.by_source.get("eagle", (0, 0))[1] == rollout.spec.accepted
     assert sum(live) > (100 if temperature else 0)
     assert live == expected
 
