@@ -29,10 +29,13 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time. The caller is held up while copies to pinned memory are enqueued, no longer."""
+    """Writes one checkpoint at a time. The caller is held up while copies are enqueued, no longer.
+
+    Copies go to pinned memory, which is kept. Pinning it takes longer than a copy: the first checkpoint is copied on
+    the device, and the writing thread pins.
+    """
 
     def __init__(self) -> None:
-        # host memory, kept: pinning it takes longer than a copy
         self._buffers: dict[tuple[str, str], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -67,11 +70,19 @@ class CheckpointWriter:
         copies = {}
         for name, tensor in tensors.items():
             buffer = self._buffers.get((file, name))
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-                self._buffers[file, name] = buffer
-            copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
+            if buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
+                copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
+            else:
+                copies[name] = tensor.detach().clone()
         return copies
+
+    def _on_host(self, file: str, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The copies in host memory that the next ones can go to."""
+        for name, copy in copies.items():
+            if copy.is_cuda:
+                copy = torch.empty(copy.shape, dtype=copy.dtype, pin_memory=True).copy_(copy)
+            self._buffers[file, name] = copy
+        return {name: self._buffers[file, name] for name in copies}
 
     def _write(
         self,
@@ -87,7 +98,7 @@ class CheckpointWriter:
             shutil.rmtree(staging, ignore_errors=True)  # of an interrupted write
             staging.mkdir(parents=True)
             for file, tensors in copies.items():
-                write_tensors(staging / f"{file}{SUFFIX}", tensors)
+                write_tensors(staging / f"{file}{SUFFIX}", self._on_host(file, tensors))
             (staging / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             seal(staging)
             shutil.rmtree(folder, ignore_errors=True)

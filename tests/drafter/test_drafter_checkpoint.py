@@ -40,13 +40,16 @@ def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkey
         write(path, tensors)
 
     monkeypatch.setattr(drafter.checkpoint, "write_tensors", held_up)
-    writer, weight = CheckpointWriter(), torch.ones(4)
-    writer.begin(tmp_path / "step_1", {"training": {"w": weight}}, {})
-    weight.zero_()  # the next update
-    assert not (tmp_path / "step_1").exists()
-    go_on.set()
-    writer.wait()
-    assert torch.equal(read(tmp_path / "step_1")[1]["training"]["w"], torch.ones(4))
+    writer, weight = CheckpointWriter(), torch.zeros(4)
+    for step in (1, 2, 3):  # the first one makes the buffers of the others
+        go_on.clear()
+        weight.fill_(step)
+        writer.begin(tmp_path / f"step_{step}", {"training": {"w": weight}}, {})
+        weight.zero_()  # the next update
+        assert not (tmp_path / f"step_{step}").exists()
+        go_on.set()
+        writer.wait()
+        assert torch.equal(read(tmp_path / f"step_{step}")[1]["training"]["w"], torch.full((4,), float(step)))
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path: Path) -> None:
