@@ -28,7 +28,7 @@ from rollout.types import Prompt
 
 LIMIT = 0.98  # tokens a second of the chosen strategy over those without drafts, at least (issue 3)
 GROUP = 8  # samples of a prompt, which quote one another
-SEQUENCES = 16  # a round at least: with one alone, where it happens to stop would decide
+SEQUENCES = 8  # a round at least: with one alone, where it happens to stop would decide
 
 
 @dataclass(frozen=True, slots=True)
