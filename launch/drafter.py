@@ -35,13 +35,13 @@ def train(
     overrides: Overrides = None,
     answers: Annotated[
         Literal["policy", "solutions"],
-        typer.Option(help="From a recipe: what the policy says to its problems, or their worked solutions."),
+        typer.Option(help="What the policy says (of a run, its samples), or worked solutions of the problems."),
     ] = "policy",
     texts: Annotated[int, typer.Option(min=2, help="Responses to learn from, at most.")] = 512,
     steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 200,
     layout: Annotated[Literal["eagle3", "speculators"], typer.Option("--format", help="Of OUT.")] = "eagle3",
 ) -> None:
-    """Warm a drafter up: on a run's samples, or on answers to a recipe's problems."""
+    """Warm a drafter up: on what a policy says, or on worked solutions."""
     subject = _subject(source, overrides)
     from launch import offline
     from rl.export_drafter import export_trained

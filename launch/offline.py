@@ -1,47 +1,49 @@
 """Training a drafter away from its run, and measuring one."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import Literal
 
 import torch
 
 from configs.errors import ConfigError, DataError
-from drafter.eagle import EagleConfig, EagleHead
+from drafter.eagle import EagleHead
 from drafter.evaluate import Cycles, walk
-from drafter.features import FeatureBatch
 from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary
 from launch.drafting import starting_head
 from launch.subject import Subject, policy_answers, sampled_texts, solved_texts
+from launch.windows import Context, features, training_batches
 from rl.export import newest_intact
 from rl.export_drafter import served_head
-from rl.features import Text, batches, text_features
+from rl.features import Text, batches
 from rl.warmstart import FIRST_STEP
 from rollout.types import Prompt
 
 HELDOUT = 8  # one text in so many is kept from training, to say how well the drafter does on others
+CONTEXTS: tuple[Context, ...] = ("rollout", "server")  # a drafter for both reads as both have it read
 
-Context = Literal["rollout", "server"]
 Report = Callable[[int, DrafterStats], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A drafter, and what it makes of texts it has not seen: of the chains it was trained to draw."""
+    """A drafter and what it started as, and what both make of texts that neither has seen: of the chains it was
+    trained to draw."""
 
+    start: EagleHead
     head: EagleHead
     before: DrafterStats
     after: DrafterStats
 
 
-def train_drafter(subject: Subject, texts: Sequence[Text], *, steps: int, report: Report) -> Trained:
+def train_drafter(
+    subject: Subject, texts: Sequence[Text], *, steps: int, report: Report, contexts: Sequence[Context] = CONTEXTS
+) -> Trained:
     """Train a drafter for the policy on these texts, from drafter.init or from random weights, so many updates.
 
-    Every other batch starts at the prompt, as servers have the drafter read it; the rest where rollouts start. Raises
-    ConfigError for fewer than two texts.
+    report gets every update, counted from 1. Raises ConfigError for fewer than two texts.
     """
     if len(texts) < 2:
         raise ConfigError(f"{len(texts)} texts are too few: some are kept to measure by; raise --texts")
@@ -49,24 +51,23 @@ def train_drafter(subject: Subject, texts: Sequence[Text], *, steps: int, report
     learned = [text for index, text in enumerate(texts) if index % HELDOUT]
     heldout = texts[::HELDOUT]
     head = start_head(subject, learned).to(subject.device)
+    start = copy.deepcopy(head)
     trainer = DrafterTrainer(head, **output_weights(subject), config=config)
     (measured, *_) = batches(heldout, config.batch_tokens)
     unseen = features(subject, measured, head.config, subject.config.rollout.temperature, "rollout")
     before = trainer.evaluate(unseen)
-    endless = endless_batches(learned, config.batch_tokens, seed=subject.config.run.seed)
-    for step, group in zip(range(steps), endless, strict=False):
-        context: Context = "server" if step % 2 else "rollout"
-        batch = features(subject, group, head.config, subject.config.rollout.temperature, context)
+    endless = training_batches(subject, learned, head.config, contexts=contexts)
+    for step, batch in zip(range(steps), endless, strict=False):
         report(step + 1, trainer.step(batch))
-    return Trained(head, before, trainer.evaluate(unseen))
+    return Trained(start, head, before, trainer.evaluate(unseen))
 
 
 def texts_for(subject: Subject, count: int, *, answers: Literal["policy", "solutions"]) -> list[Text]:
-    """What to learn from: a run's samples; of a recipe, worked solutions or what the policy says to its problems."""
-    if subject.run is not None:
-        return sampled_texts(subject, count)
+    """What to learn from: worked solutions, or the policy's own: of a run its samples, of a recipe new answers."""
     if answers == "solutions":
         return solved_texts(subject, count)
+    if subject.run is not None:
+        return sampled_texts(subject, count)
     data = subject.data(num_heldout=0)
     prompts = data.prompts(FIRST_STEP, min(count, len(data)))
     return policy_answers(subject, prompts, temperature=subject.config.rollout.temperature)[0]
@@ -112,11 +113,26 @@ def measure(
     depth: int,
     context: Context,
 ) -> Cycles:
-    """The cycles of drafts of this depth over the policy's answers to the prompts, the drafter in the policy's dtype.
+    """The cycles of drafts of this depth over the policy's answers to the prompts, sampled now."""
+    answers = policy_answers(subject, prompts, temperature=temperature)
+    return replay(subject, head, *answers, temperature=temperature, depth=depth, context=context)
 
-    context "server": the drafter has read the prompt, as vLLM and SGLang have it; "rollout": it starts at the response.
+
+def replay(
+    subject: Subject,
+    head: EagleHead,
+    texts: Sequence[Text],
+    keys: torch.Tensor,
+    *,
+    temperature: float,
+    depth: int,
+    context: Context,
+) -> Cycles:
+    """The cycles of drafts of this depth over texts the policy sampled, the drafter in the policy's dtype.
+
+    keys [N] int64: the noise of each text. context "server": the drafter has read the prompt, as vLLM and SGLang have
+    it; "rollout": it starts at the response.
     """
-    texts, keys = policy_answers(subject, prompts, temperature=temperature)
     served = copy.deepcopy(head).to(subject.device, subject.policy.dtype)
     embedding = output_weights(subject)["embedding"]
     cycles, done = Cycles(depth, [], []), 0
@@ -134,28 +150,7 @@ def measure(
     return cycles
 
 
-def features(
-    subject: Subject, texts: Sequence[Text], config: EagleConfig, temperature: float, context: Context
-) -> FeatureBatch:
-    """What the policy leaves behind on these texts."""
-    return text_features(
-        subject.policy,
-        texts,
-        aux_layers=config.aux_layers,
-        temperature=temperature,
-        with_prompt=context == "server",
-        version=subject.step,
-    )
-
-
 def output_weights(subject: Subject) -> dict[str, torch.Tensor]:
     """The policy's embedding and lm_head, [V, H] each."""
     policy = subject.policy
     return {"embedding": policy.get_input_embeddings().weight, "lm_head": policy.get_output_embeddings().weight}
-
-
-def endless_batches(texts: Sequence[Text], tokens: int, *, seed: int) -> Iterator[list[Text]]:
-    """Groups of together at most so many tokens, epoch after epoch, each in another order."""
-    random = Random(seed)
-    while True:
-        yield from batches(random.sample(texts, len(texts)), tokens)

@@ -128,8 +128,12 @@ def policy_answers(
 
 
 def solved_texts(subject: Subject, count: int) -> list[Text]:
-    """So many problems with their worked solutions, or all there are. Raises DataError for one that has none."""
-    data = subject.data(num_heldout=0)
+    """So many problems with their worked solutions, or all there are, none that runs evaluate on.
+
+    Raises DataError for one that has none.
+    """
+    evaluation = subject.config.eval
+    data = subject.data(num_heldout=evaluation.num_prompts if evaluation.every else 0)
     solve = solver(subject.config.warmstart.solutions)
     prompts = data.prompts(FIRST_STEP, min(count, len(data)))
     texts = [(prompt, solution_ids(solve, prompt, subject.tokenizer)) for prompt in prompts]
