@@ -144,7 +144,7 @@ def _aligned(num_elements: int) -> int:
     return triton.cdiv(num_elements, 16) * 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nobody"])
 def _catch_up_kernel(
     tokens_ptr,
     lengths_ptr,
