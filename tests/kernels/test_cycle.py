@@ -31,6 +31,8 @@ from rollout.types import Prompt
 
 BLOCK_SIZE, DUMMY_SLOT, MAX_LENGTH = 8, 9_999, 70
 FINISH = {None: 0, "stop": 1, "length": 2}
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="triton interprets only where no CUDA device is seen")
+BOTH = [commit_reference, pytest.param(commit_triton, marks=on_cpu)]
 SHAPES = [(1, 0), (3, 0), (1, 1), (4, 5), (3, 15), (2, 16), (1, MAX_NODES)]
 
 Case = tuple[Texts, Rows, Drafts | None, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -197,6 +199,7 @@ def test_a_cycle_does_what_the_host_does(seed: int, shape: tuple[int, int]) -> N
     assert int(rows_after.active[num_rows]) == 1
 
 
+@on_cpu
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernels_do_what_their_references_do(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     poison_empty_tensors(monkeypatch)
@@ -220,7 +223,7 @@ def test_the_compiled_kernels_do_what_their_references_do(shape: tuple[int, int]
             assert torch.equal(tensor.cpu(), reference)
 
 
-@pytest.mark.parametrize("committed", [commit_reference, commit_triton])
+@pytest.mark.parametrize("committed", BOTH)
 def test_a_logprob_that_is_not_a_number_reaches_the_host(committed: Any) -> None:
     case = random_case(0, 4, 5)
     case[4].fill_(torch.nan)
@@ -229,7 +232,7 @@ def test_a_logprob_that_is_not_a_number_reaches_the_host(committed: Any) -> None
     assert torch.equal(result.logprobs.isnan(), torch.arange(6) < result.counts[:, None])
 
 
-@pytest.mark.parametrize("committed", [commit_reference, commit_triton])
+@pytest.mark.parametrize("committed", BOTH)
 def test_the_result_is_written_where_the_caller_wants_it(committed: Any) -> None:
     case = random_case(0, 4, 5)
     _, _, expected = cycle(case)

@@ -191,6 +191,7 @@ def test_rows_that_are_idle_or_full_draft_nothing() -> None:
     assert world.propose() == [([], []), ([], []), ([3], [-1])]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="triton interprets only where no CUDA device is seen")
 @pytest.mark.parametrize(("depth", "top_k", "num_nodes", "min_match"), [(6, 1, 6, 2), (3, 3, 7, 1), (5, 2, 16, 3)])
 def test_the_kernels_do_what_their_references_do(depth: int, top_k: int, num_nodes: int, min_match: int) -> None:
     expected = random_world(0, num_rows=5, num_nodes=num_nodes, min_match=min_match)
