@@ -232,28 +232,38 @@ def longtail(
     ] = "off,suffix,tlt,ours",
     steps: Annotated[int, typer.Option(min=1, help="Steps of each arm; they take turns, a step each.")] = 20,
     skip: Annotated[int, typer.Option(min=0, help="First steps that enter no figure: captures, compilation.")] = 4,
-    head_start: Annotated[float, typer.Option(min=0, help="Seconds a drafter may train in the skipped steps.")] = 4,
+    drafter_steps: Annotated[
+        int, typer.Option(min=0, help="Updates of the drafter that learned arms start from; 0: from random weights.")
+    ] = 600,
     minutes: Annotated[float, typer.Option(min=0, help="Begin no round of turns later than that; 0: no limit.")] = 0,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Start from this run's newest checkpoint: no warm start.")
     ] = None,
-    runs: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the runs here, DIR/warm first.")] = None,
+    drafter: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Learned arms start from this drafter: no training before.")
+    ] = None,
+    runs: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the runs here, DIR/warm and DIR/drafter first.")
+    ] = None,
     out: Json = None,
 ) -> None:
     """Whole steps of GRPO on a long-tailed workload, by how rollouts are drafted: one run each, from one checkpoint."""
     _prepare(out)
     from launch import bench_longtail, longtail_report
 
-    job = bench_longtail.Job(tuple(arms.split(",")), steps, skip, head_start, minutes)
+    job = bench_longtail.Job(tuple(arms.split(",")), steps, skip, drafter_steps, minutes)
     with nullcontext(runs) if runs else TemporaryDirectory(prefix="paceline-longtail-") as folder:
         result = bench_longtail.run(
             recipe,
             overrides or [],
             job,
             checkpoint=checkpoint,
+            drafter=drafter,
             folder=Path(folder),
             keep=lambda so_far: _write(so_far, out),
         )
+    if result["drafter"]:
+        Console().print(longtail_report.drafter_table(result["drafter"]))
     _show(result, longtail_report.table(result), out)
 
 

@@ -20,8 +20,10 @@ import torch
 from configs.errors import ConfigError, PreemptedError, PreflightError
 from configs.load import dump, load
 from configs.schema import Config
+from drafter.export import read_drafter
 from launch.bench_report import provenance, say
 from launch.cluster import build_worker, check_counts, make_lessons, on_sigterm, stop_token_ids
+from launch.longtail_drafter import begin_drafter, end_drafter, given_drafter
 from launch.longtail_report import report, warmstart
 from rl.checkpoint import CheckpointStore, step_of
 from rl.data import DataSet, load_data
@@ -29,6 +31,7 @@ from rl.loop import Loop
 from rl.reward import check_rewards
 from rl.rundir import RunDir, require_run
 from rl.sandbox import RewardPool
+from rl.warmstart import warm_start
 from rollout.model import context_length, load_config, resolve_compute
 from rollout.pretrained import load_tokenizer, resolve
 
@@ -41,6 +44,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 }
 # Over the recipe and under the user's overrides: caches of so many tokens fit side by side, one for each arm.
 SHAPE = ("rollout.kv_tokens=262144",)
+LEARNER = "ours"  # whose drafter is measured at the end
 FIXED = ("compute.backend=inline", "checkpoint.every=1000000")
 
 Record = Mapping[str, Any]
@@ -51,14 +55,14 @@ Keep = Callable[[dict[str, Any]], None]
 class Job:
     """What is measured: steps of every arm, of which the first `skip` (captures, compilation) enter no figure.
 
-    head_start_s: what a learned drafter may train among those first steps beyond its budget, as it would have in the
-    steps of a longer run. minutes: no round of turns is begun later than that after the start; 0 sets no limit.
+    drafter_steps: updates of the drafter that learned arms start from, before any arm begins; 0 starts them from random
+    weights. minutes: no round of turns is begun later than that after the start; 0 sets no limit.
     """
 
     arms: tuple[str, ...]
     steps: int
     skip: int
-    head_start_s: float
+    drafter_steps: int
     minutes: float
 
 
@@ -119,10 +123,12 @@ def run(
     job: Job,
     *,
     checkpoint: Path | None,
+    drafter: Path | None,
     folder: Path,
     keep: Keep,
 ) -> dict[str, Any]:
-    """Warm up, or take up the newest checkpoint of the run `checkpoint`; then let the arms take turns.
+    """Warm up, or take up the newest checkpoint of the run `checkpoint` and the drafter in a folder; then let the arms
+    take turns.
 
     keep is given the result so far after every turn. Raises what the first failing arm raised, once the others are
     done; ConfigError and PreflightError before anything is measured.
@@ -132,23 +138,25 @@ def run(
         raise ConfigError(f"--arms {','.join(job.arms)}: name some of {', '.join(ARMS)}")
     if job.skip >= job.steps:
         raise ConfigError(f"--skip {job.skip} leaves nothing of --steps {job.steps}; lower it")
-    if job.head_start_s and job.skip < 2:
-        raise ConfigError(
-            f"--head-start {job.head_start_s:g} needs the second of --skip {job.skip} steps; skip 2 or more"
-        )
     if checkpoint is not None:
         require_run(checkpoint)
+    if drafter is not None:
+        read_drafter(drafter)
     given = [*SHAPE, *overrides, *FIXED]
     configs = {name: load(recipe, [*given, "eval.every=0", *ARMS[name]]) for name in job.arms}
     warm = load(recipe, [*given, *ARMS["off"]])
-    return asyncio.run(_run(configs, warm, job, checkpoint, folder, keep))
+    # its worked solutions are never of problems that are held out
+    offline = load(recipe, [*given, "eval.every=1", *ARMS["ours"]])
+    return asyncio.run(_run(configs, warm, offline, job, checkpoint, drafter, folder, keep))
 
 
 async def _run(
     configs: dict[str, Config],
     warm: Config,
+    offline: Config,
     job: Job,
     checkpoint: Path | None,
+    drafter: Path | None,
     folder: Path,
     keep: Keep,
 ) -> dict[str, Any]:
@@ -181,10 +189,12 @@ async def _run(
         with on_sigterm(stop):
             if checkpoint is None:
                 checkpoint = await warm_up(warm, ground)
-            start = newest(checkpoint)
             result["warmstart"] = warmstart(checkpoint)
+            result["seconds_warmstart"] = perf_counter() - begin
+            drafter, result["drafter"] = await warm_drafter(offline, configs, job, checkpoint, drafter, ground)
             result["seconds_before"] = perf_counter() - begin
-            arms = [Arm(name, begin_arm(name, config, ground, start)) for name, config in configs.items()]
+            start = newest(checkpoint)
+            arms = [Arm(name, begin_arm(name, config, drafter, ground, start)) for name, config in configs.items()]
             for number in range(job.steps):
                 if stop.is_set():
                     raise PreemptedError(f"asked to stop after {number} steps of each arm")
@@ -195,28 +205,66 @@ async def _run(
                 for arm in [*arms[turn:], *arms[:turn]]:
                     if arm.error is None:
                         await take_turn(arm)
-                        if number + 1 < job.skip:
-                            lend(arm.loop, job.head_start_s / (job.skip - 1))
                         keep(result | figures(arms, job))
+            result |= figures(arms, job)
+            learner = next((arm for arm in arms if arm.name == LEARNER and arm.error is None), None)
+            if learner is not None and drafter is not None:
+                result["drafter"]["end"] = await measured_end(learner, offline, drafter)
     for arm in arms:
         if arm.error is not None:
             raise arm.error
-    return result | figures(arms, job)
+    return result
 
 
 async def warm_up(config: Config, ground: Ground) -> Path:
-    """Measure the model as it came, take the supervised steps, measure again: the run directory of that."""
+    """Take the supervised steps and measure what they made of the model: the run directory of that."""
     loop = make_loop("warm", config, ground)
-    await loop.prepare()
+    if config.warmstart.steps:
+        warm_start(loop.trainer, loop.data, loop.tokenizer, config.warmstart, report=loop.report_warmstart)
+        loop.engine.update(0)
+        await loop.evaluate("warmstart")
+    loop.save(loop.engine.state_dict())
     loop.run.close()
-    if not config.warmstart.steps:
-        loop.save(loop.engine.state_dict())
     path = loop.run.path
     del loop
-    gc.collect()  # policy, optimiser and cache refer to one another
-    if ground.device == "cuda":
-        torch.cuda.empty_cache()
+    free(ground.device)
     return path
+
+
+async def warm_drafter(
+    config: Config,
+    arms: Mapping[str, Config],
+    job: Job,
+    checkpoint: Path,
+    drafter: Path | None,
+    ground: Ground,
+) -> tuple[Path | None, dict[str, Any]]:
+    """The folder of the drafter that learned arms start from, and its figures; None and {} where there is none."""
+    if not any(arm.spec.source in ("eagle", "auto") for arm in arms.values()):
+        return None, {}
+    # in a thread, so that a request to stop is heard
+    figures: dict[str, Any] = {}
+    if drafter is not None:
+        figures = await asyncio.to_thread(given_drafter, checkpoint, config, drafter)
+    elif job.drafter_steps:
+        drafter = ground.folder / "drafter"
+        steps, stop = job.drafter_steps, ground.stop
+        figures = await asyncio.to_thread(begin_drafter, checkpoint, config, drafter, steps=steps, stop=stop)
+    free(ground.device)
+    return drafter, figures
+
+
+async def measured_end(arm: Arm, config: Config, drafter: Path) -> dict[str, Any]:
+    """What became of the drafter, by the run's checkpoint: static against online."""
+    arm.loop.save(arm.loop.engine.state_dict())
+    return await asyncio.to_thread(end_drafter, arm.loop.run.path, config, drafter)
+
+
+def free(device: str) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()  # policy, optimiser and cache refer to one another
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def newest(run: Path) -> Path:
@@ -227,8 +275,13 @@ def newest(run: Path) -> Path:
     return found
 
 
-def begin_arm(name: str, config: Config, ground: Ground, start: Path) -> Loop:
-    """A run at the checkpoint's weights and optimiser; its engine knows nothing yet, whatever the other run's knew."""
+def begin_arm(name: str, config: Config, drafter: Path | None, ground: Ground, start: Path) -> Loop:
+    """A run at the checkpoint's weights and optimiser, a learned drafter at those in its folder.
+
+    Its engine knows nothing yet, whatever the other run's knew.
+    """
+    if drafter is not None:
+        config = replace(config, drafter=replace(config.drafter, init=str(drafter)))
     loop = make_loop(name, config, ground)
     loop.trainer.load(start / "trainer")
     loop.step, loop.prepared = step_of(start), True
@@ -255,13 +308,6 @@ def make_loop(name: str, config: Config, ground: Ground) -> Loop:
         progress=Lines(name),
         stop_requested=ground.stop,
     )
-
-
-def lend(loop: Loop, seconds: float) -> None:
-    """Let a learned drafter's next lesson take so much longer."""
-    budget = loop.config.drafter.budget
-    if loop.lessons is not None and budget:
-        loop.lessons.earn(seconds / budget)
 
 
 def figures(arms: Sequence[Arm], job: Job) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from launch.curve import records
 TIMES = {"rollout": "seconds_rollout", "tail": "seconds_tail", "train": "seconds_train", "step": "seconds"}
 GAINS = ("rollout", "tail", "step")
 COLUMNS = ["prompt_id", "sample", "text", "num_tokens"]
+SHARE = "draft_share_"  # of rl.metrics
 COLOURS = {"off": "#8c8c8c", "suffix": "#b5651d", "tlt": "#5b9f67", "ours": "#0b4f8a"}
 
 Record = Mapping[str, Any]
@@ -57,7 +58,20 @@ def summary(steps: Sequence[Record]) -> dict[str, Any]:
         "reward_mean": statistics.fmean(step["reward_mean"] for step in steps),
         "response_len_mean": tokens / sum(step["num_rollouts"] for step in steps),
         "response_len_max": max(step["response_len_max"] for step in steps),
+        "sources": sources(steps),
     }
+
+
+def sources(steps: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """By what drafted: the share of sequences' forwards that verified its drafts, and the accept length of those."""
+    forwards = [step["tokens"] / step["accept_length"] for step in steps]
+    found = {}
+    for name in sorted({key.removeprefix(SHARE) for step in steps for key in step if key.startswith(SHARE)}):
+        drafted = [count * step.get(SHARE + name, 0.0) for count, step in zip(forwards, steps, strict=True)]
+        lengths = [step.get(f"accept_length_{name}", 0.0) for step in steps]
+        tokens = sum(count * length for count, length in zip(drafted, lengths, strict=True))
+        found[name] = {"share": sum(drafted) / sum(forwards), "accept_length": tokens / sum(drafted)}
+    return found
 
 
 def gains(theirs: Sequence[Record], mine: Sequence[Record]) -> dict[str, Any]:
@@ -113,7 +127,7 @@ def table(result: Mapping[str, Any]) -> Table:
     headings = ["", "rollout s", "tail s", "train s", "step s", "tok/s", "accept", "longest", "reward", "equal"]
     first = next(iter(result["arms"]))
     title = f"{result['what']}, {result['model']}, {result['steps']} steps less {result['skip']}; gains over {first}"
-    shown = plain_table(title, [*headings, *(f"{name} gain" for name in GAINS)])
+    shown = plain_table(title, [*headings, *(f"{name} gain" for name in GAINS), "drafted by"])
     for name, arm in result["arms"].items():
         if name in result["failed"] or "step" not in arm:
             shown.add_row(name, result["failed"].get(name, "no steps yet").splitlines()[0][:60])
@@ -123,7 +137,25 @@ def table(result: Mapping[str, Any]) -> Table:
         row.append(f"{arm['reward_mean']:.3f}")
         row.append(f"{arm['agreement'][0]['rollouts']:.0%}" if arm.get("agreement") else "")
         row += [f"{arm['gain'][key]['total']:.2f}x" if arm.get("gain") else "" for key in GAINS]
-        shown.add_row(name, *row)
+        drafted = [f"{source} {at['share']:.0%} {at['accept_length']:.2f}" for source, at in arm["sources"].items()]
+        shown.add_row(name, *row, "\n".join(drafted))
+    return shown
+
+
+def drafter_table(drafter: Record) -> Table:
+    """Accept length of the drafter on held-out problems: before and after its training, then static against online."""
+    stages = [(when, name) for when in ("start", "end") for name in drafter.get(when, {})]
+    depth = drafter["start"]["static"]["depth"]
+    seconds = f", {drafter['seconds']['training']:.0f} s" if "seconds" in drafter else ""
+    title = (
+        f"the drafter, {drafter['steps']} updates{seconds}: accept length, early and late, accepted up to each token"
+    )
+    shown = plain_table(title, ["", "accept", "early", "late", *(f"+{place + 1}" for place in range(depth))])
+    for when, name in stages:
+        figures = drafter[when][name]
+        lengths = [figures[key] for key in ("accept_length", "early", "late")]
+        row = ["-" if length is None else f"{length:.2f}" for length in lengths]
+        shown.add_row(f"{name}, {when}", *row, *(f"{share:.0%}" for share in figures["by_depth"]))
     return shown
 
 
