@@ -15,7 +15,7 @@ from drafter.eagle import EagleHead
 from drafter.features import FeatureBatch
 from drafter.losses import row_chunks
 from drafter.unroll import Chains, unroll
-from kernels.sample import gumbel_noise
+from kernels.sample import sample
 
 FIRST_BAND = 32  # response tokens; each further band of a table is twice as far
 
@@ -100,20 +100,30 @@ def accepted_tokens(
     """How many tokens would be accepted of the chain begun at each position, [T] int64; depth, keys as in walk."""
     chains = Chains(batch)
     targets = head.target_ids()
+    target_ids = targets.int()
     owners = torch.repeat_interleave(chains.lengths)
     running = torch.ones_like(batch.next_ids, dtype=torch.bool)
     accepted = torch.zeros_like(batch.next_ids)
     longest = int(chains.lengths.max())
     for step in unroll(head, chains, embedding, depth=depth, longest=longest, rejected=False):
         drafted = torch.empty_like(batch.next_ids)
-        for rows in row_chunks(len(drafted), head.config.vocab_size, drafted.device):
+        for rows in row_chunks(len(drafted), head.config.draft_vocab, drafted.device):
             logits = head.logits(step.outputs[rows]).float()
-            if keys is not None:
-                # the noise of the drafted token's own place in the text: what the policy will sample it with
-                places = batch.positions[rows] + step.depth + 2
-                noise = gumbel_noise(keys[owners[rows]], places, head.config.vocab_size)
-                logits = logits / batch.temperature + noise[:, targets]
-            drafted[rows] = targets[logits.argmax(dim=1)]
+            if keys is None:
+                drafted[rows] = targets[logits.argmax(dim=1)]
+                continue
+            # the noise of the drafted token's own place in the text: what the policy will sample it with
+            places = batch.positions[rows] + step.depth + 2
+            drafted[rows], _ = sample(
+                logits,
+                keys[owners[rows]],
+                places,
+                temperature=batch.temperature,
+                top_k=0,
+                top_p=1.0,
+                min_p=0.0,
+                token_ids=target_ids,
+            )
         running &= step.known & (drafted == batch.next_ids[step.index])
         accepted += running
     return accepted

@@ -187,6 +187,7 @@ async def _run(
         stop = threading.Event()
         ground = Ground(path, device, dtype, tokenizer, data, rewards, folder, stop)
         with on_sigterm(stop):
+            result["seconds_setup"] = perf_counter() - begin
             if checkpoint is None:
                 checkpoint = await warm_up(warm, ground)
             result["warmstart"] = warmstart(checkpoint)

@@ -19,7 +19,7 @@ from launch.subject import Subject, load_subject, policy_answers
 from rl.export_drafter import export_trained
 
 NUM_TEXTS = 8192  # worked solutions at most: some 600 steps' worth of windows, each position about once
-EARLY, LATE = 128, 512  # response tokens: a drafter's window of 512 is full where a late draft begins
+EARLY, LATE = 128, 512  # response tokens: half of the answers are no longer than some 70
 REPORT_EVERY = 50  # updates between two lines
 
 
