@@ -184,7 +184,11 @@ def test_engines_whose_gains_are_taken_sample_the_same_tokens(monkeypatch: pytes
     monkeypatch.setattr("launch.bench_gain.generate", kept)
     subject = Subject.load("tiny", None, device="cpu", dtype="float32", seed=0)
     bench_gain.run(subject, bench_gain.Job(batches=(3,), new_tokens=6, rounds=1, seed=0))
-    first, second = sampled[:3], sampled[3:]
+    calls = -(-bench_gain.SEQUENCES // 3)
+    timed = sampled[-2 * 3 * calls :]  # two rounds of three engines; before them graphs are captured
+    first, second = (
+        [timed[start : start + calls] for start in range(begin, begin + 3 * calls, calls)] for begin in (0, 3 * calls)
+    )
     assert first == [first[0]] * 3 and second == [second[0]] * 3
     assert first[0] != second[0]
 
