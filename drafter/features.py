@@ -10,10 +10,10 @@ class FeatureBatch:
     """Windows of consecutive positions, end to end: T positions, N windows, H the policy's hidden size.
 
     token_ids, next_ids [T] int64: the token at each position and the one after it, which was sampled from the hidden
-    state there; a negative one is unknown, and its position is padding or its window's last. positions [T] int64: true
-    ones, consecutive in a window. aux [T, 3H]: the residual streams entering the aux layers, side by side; hidden
-    [T, H]: after the final norm. Both are finite everywhere. cu_seqlens [N + 1] int32: where each window's positions begin, and T. versions [N] int64: the policy version
-    each was computed under. temperature: the one tokens were sampled at; 0 was greedy.
+    state there; a negative successor marks padding. positions [T] int64: true ones, consecutive in a window.
+    aux [T, 3H]: the residual streams entering the aux layers, side by side; hidden [T, H]: after the final norm; both
+    finite, padding's too. cu_seqlens [N + 1] int32: where each window's positions begin, and T. versions [N] int64: the
+    policy version each was computed under. temperature: the one tokens were sampled at; 0 was greedy.
     alt_ids [T] int64: a drafted token that was rejected as the successor of the token at this position, -1 where there
     is none; alt_hidden [T, H]: the final hidden state there.
     """
