@@ -12,6 +12,7 @@ import torch
 from drafter.features import FeatureBatch
 
 HELDOUT = 8  # one prompt in so many is never trained on: what a new drafter is judged by
+OCTAVE = 32  # positions of the first octave
 MAX_AGE = 8  # policy versions after which features say too little of the present one
 
 
@@ -45,7 +46,7 @@ class FeatureWindow:
     @property
     def octave(self) -> int:
         """Which doubling of the distance from the text's start it lies in."""
-        return (self.first // 32).bit_length()
+        return (self.first // OCTAVE).bit_length()
 
 
 class FeatureBuffer:

@@ -1,25 +1,22 @@
 """Where verification leaves its hidden states: a ring of positions for each running text, and windows to learn from."""
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from drafter.buffer import FeatureBuffer, FeatureWindow
+from drafter.buffer import OCTAVE, FeatureBuffer, FeatureWindow
 from drafter.types import CycleFeatures, Rows, Texts
 from kernels.features import NUM_AUX, Rings, keep_features
 
 MIN_POSITIONS = 32  # that a ring keeps: what a head catches up with at once
 
 
-@dataclass(slots=True)
-class Running:
-    """A text being written, as far as the host has read it. first: the next position to hand on."""
-
-    slot: int
-    first: int
-    length: int
-    version: int | None = None
+MAX_WINDOWS = 0.125  # of 128 positions: all that up to 16 plain rows say, and some ten microseconds a cycle
+MAX_OCTAVES = 32
+MEASURED_EVERY = 32  # cycles: how many tokens are committed in each octave changes slowly
+NEVER = np.iinfo(np.int64).max
 
 
 class FeatureRings:
@@ -30,7 +27,9 @@ class FeatureRings:
     policy version; what is left when a text ends is one too.
 
     window: positions handed on at a time. max_nodes: drafted tokens a row and cycle at most. sink: None keeps nothing
-    beyond the rings.
+    beyond the rings. max_windows: handed on a cycle on average, as each takes the host's time; infinity hands on all.
+    Where there are more, chance decides, so that every octave (drafter/buffer.py) gives as many, and within one every
+    window is as likely.
     """
 
     def __init__(
@@ -43,6 +42,7 @@ class FeatureRings:
         dtype: torch.dtype,
         device: torch.device,
         sink: FeatureBuffer | None,
+        max_windows: float = MAX_WINDOWS,
     ) -> None:
         assert len(aux_layers) == NUM_AUX
         self.aux_layers = aux_layers
@@ -55,7 +55,16 @@ class FeatureRings:
         self._sink = sink
         self._rings: Rings | None = None
         self._texts: Texts | None = None
-        self._running: dict[int, Running] = {}
+        self._max_windows = max_windows
+        self._random = random.Random(0)
+        self._chances = [1.0] * MAX_OCTAVES
+        self._num_cycles = 0
+        self._version: int | None = None  # that the positions not yet handed on are of
+        self._running: dict[int, int] = {}  # text to slot
+        # by text: the next position to hand on, tokens as far as the host has read, and tokens that fill a window
+        self._firsts = np.zeros(0, dtype=np.int64)
+        self._lengths = np.zeros(0, dtype=np.int64)
+        self._due = np.zeros(0, dtype=np.int64)
         self._prompt_of: dict[int, str] = {}
         self._free: list[int] = []
         self._num_begun = 0
@@ -73,6 +82,7 @@ class FeatureRings:
         self._prompt_of.clear()
         self._free = list(range(num_rows - 1, -1, -1))
         num_texts = len(texts.lengths)
+        self._firsts, self._lengths, self._due = np.zeros((3, num_texts), dtype=np.int64)
         if self._rings is None or self.num_slots != num_rows or len(self._rings.slot_of) != num_texts:
             self._rings = self._empty(num_texts, num_rows)
         self._rings.slot_of.fill_(num_rows)
@@ -87,7 +97,9 @@ class FeatureRings:
         assert text not in self._running, f"text {text} is already written"
         slot = self._free.pop()
         self._num_begun += 1
-        self._running[text] = Running(slot, first=length - 1, length=length)
+        self._running[text] = slot
+        self._lengths[text] = length
+        self._go_on_from(text, length - 1)
         rings = self.rings
         # not by assignment, which waits for the device to copy a number
         rings.slot_of[text : text + 1].fill_(slot)
@@ -108,16 +120,20 @@ class FeatureRings:
             drafts=features.drafts,
         )
 
-    def committed(self, text: int, *, length: int, version: int, finished: bool) -> None:
-        """The host has read that a text has so many tokens, of this policy version; hand on what is complete."""
-        running = self._running[text]
-        if running.version != version:
-            self._hand_on_rest(text, running)
-            running.version = version
-        running.length = length
-        while length - 1 - running.first >= self._window:
-            self._hand_on(text, running, running.first + self._window)
-        if finished:
+    def committed(self, texts: np.ndarray, lengths: np.ndarray, *, version: int, finished: np.ndarray) -> None:
+        """The host has read that these texts have so many tokens, of this policy version; hand on what is complete."""
+        if version != self._version:
+            for text in self._running:
+                self._hand_on_rest(text)
+            self._version = version
+        if self._num_cycles % MEASURED_EVERY == 0 and len(texts):
+            self._chances = self._measure(lengths, lengths - self._lengths[texts])
+        self._num_cycles += 1
+        self._lengths[texts] = lengths
+        for text in texts[lengths >= self._due[texts]].tolist():
+            while self._lengths[text] >= self._due[text]:
+                self._hand_on(text, int(self._due[text]) - 1)
+        for text in texts[finished].tolist():
             self._end(text)
 
     def release(self, texts: Sequence[int]) -> None:
@@ -127,34 +143,47 @@ class FeatureRings:
                 self._end(text)
             self._prompt_of.pop(text, None)
 
+    def _measure(self, lengths: np.ndarray, counts: np.ndarray) -> list[float]:
+        """With which chance a window of each octave is handed on, where so many tokens were committed at lengths."""
+        octaves = np.frexp(lengths // OCTAVE)[1]  # bit lengths
+        tokens = np.bincount(octaves, weights=counts, minlength=MAX_OCTAVES)
+        each = self._max_windows * self._window / np.count_nonzero(tokens)
+        # an octave that texts have yet to reach may be reached by all of them
+        chances: list[float] = np.minimum(1.0, each / np.where(tokens > 0, tokens, counts.sum())).tolist()
+        return chances
+
+    def _go_on_from(self, text: int, first: int) -> None:
+        self._firsts[text] = first
+        self._due[text] = NEVER if self._sink is None else first + self._window + 1
+
     def _end(self, text: int) -> None:
-        running = self._running.pop(text)
-        self._hand_on_rest(text, running)
+        self._hand_on_rest(text)
         self.rings.slot_of[text : text + 1].fill_(self.num_slots)
-        self._free.append(running.slot)
+        self._free.append(self._running.pop(text))
 
-    def _hand_on_rest(self, text: int, running: Running) -> None:
-        if running.length - 1 > running.first:
-            self._hand_on(text, running, running.length - 1)
+    def _hand_on_rest(self, text: int) -> None:
+        if self._lengths[text] - 1 > self._firsts[text]:
+            self._hand_on(text, int(self._lengths[text]) - 1)
 
-    def _hand_on(self, text: int, running: Running, end: int) -> None:
-        """Give the sink a copy of the positions before end."""
-        first, running.first = running.first, end
-        if self._sink is None:
+    def _hand_on(self, text: int, end: int) -> None:
+        """Give the sink a copy of the positions before end, or chance leaves them out."""
+        first, slot = int(self._firsts[text]), self._running[text]
+        self._go_on_from(text, end)
+        if self._sink is None or self._random.random() >= self._chances[(first // OCTAVE).bit_length()]:
             return
-        assert self._texts is not None and running.version is not None
+        assert self._texts is not None and self._version is not None
         # the copies are learned from, and what inference mode makes takes no part in that
         with torch.inference_mode(False), torch.no_grad():
             token_ids = self._texts.tokens[text, first : end + 1].clone()
-            states = self._copy(self.rings.states[running.slot], first, end)
-            alt_ids = self._copy(self.rings.alt_ids[running.slot], first, end)
+            states = self._copy(self.rings.states[slot], first, end)
+            alt_ids = self._copy(self.rings.alt_ids[slot], first, end)
             size = self._hidden_size
             aux, hidden, alt_hidden = states.split([NUM_AUX * size, size, size], dim=1)
         self._sink.add(
             FeatureWindow(
                 prompt_id=self._prompt_of.get(text, ""),
                 first=first,
-                version=running.version,
+                version=self._version,
                 token_ids=token_ids[:-1],
                 next_ids=token_ids[1:],
                 aux=aux,

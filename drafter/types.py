@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from kernels.cycle import Drafts as Drafts
@@ -154,9 +155,12 @@ class FeatureReader(Protocol):
         A row that committed c tokens and whose text has n now gives features of positions n - c - 1 to n - 2.
         """
 
-    def committed(self, text: int, *, length: int, version: int, finished: bool) -> None:
-        """The host has read that a text has so many tokens, of this policy version; cycles launched since may still
-        be adding to it. Called once a cycle and row that committed anything."""
+    def committed(self, texts: np.ndarray, lengths: np.ndarray, *, version: int, finished: np.ndarray) -> None:
+        """The host has read that these texts have so many tokens, of this policy version; cycles launched since may
+        still be adding to them. Called once a cycle, of the rows that committed anything.
+
+        texts, lengths [K] int64; finished [K] bool: those that are complete.
+        """
 
     def release(self, texts: Sequence[int]) -> None:
         """These texts are no longer written."""

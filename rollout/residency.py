@@ -74,6 +74,7 @@ class Residency:
         self._num_groups = 0
         self._text_of: dict[Sequence, int] = {}
         self._uploaded: list[int] = []  # blocks of each row that the device knows
+        self._row_texts = np.zeros(num_rows, dtype=np.int64)
         width = 3 * (1 + max_nodes) + 3
         self._results = zeros(num_rows * width)
         pinned = device.type == "cuda"
@@ -121,9 +122,9 @@ class Residency:
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence in self._text_of
 
-    def text_of(self, sequence: Sequence) -> int:
-        """The text that a sequence on a row writes."""
-        return self._text_of[sequence]
+    def row_texts(self) -> np.ndarray:
+        """The text that each sequence on a row writes by now, [B] int64."""
+        return self._row_texts[: len(self.sequences)].copy()
 
     def expect(self, sequences: abc.Iterable[Sequence]) -> None:
         """These sequences will come; a prompt's texts are kept until all of its own have left."""
@@ -153,6 +154,7 @@ class Residency:
         self.sequences += sequences
         self._uploaded += [0] * len(sequences)
         at = slice(first, len(self.sequences))
+        self._row_texts[at] = texts
         fields = torch.tensor(
             [[text, s.noise_key, s.max_length] for text, s in zip(texts, sequences, strict=True)], dtype=torch.int64
         ).to(self.device, non_blocking=True)
@@ -224,6 +226,7 @@ class Residency:
         for hole, mover in zip(holes, movers, strict=True):
             self.sequences[hole] = self.sequences[mover]
             self._uploaded[hole] = self._uploaded[mover]
+            self._row_texts[hole] = self._row_texts[mover]
         del self.sequences[len(kept) :]
         del self._uploaded[len(kept) :]
         rows = self.rows

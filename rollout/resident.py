@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from configs.errors import DivergedError
-from drafter.types import CycleFeatures, Strategy
+from drafter.types import CycleFeatures, FeatureReader, Strategy
 from kernels.attention import paged_sequences
 from kernels.cache import compact
-from kernels.cycle import commit, prepare
+from kernels.cycle import RUNNING, commit, prepare
 from kernels.sample import sample
 from rollout.decoder import Decoder
 from rollout.graphs import GraphPool, bucket
@@ -27,7 +27,7 @@ from rollout.sequence import Sequence
 from rollout.strategy import Chooser, CycleReport
 from rollout.types import Sampling
 
-COUNT, ACCEPTED, TOKENS = 0, 2, 3  # columns of CycleResult.host
+COUNT, FINISH, ACCEPTED, TOKENS = 0, 1, 2, 3  # columns of CycleResult.host
 
 
 @dataclass(slots=True)
@@ -40,6 +40,7 @@ class Launched:
     """
 
     sequences: list[Sequence]
+    texts: np.ndarray  # that they write
     strategy: Strategy
     num_rows: int
     context: float
@@ -104,7 +105,7 @@ class ResidentCycles:
         previous = self._launched
         finished: list[Sequence] = []
         # those on rows, and those that may enter now: after prompts were computed all of them do at once
-        decoding = [sequence for sequence in self._scheduler.running if sequence.num_uncached == 1]
+        decoding = [s for s in self._scheduler.running if len(s.tokens) - s.num_cached == 1]
         strategy = self._chooser.choose(batch=max(1, len(decoding)), context=_mean_tokens(decoding))
         ahead = strategy.num_verify + (1 + previous.strategy.num_verify if previous else 0)
         if previous is not None and not self._scheduler.fits(ahead):
@@ -112,13 +113,17 @@ class ResidentCycles:
             previous = self._launched = None
         works = self._scheduler.plan(ahead=ahead)
         self._residency.leave([s for s in self._residency.sequences if s.num_blocks == 0])
-        decoding = [work.sequence for work in works if work.sequence.num_uncached == 1]
+        coming = [work for work in works if work.sequence not in self._residency]
         # one admitted just now, its whole prompt known, has no blocks ahead yet; the next plan gives them
-        ready = [s for s in decoding if s not in self._residency and self._scheduler.holds(s, ahead)]
+        ready = [
+            work.sequence
+            for work in coming
+            if work.sequence.num_uncached == 1 and self._scheduler.holds(work.sequence, ahead)
+        ]
         self._residency.enter(ready)
         self._residency.upload_blocks()
         self._launched = self._launch(strategy, version) if self._residency.sequences else None
-        if prefilling := [work for work in works if work.sequence.num_uncached > 1]:
+        if prefilling := [work for work in coming if work.sequence.num_uncached > 1]:
             self._prefill(prefilling)
         if previous is not None:
             finished += self._collect(previous)
@@ -177,6 +182,7 @@ class ResidentCycles:
         self._last_done = self._now()
         return Launched(
             sequences=list(residency.sequences),
+            texts=residency.row_texts(),
             strategy=strategy,
             num_rows=num_rows,
             context=context,
@@ -264,7 +270,8 @@ class ResidentCycles:
     def _collect(self, launched: Launched) -> list[Sequence]:
         """Commit on the host what a cycle committed on the device; the sequences that became complete."""
         seconds = launched.wait()
-        width = 1 + launched.strategy.num_verify
+        num_nodes, source = launched.strategy.num_verify, launched.strategy.source
+        width = 1 + num_nodes
         table = launched.results[: len(launched.sequences)].numpy()
         logprobs = table[:, TOKENS + width : TOKENS + 2 * width].view(np.float32)
         if not np.isfinite(logprobs).all():  # zeros follow the committed ones
@@ -273,7 +280,6 @@ class ResidentCycles:
         counts, accepted = table[:, COUNT].tolist(), table[:, ACCEPTED].tolist()
         token_lists, logprob_lists = table[:, TOKENS : TOKENS + width].tolist(), logprobs.tolist()
         proposed_lists = proposed.tolist()
-        reader = self._residency.reader
         finished = []
         for row, sequence in enumerate(launched.sequences):
             count = counts[row]
@@ -285,23 +291,29 @@ class ResidentCycles:
                 token_lists[row], logprob_lists[row], stop_token_ids=self._stop, version=launched.version
             )
             assert taken == count, "host and device disagree about the end of a sequence"
-            sequence.count_forward(proposed_lists[row], accepted[row], launched.strategy.source)
-            if reader is not None:
-                reader.committed(
-                    self._residency.text_of(sequence),
-                    length=len(sequence.tokens),
-                    version=launched.version,
-                    finished=sequence.finish is not None,
-                )
+            if num_nodes:
+                sequence.count_forward(proposed_lists[row], accepted[row], source)
+            else:
+                sequence.num_forwards += 1
             if sequence.finish is None:
                 self._scheduler.extend(sequence, len(sequence.tokens) - 1)
             else:
                 self._scheduler.finish(sequence)
                 finished.append(sequence)
+        if self._residency.reader is not None:
+            self._tell_reader(self._residency.reader, launched, table)
         if launched.timed:
             self._report(launched, seconds, sum(counts), proposed, accepted)
         self._residency.leave(finished)
         return finished
+
+    def _tell_reader(self, reader: FeatureReader, launched: Launched, table: np.ndarray) -> None:
+        """What the host has read now of each row that committed anything."""
+        rows = table[:, COUNT].nonzero()[0]
+        lengths = np.array([len(sequence.tokens) for sequence in launched.sequences], dtype=np.int64)
+        reader.committed(
+            launched.texts[rows], lengths[rows], version=launched.version, finished=table[rows, FINISH] != RUNNING
+        )
 
     def _report(
         self, launched: Launched, seconds: float, committed: int, proposed: np.ndarray, accepted: list[int]
@@ -332,4 +344,4 @@ class ResidentCycles:
 
 
 def _mean_tokens(sequences: abc.Sequence[Sequence]) -> float:
-    return sum(len(sequence.tokens) for sequence in sequences) / max(1, len(sequences))
+    return sum([len(sequence.tokens) for sequence in sequences]) / max(1, len(sequences))

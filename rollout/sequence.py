@@ -72,7 +72,8 @@ class Sequence:
 
     def commit(self, token_ids: list[int], logprobs: list[float], *, stop_token_ids: abc.Set[int], version: int) -> int:
         """Append tokens up to the first stop token or max_length, which finish the sequence; return how many."""
-        count = min(len(token_ids), self.num_remaining)
+        spans, room = self.version_spans, self.max_length - len(self.tokens)
+        count = min(len(token_ids), room)
         for index in range(count):
             if token_ids[index] in stop_token_ids:
                 count = index + 1
@@ -80,11 +81,12 @@ class Sequence:
                 break
         self.tokens += token_ids[:count]
         self.logprobs += logprobs[:count]
-        if self.finish is None and self.num_remaining == 0:
+        if self.finish is None and count == room:
             self.finish = "length"
-        if not self.version_spans or self.version_spans[-1][0] != version:
-            self.version_spans.append((version, 0))
-        self.version_spans[-1] = (version, self.version_spans[-1][1] + count)
+        if spans and spans[-1][0] == version:
+            spans[-1] = (version, spans[-1][1] + count)
+        else:
+            spans.append((version, count))
         return count
 
     def count_forward(self, proposed_by_depth: abc.Sequence[int], num_accepted: int, source: str) -> None:

@@ -1,6 +1,7 @@
 """A head and its rings beside a real engine: the same rollouts, and features that a plain forward computes too."""
 
 import asyncio
+import math
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def test_rollouts_are_the_same_and_features_are_those_of_a_plain_forward(
         dtype=torch.float32,
         device=DEVICE,
         sink=shelf,  # type: ignore[arg-type]
+        max_windows=math.inf,
     )
     embedding = policy.get_input_embeddings().weight.detach()
     drafter = EagleDrafter(head.config, embedding=embedding, rings=rings, temperature=0.8, device=DEVICE)

@@ -1,7 +1,11 @@
 """What cycles leave in the rings reaches the buffer once, in order, aligned with its tokens, and under its version."""
 
+import math
+from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
+import pytest
 import torch
 
 from drafter.buffer import FeatureBuffer, FeatureWindow
@@ -83,11 +87,11 @@ class Engine:
                 drafts=Drafts(ids.to(DEVICE), parents.to(DEVICE), ids[:, 0].to(DEVICE)),
             ),
         )
-        for text, length in previous:
-            self.rings.committed(text, length=length, version=version, finished=text in finished)
+        texts, lengths = np.array(previous, dtype=np.int64).reshape(-1, 2).T
+        self.rings.committed(texts, lengths, version=version, finished=np.isin(texts, finished))
 
 
-def rings_into(sink: object) -> FeatureRings:
+def rings_into(sink: object, *, max_windows: float = math.inf) -> FeatureRings:
     return FeatureRings(
         aux_layers=(0, 1, 2),
         hidden_size=HIDDEN,
@@ -96,6 +100,7 @@ def rings_into(sink: object) -> FeatureRings:
         dtype=torch.float32,
         device=DEVICE,
         sink=sink,  # type: ignore[arg-type]
+        max_windows=max_windows,
     )
 
 
@@ -183,6 +188,32 @@ def test_the_ring_outlives_windows_that_are_handed_on_a_cycle_late() -> None:
         engine.cycle([0, 1 + MAX_NODES, 0])
     assert len(shelf.windows) == 24 * (1 + MAX_NODES) // WINDOW
     check(engine, shelf.windows, 0, 1)
+
+
+def test_a_bounded_sink_is_given_as_many_windows_of_every_octave_and_none_twice() -> None:
+    shelf = Shelf()
+    engine = Engine(rings_into(shelf, max_windows=0.25))
+    num_cycles = 20
+    for turn in range(60):
+        before = len(shelf.windows)
+        for row, length in enumerate((3, 4, 130)):
+            engine.begin(row, row, length + turn % WINDOW)
+        for _ in range(num_cycles):
+            engine.cycle([1, 1, 1])
+        engine.cycle([0, 0, 0])
+        engine.rings.release([0, 1, 2])
+        for text in range(3):
+            end = 0
+            for window in shelf.windows[before:]:
+                if window.token_ids[0] // 1000 == text:
+                    assert window.first >= end
+                    end = check(engine, [window], text, window.first)
+        engine.alts.clear()
+    given = sum(window.num_tokens for window in shelf.windows)
+    assert given == pytest.approx(0.25 * WINDOW * 60 * num_cycles, rel=0.25)
+    by_text = Counter(int(window.token_ids[0]) // 1000 for window in shelf.windows for _ in window.token_ids)
+    assert by_text[2] == pytest.approx(by_text[0] + by_text[1], rel=0.4), "the late text gives as much as the early two"
+    assert by_text[0] == pytest.approx(by_text[1], rel=0.5)
 
 
 def test_rings_serve_without_a_sink() -> None:

@@ -1,6 +1,7 @@
 """Fixtures of the rollout tests: a tiny policy, engines around it, drafters of known quality, bare sequences."""
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -190,6 +191,7 @@ def learned_drafting() -> Callable[..., tuple[CombinedDrafter, FeatureRings]]:
             dtype=policy.dtype,
             device=policy.device,
             sink=sink,
+            max_windows=math.inf,
         )
         embedding = policy.get_input_embeddings().weight.detach()
         eagle = EagleDrafter(config, embedding=embedding, rings=rings, temperature=1.0, device=policy.device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -67,14 +68,15 @@ class Recorder:
                 states = [*features.aux, features.hidden]
                 self.known[text][position] = torch.stack([state[row * each + column] for state in states])
 
-    def committed(self, text: int, *, length: int, version: int, finished: bool) -> None:
+    def committed(self, texts: np.ndarray, lengths: np.ndarray, *, version: int, finished: np.ndarray) -> None:
         assert self.texts is not None
-        assert self.lengths[text] < length <= int(self.texts.lengths[text])
-        assert all(position in self.known[text] for position in range(self.lengths[text] - 1, length - 1))
-        self.lengths[text] = length
-        self.versions.append(version)
-        if finished:
-            self.finished.append((self.texts.tokens[text, :length].tolist(), dict(self.known[text])))
+        for text, length, ends in zip(texts.tolist(), lengths.tolist(), finished.tolist(), strict=True):
+            assert self.lengths[text] < length <= int(self.texts.lengths[text])
+            assert all(position in self.known[text] for position in range(self.lengths[text] - 1, length - 1))
+            self.lengths[text] = length
+            self.versions.append(version)
+            if ends:
+                self.finished.append((self.texts.tokens[text, :length].tolist(), dict(self.known[text])))
 
     def release(self, texts: Sequence[int]) -> None:
         for text in texts:
