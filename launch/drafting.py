@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import ConfigError
 from configs.schema import Config
@@ -55,7 +55,7 @@ def make_drafting(config: Config, policy: PreTrainedModel, chooser: Chooser) -> 
             hosted = policy.device.type == "cpu"
             return Drafting((SuffixDrafter if hosted else NgramDrafter)(min_match=config.spec.min_match))
     options = config.drafter
-    head = starting_head(config, policy).to(policy.device)
+    head = starting_head(config, policy.config).to(policy.device)
     buffer = FeatureBuffer(
         max_bytes=options.buffer_mb << 20, temperature=config.rollout.temperature, seed=config.run.seed
     )
@@ -93,10 +93,10 @@ def make_drafting(config: Config, policy: PreTrainedModel, chooser: Chooser) -> 
     return Drafting(drafter, rings, learner)
 
 
-def starting_head(config: Config, policy: PreTrainedModel) -> EagleHead:
+def starting_head(config: Config, model_config: PretrainedConfig) -> EagleHead:
     """The head in drafter.init, or one with random weights; float32, on the CPU. Raises ConfigError, PreflightError."""
     options = config.drafter
-    shape = EagleConfig.of(policy.config, draft_vocab=options.draft_vocab, window=options.window)
+    shape = EagleConfig.of(model_config, draft_vocab=options.draft_vocab, window=options.window)
     if not options.init:
         return EagleHead(shape, seed=config.run.seed)
     head = read_drafter(Path(options.init).expanduser())

@@ -83,7 +83,7 @@ def problems(subject: Subject, count: int) -> list[Prompt]:
 
 def start_head(subject: Subject, texts: Sequence[Text]) -> EagleHead:
     """The drafter in drafter.init, or a new one that can propose the commonest tokens of these responses."""
-    head = starting_head(subject.config, subject.policy)
+    head = starting_head(subject.config, subject.policy.config)
     if not subject.config.drafter.init:
         tokens = [token for text in texts for token in text.token_ids[text.num_prompt :]]
         counts = torch.bincount(torch.tensor(tokens), minlength=head.config.vocab_size)
@@ -101,7 +101,7 @@ def drafter_for(subject: Subject, folder: Path | None) -> EagleHead:
         config = replace(config, drafter=replace(config.drafter, init=str(folder)))
     if not config.drafter.init:
         raise ConfigError("say which drafter to measure: --drafter FOLDER, or a run directory instead of a recipe")
-    return starting_head(config, subject.policy)
+    return starting_head(config, subject.policy.config)
 
 
 def measure(

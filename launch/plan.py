@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from configs.schema import Config
 from drafter.types import OFF
 from kernels.logprob import CHUNK_ELEMENTS
+from launch.drafting import starting_head
 from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, resolve_compute
 from rollout.strategy import configured, make_chooser
@@ -55,6 +56,8 @@ class Plan:
 def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     """Every size that follows from a configuration and its model on this machine. Raises PreflightError."""
     device, dtype = resolve_compute(config.compute)
+    if config.drafter.init and config.spec.source in ("eagle", "auto") and config.rollout.backend == "native":
+        starting_head(config, model_config)  # a drafter that cannot be read is found out before anything is written
     itemsize = getattr(torch, dtype).itemsize
     rollout, train, workers = config.rollout, config.train, config.compute.workers
     parameters = count_parameters(model_config)
