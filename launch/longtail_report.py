@@ -167,28 +167,29 @@ def draw(result: Mapping[str, Any], picture: Path) -> None:
     from matplotlib import pyplot, ticker
 
     arms = {name: arm for name, arm in result["arms"].items() if "step" in arm}
-    figure, (parts, times, lengths) = pyplot.subplots(1, 3, figsize=(11, 3.4), dpi=150)
+    figure, (parts, times, lengths) = pyplot.subplots(1, 3, figsize=(11, 3.8), dpi=150)
     bottom = [0.0] * len(arms)
     for label, seconds, colour in _parts(arms, result["skip"]):
         parts.bar(list(arms), seconds, bottom=bottom, label=label, color=colour, width=0.6)
         bottom = [low + high for low, high in zip(bottom, seconds, strict=True)]
     parts.set(title="mean seconds of a step")
-    parts.legend(frameon=False, fontsize="small")
+    parts.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2)
     for name, arm in arms.items():
-        numbers = [step["step"] for step in arm["steps"]]
+        counted = arm["steps"][result["skip"] :]  # the first ones compile and capture
+        numbers = [step["step"] for step in counted]
         style = {"color": COLOURS.get(name), "label": name, "linewidth": 1.2}
-        times.plot(numbers, [step["seconds_rollout"] for step in arm["steps"]], **style)
-        lengths.plot(numbers, [step["accept_length"] for step in arm["steps"]], **style)
+        times.plot(numbers, [step["seconds_rollout"] for step in counted], **style)
+        lengths.plot(numbers, [step["accept_length"] for step in counted], **style)
     times.set(title="seconds of rollouts", xlabel="step", ylim=(0, None))
     lengths.set(title="tokens a forward", xlabel="step", ylim=(0, None))
-    lengths.legend(frameon=False, fontsize="small")
+    times.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(1.1, -0.15), ncol=len(arms))
     for axes in (parts, times, lengths):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e6e6")
         axes.set_axisbelow(True)
     for axes in (times, lengths):
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    figure.tight_layout()
+    figure.subplots_adjust(left=0.04, right=0.99, top=0.92, bottom=0.28, wspace=0.15)  # tight_layout counts legends
     figure.savefig(picture)
     pyplot.close(figure)
 
