@@ -48,3 +48,15 @@ def test_the_learning_curve_reaches_what_the_readme_says() -> None:
     for reward in (rewards[0], rewards[1], rewards[-1]):
         assert f"{reward:.2f}" in readme
     assert f"{result['wall_seconds']} s" in readme
+
+
+def test_the_long_tail_is_as_measured() -> None:
+    readme = (ROOT / "README.md").read_text()
+    arms = json.loads((ROOT / "docs" / "results" / "longtail_h100.json").read_text())["arms"]
+    gains = {
+        name: {part: f"{arms[name]['gain'][part]['total']:.2f}" for part in ("rollout", "step")}
+        for name in ("tlt", "ours")
+    }
+    assert f"rolls out {gains['ours']['rollout']} times as fast" in readme
+    assert f"{gains['ours']['step']} times less a step" in readme
+    assert f"{gains['tlt']['rollout']} and {gains['tlt']['step']}" in readme
