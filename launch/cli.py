@@ -119,6 +119,9 @@ def export(
     from launch.logs import disable_progress_bars
 
     disable_progress_bars()
+    from rl.export_drafter import check_exports
+
+    check_exports(run, policy=policy, drafter=drafter_out)
     if policy is not None:
         from rl.export import export_policy
 

@@ -59,8 +59,7 @@ def staged(out: Path) -> Iterator[Path]:
 
     Raises PreflightError when OUT is taken, and StorageError for what the disk refuses inside.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PreflightError(f"{out} already exists and is not empty; export to another folder")
+    require_free(out)
     staging = out.with_name(f".staging-{out.name}")
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -72,6 +71,12 @@ def staged(out: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"cannot export to {out}: {error}; check the disk and try again") from error
+
+
+def require_free(out: Path) -> None:
+    """Raise PreflightError unless a folder can be put at OUT."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PreflightError(f"{out} already exists and is not empty; export to another folder")
 
 
 def read_params(checkpoint: Path) -> dict[str, torch.Tensor]:

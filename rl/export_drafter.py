@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 from configs.errors import PreflightError
 from configs.load import load
 from drafter import checkpoint
-from drafter.eagle import EagleHead
+from drafter.eagle import EagleConfig, EagleHead
 from drafter.export import check_drafter, write_drafter
 from drafter.layouts import Layout, Origin
 from drafter.learner import SERVED, as_config
 from drafter.vllm_check import check_in_vllm
 from rl.checkpoint import step_of
-from rl.export import last_recorded, newest_intact, read_params, saved_weights, staged, weights_sha256
+from rl.export import last_recorded, newest_intact, read_params, require_free, saved_weights, staged, weights_sha256
 from rl.loop import DRAFTER
 from rl.rundir import require_run
 from rollout.model import load_config
@@ -64,6 +64,32 @@ SGLang:
 
 SGLang knows no window of a drafter: past {window} tokens it attends to more than it was trained with.
 """
+
+
+def check_exports(run_path: Path, *, policy: Path | None, drafter: Path | None) -> None:
+    """Find out, before either is written, what would stop the second export of a run once the first is there.
+
+    Raises PreflightError where an output is taken, one would lie in the other's way or the run serves no drafter;
+    StorageError where no checkpoint is intact.
+    """
+    for out in (policy, drafter):
+        if out is not None:
+            require_free(out)
+    if drafter is None:
+        return
+    if policy is not None and policy.resolve().is_relative_to(drafter.resolve()):
+        raise PreflightError(f"--policy {policy} lies in --drafter {drafter}, written after it; name a folder for each")
+    require_drafter_place(drafter, served_head(newest_intact(run_path)).config)
+
+
+def require_drafter_place(out: Path, shape: EagleConfig) -> None:
+    """Raise PreflightError where OUT is taken, or engines could not read a drafter of this shape from it."""
+    require_free(out)
+    if len(set(shape.aux_layers)) < len(shape.aux_layers):
+        raise PreflightError(
+            f"{out}: a drafter would read layers {shape.aux_layers} of this policy, and engines need three different; "
+            "take a policy of more layers"
+        )
 
 
 def export_drafter(run_path: Path, out: Path, *, layout: Layout, policy: Path | None = None) -> str | None:

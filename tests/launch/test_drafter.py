@@ -129,6 +129,25 @@ def test_a_drafter_is_not_exported_for_another_policy(
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_is_exported_where_one_of_the_two_cannot_be(
+    run: Path, tmp_path: Path, paceline: Callable[..., None]
+) -> None:
+    policy, out, taken = tmp_path / "policy", tmp_path / "drafter", tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine").touch()
+    with pytest.raises(PreflightError, match="taken already exists"):
+        paceline("export", run, "--policy", policy, "--drafter", taken)
+    with pytest.raises(PreflightError, match="taken already exists"):
+        paceline("export", run, "--policy", taken, "--drafter", out)
+    for inside in (out, out / "policy"):
+        with pytest.raises(PreflightError, match="name a folder for each"):
+            paceline("export", run, "--policy", inside, "--drafter", out)
+    CheckpointStore(run / "checkpoints", keep=2).write(4, lambda folder: (folder / "trainer").mkdir())
+    with pytest.raises(PreflightError, match="step_4 has no drafter"):
+        paceline("export", run, "--policy", policy, "--drafter", out)
+    assert not policy.exists() and not out.exists()
+
+
 def test_what_a_run_lacks_is_named(run: Path, recipe: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
     with pytest.raises(ConfigError, match="say what to export"):
         paceline("export", run)
