@@ -56,8 +56,8 @@ def train(
             console.print(f"step {step}/{steps}: {figures}, {stats.seconds * 1e3:.0f} ms", highlight=False)
 
     trained = offline.train_drafter(subject, learned, steps=steps, report=report)
-    before, after = trained.before.accept_length, trained.after.accept_length
-    console.print(f"accept length on texts not learned from: {before:.2f} before, {after:.2f} after", highlight=False)
+    figures = f"{trained.before:.2f} before, {trained.after:.2f} after"
+    console.print(f"accept length on answers to prompts not learned from: {figures}", highlight=False)
     version = export_trained(
         out,
         trained.head,
@@ -65,7 +65,7 @@ def train(
         model=subject.config.model,
         step=subject.step,
         num_draft_tokens=subject.config.drafter.unroll,
-        accept_length=after,
+        accept_length=trained.after,
         layout=layout,
     )
     console.print(f"wrote {out}" + (f"; vLLM {version} loads it" if version else ""), highlight=False)

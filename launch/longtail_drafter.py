@@ -49,7 +49,7 @@ def begin_drafter(run: Path, config: Config, out: Path, *, steps: int, stop: thr
         model=config.model,
         step=subject.step,
         num_draft_tokens=config.drafter.unroll,
-        accept_length=trained.after.accept_length,
+        accept_length=trained.after,
         layout="eagle3",
     )
     written = perf_counter()
@@ -63,7 +63,7 @@ def begin_drafter(run: Path, config: Config, out: Path, *, steps: int, stop: thr
             "writing": written - learned,
             "measuring": perf_counter() - written,
         },
-        "accept_length": {"before": trained.before.accept_length, "after": trained.after.accept_length},
+        "accept_length": {"before": trained.before, "after": trained.after},
         "start": figures,
     }
 

@@ -1,8 +1,11 @@
 """Training a drafter away from its run, and measuring one."""
 
 import copy
+import hashlib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +14,7 @@ import torch
 from configs.errors import ConfigError, DataError
 from drafter.eagle import EagleHead
 from drafter.evaluate import Cycles, walk
-from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary
+from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary, evaluate
 from launch.drafting import starting_head
 from launch.subject import Subject, policy_answers, sampled_texts, solved_texts
 from launch.windows import Context, features, training_batches
@@ -21,7 +24,8 @@ from rl.features import Text, batches
 from rl.warmstart import FIRST_STEP
 from rollout.types import Prompt
 
-HELDOUT = 8  # one text in so many is kept from training, to say how well the drafter does on others
+HELDOUT = 8  # one prompt in so many is kept from training, to say how well the drafter does on others
+MEASURED = 8  # batches of texts held out that this is said of, at most
 CONTEXTS: tuple[Context, ...] = ("rollout", "server")  # a drafter for both reads as both have it read
 
 Report = Callable[[int, DrafterStats], None]
@@ -29,13 +33,13 @@ Report = Callable[[int, DrafterStats], None]
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A drafter and what it started as, and what both make of texts that neither has seen: of the chains it was
-    trained to draw."""
+    """A drafter and what it started as, and the accept lengths of both on answers to prompts that neither has seen:
+    of the chains it was trained to draw."""
 
     start: EagleHead
     head: EagleHead
-    before: DrafterStats
-    after: DrafterStats
+    before: float
+    after: float
 
 
 def train_drafter(
@@ -43,23 +47,51 @@ def train_drafter(
 ) -> Trained:
     """Train a drafter for the policy on these texts, from drafter.init or from random weights, so many updates.
 
-    report gets every update, counted from 1. Raises ConfigError for fewer than two texts.
+    report gets every update, counted from 1. Raises ConfigError for texts of fewer than two prompts.
     """
-    if len(texts) < 2:
-        raise ConfigError(f"{len(texts)} texts are too few: some are kept to measure by; raise --texts")
     config = subject.config.drafter
-    learned = [text for index, text in enumerate(texts) if index % HELDOUT]
-    heldout = texts[::HELDOUT]
+    learned, heldout = split(texts)
     head = start_head(subject, learned).to(subject.device)
     start = copy.deepcopy(head)
     trainer = DrafterTrainer(head, **output_weights(subject), config=config)
-    (measured, *_) = batches(heldout, config.batch_tokens)
-    unseen = features(subject, measured, head.config, subject.config.rollout.temperature, "rollout")
-    before = trainer.evaluate(unseen)
     endless = training_batches(subject, learned, head.config, contexts=contexts)
     for step, batch in zip(range(steps), endless, strict=False):
         report(step + 1, trainer.step(batch))
-    return Trained(start, head, before, trainer.evaluate(unseen))
+    before, after = accept_lengths(subject, [start, head], heldout)
+    return Trained(start, head, before, after)
+
+
+def split(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:
+    """What is learned from and what is held out: one prompt in HELDOUT, one at least, with all answers to it.
+
+    By the hash of a prompt's tokens, whatever the order of the texts. Raises ConfigError for fewer than two prompts.
+    """
+    prompts = sorted({prompt_hash(text) for text in texts})
+    if len(prompts) < 2:
+        raise ConfigError(
+            f"{len(texts)} texts of {len(prompts)} prompts are too few: one prompt is kept to measure by; raise --texts"
+        )
+    last = prompts[(len(prompts) - 1) // HELDOUT]
+    learned = [text for text in texts if prompt_hash(text) > last]
+    return learned, [text for text in texts if prompt_hash(text) <= last]
+
+
+def prompt_hash(text: Text) -> bytes:
+    """Equal for texts of equal prompts alone, and in every process."""
+    return hashlib.sha256(array("q", text.token_ids[: text.num_prompt])).digest()
+
+
+def accept_lengths(subject: Subject, heads: Sequence[EagleHead], texts: Sequence[Text]) -> list[float]:
+    """Each head's mean over the positions of these responses, MEASURED batches of them at most."""
+    config, weights = subject.config.drafter, output_weights(subject)
+    totals, num_tokens = [0.0] * len(heads), 0
+    for group in islice(batches(texts, config.batch_tokens), MEASURED):
+        batch = features(subject, group, heads[0].config, subject.config.rollout.temperature, "rollout")
+        for index, head in enumerate(heads):
+            stats = evaluate(head, batch, **weights, config=config)
+            totals[index] += stats.accept_length * stats.num_tokens
+        num_tokens += len(batch.next_ids)
+    return [total / num_tokens for total in totals]
 
 
 def texts_for(subject: Subject, count: int, *, answers: Literal["policy", "solutions"]) -> list[Text]:

@@ -16,9 +16,11 @@ from configs.load import dump, load
 from drafter.checkpoint import CheckpointWriter
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.export import read_drafter
+from launch import offline
 from launch.cli import app
 from launch.subject import load_subject, policy_answers, sampled_texts, solved_texts
 from rl.checkpoint import CheckpointStore, write_tensors
+from rl.features import Text
 from rollout.model import load_policy
 
 RECIPE = """
@@ -164,6 +166,32 @@ def test_a_runs_samples_become_texts_newest_first(run: Path) -> None:
     decoded = [subject.tokenizer.decode(text.token_ids[text.num_prompt :]) for text in texts]
     assert decoded == ["It is 3.<|im_end|>", "It is 4.<|im_end|>", "It is 5.<|im_end|>", "It is 2.<|im_end|>"]
     assert "0 + 3?" in subject.tokenizer.decode(texts[0].token_ids[: texts[0].num_prompt])
+
+
+@pytest.mark.parametrize("num_prompts", [2, 8, 9, 40])
+def test_all_answers_to_a_prompt_are_learned_from_or_none(num_prompts: int) -> None:
+    texts = [Text([5, prompt, 6, answer], 3) for prompt in range(num_prompts) for answer in (7, 8)]
+    learned, heldout = offline.split(texts)
+    sides = [{tuple(text.token_ids[:3]) for text in side} for side in (learned, heldout)]
+    assert sides[0].isdisjoint(sides[1]) and len(learned) + len(heldout) == len(texts)
+    assert len(sides[1]) == -(-num_prompts // 8), "one prompt in eight"
+    assert {tuple(text.token_ids) for text in offline.split(texts[::-1])[1]} == {tuple(t.token_ids) for t in heldout}
+
+
+def test_siblings_alone_leave_nothing_to_measure_by() -> None:
+    with pytest.raises(ConfigError, match="2 texts of 1 prompts are too few"):
+        offline.split([Text([5, 6, 7], 2), Text([5, 6, 8], 2)])
+
+
+def test_the_accept_length_is_that_of_every_batch_held_out(recipe: Path) -> None:
+    subject = load_subject(recipe, ["drafter.batch_tokens=64"])
+    texts = solved_texts(subject, 8)
+    head = offline.start_head(subject, texts)
+    alone = [offline.accept_lengths(subject, [head], [text])[0] for text in texts]
+    sizes = [len(text.token_ids) - text.num_prompt for text in texts]
+    mean = sum(length * size for length, size in zip(alone, sizes, strict=True)) / sum(sizes)
+    assert offline.accept_lengths(subject, [head, head], texts) == pytest.approx([mean, mean], rel=1e-3)
+    assert len(set(alone)) > 1
 
 
 def test_a_runs_own_drafter_is_measured_on_its_policy(
