@@ -44,8 +44,9 @@ def train(
     """Warm a drafter up: on what a policy says, or on worked solutions."""
     subject = _subject(source, overrides)
     from launch import offline
-    from rl.export_drafter import export_trained
+    from rl.export_drafter import export_trained, require_drafter_place
 
+    require_drafter_place(out, offline.drafter_shape(subject.config, subject.policy.config))
     console = Console()
     learned = offline.texts_for(subject, texts, answers=answers)
     console.print(f"{len(learned)} texts, {sum(len(text.token_ids) for text in learned):,} tokens", highlight=False)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from transformers import PretrainedConfig
 
 from configs.errors import ConfigError, DataError
-from drafter.eagle import EagleHead
+from configs.schema import Config
+from drafter.eagle import EagleConfig, EagleHead
 from drafter.evaluate import Cycles, walk
 from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary, evaluate
 from launch.drafting import starting_head
@@ -122,6 +124,11 @@ def start_head(subject: Subject, texts: Sequence[Text]) -> EagleHead:
         lm_head = subject.policy.get_output_embeddings().weight.cpu()
         head.set_vocabulary(*choose_vocabulary(counts, head.config.draft_vocab), lm_head)
     return head
+
+
+def drafter_shape(config: Config, model_config: PretrainedConfig) -> EagleConfig:
+    """The shape of a drafter trained for this policy from scratch."""
+    return EagleConfig.of(model_config, draft_vocab=config.drafter.draft_vocab, window=config.drafter.window)
 
 
 def drafter_for(subject: Subject, folder: Path | None) -> EagleHead:

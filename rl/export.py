@@ -76,7 +76,7 @@ def staged(out: Path) -> Iterator[Path]:
 def require_free(out: Path) -> None:
     """Raise PreflightError unless a folder can be put at OUT."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise PreflightError(f"{out} already exists and is not empty; export to another folder")
+        raise PreflightError(f"{out} already exists and is not empty; name another folder")
 
 
 def read_params(checkpoint: Path) -> dict[str, torch.Tensor]:

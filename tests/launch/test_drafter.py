@@ -150,6 +150,22 @@ def test_nothing_is_exported_where_one_of_the_two_cannot_be(
     assert not policy.exists() and not out.exists()
 
 
+def test_what_stops_a_drafter_is_found_before_it_is_trained(
+    recipe: Path,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    paceline: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offline, "texts_for", pytest.fail)
+    (tmp_path / "taken" / "mine").mkdir(parents=True)
+    with pytest.raises(PreflightError, match="taken already exists"):
+        paceline("drafter", "train", recipe, tmp_path / "taken")
+    with pytest.raises(PreflightError, match="engines need three different"):
+        paceline("drafter", "train", recipe, tmp_path / "out", f"model={tiny_model_dir}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_run_lacks_is_named(run: Path, recipe: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
     with pytest.raises(ConfigError, match="say what to export"):
         paceline("export", run)
