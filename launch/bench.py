@@ -280,6 +280,8 @@ def longtail_picture(
         found = json.loads(result.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StorageError(f"JSON {result}: cannot be read ({error}); give what --json wrote") from error
+    if not isinstance(found, dict) or found.get("what") != longtail_report.WHAT or "arms" not in found:
+        raise ConfigError(f"JSON {result} is no long-tail result; give what `paceline bench longtail --json` wrote")
     longtail_report.draw(found, picture)
     print(f"wrote {picture}")
 

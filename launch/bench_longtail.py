@@ -24,9 +24,12 @@ from drafter.export import read_drafter
 from launch.bench_report import provenance, say
 from launch.cluster import build_worker, check_counts, make_lessons, on_sigterm, stop_token_ids
 from launch.longtail_drafter import begin_drafter, end_drafter, given_drafter
-from launch.longtail_report import report, warmstart
+from launch.longtail_report import WHAT, report, warmstart
+from launch.offline import drafter_shape
 from rl.checkpoint import CheckpointStore, step_of
 from rl.data import DataSet, load_data
+from rl.export import require_free
+from rl.export_drafter import require_drafter_place
 from rl.loop import Loop
 from rl.reward import check_rewards
 from rl.rundir import RunDir, require_run
@@ -45,6 +48,7 @@ ARMS: dict[str, tuple[str, ...]] = {
 # Over the recipe and under the user's overrides: caches of so many tokens fit side by side, one for each arm.
 SHAPE = ("rollout.kv_tokens=262144",)
 LEARNER = "ours"  # whose drafter is measured at the end
+WARM, DRAFTER = "warm", "drafter"  # what the arms start from, in folders beside theirs
 FIXED = ("compute.backend=inline", "checkpoint.every=1000000")
 
 Record = Mapping[str, Any]
@@ -131,7 +135,7 @@ def run(
     take turns.
 
     keep is given the result so far after every turn. Raises what the first failing arm raised, once the others are
-    done; ConfigError and PreflightError before anything is measured.
+    done; ConfigError and PreflightError, for folders that are taken too, before anything is measured.
     """
     unknown = [name for name in job.arms if name not in ARMS]
     if unknown or not job.arms:
@@ -147,6 +151,10 @@ def run(
     warm = load(recipe, [*given, *ARMS["off"]])
     # its worked solutions are never of problems that are held out
     offline = load(recipe, [*given, "eval.every=1", *ARMS["ours"]])
+    for name in (*job.arms, *(() if checkpoint is not None else (WARM,))):
+        require_free(folder / name)
+    if drafter is None and job.drafter_steps and learned(configs):
+        require_drafter_place(folder / DRAFTER, drafter_shape(offline, load_config(resolve(offline.model))))
     return asyncio.run(_run(configs, warm, offline, job, checkpoint, drafter, folder, keep))
 
 
@@ -176,7 +184,7 @@ async def _run(
     )
     check_counts(warm, data)
     result: dict[str, Any] = {
-        "what": "seconds of a GRPO step and its rollouts",
+        "what": WHAT,
         "model": warm.model,
         **provenance(device=device, seed=warm.run.seed),
         "load_average": os.getloadavg(),
@@ -219,7 +227,7 @@ async def _run(
 
 async def warm_up(config: Config, ground: Ground) -> Path:
     """Take the supervised steps and measure what they made of the model: the run directory of that."""
-    loop = make_loop("warm", config, ground)
+    loop = make_loop(WARM, config, ground)
     if config.warmstart.steps:
         warm_start(loop.trainer, loop.data, loop.tokenizer, config.warmstart, report=loop.report_warmstart)
         loop.engine.update(0)
@@ -232,6 +240,11 @@ async def warm_up(config: Config, ground: Ground) -> Path:
     return path
 
 
+def learned(arms: Mapping[str, Config]) -> bool:
+    """Whether a learned drafter serves any of these arms."""
+    return any(arm.spec.source in ("eagle", "auto") for arm in arms.values())
+
+
 async def warm_drafter(
     config: Config,
     arms: Mapping[str, Config],
@@ -241,14 +254,14 @@ async def warm_drafter(
     ground: Ground,
 ) -> tuple[Path | None, dict[str, Any]]:
     """The folder of the drafter that learned arms start from, and its figures; None and {} where there is none."""
-    if not any(arm.spec.source in ("eagle", "auto") for arm in arms.values()):
+    if not learned(arms):
         return None, {}
     # in a thread, so that a request to stop is heard
     figures: dict[str, Any] = {}
     if drafter is not None:
         figures = await asyncio.to_thread(given_drafter, checkpoint, config, drafter)
     elif job.drafter_steps:
-        drafter = ground.folder / "drafter"
+        drafter = ground.folder / DRAFTER
         steps, stop = job.drafter_steps, ground.stop
         figures = await asyncio.to_thread(begin_drafter, checkpoint, config, drafter, steps=steps, stop=stop)
     free(ground.device)

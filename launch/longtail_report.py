@@ -13,6 +13,7 @@ from rich.table import Table
 from launch.bench_report import plain_table, spread
 from launch.curve import records
 
+WHAT = "seconds of a GRPO step and its rollouts"  # of the result
 TIMES = {"rollout": "seconds_rollout", "tail": "seconds_tail", "train": "seconds_train", "step": "seconds"}
 GAINS = ("rollout", "tail", "step")
 COLUMNS = ["prompt_id", "sample", "text", "num_tokens"]
@@ -126,7 +127,8 @@ def table(result: Mapping[str, Any]) -> Table:
     """The arms side by side: median seconds, rates, rewards, equal rollouts, and gains over the first."""
     headings = ["", "rollout s", "tail s", "train s", "step s", "tok/s", "accept", "longest", "reward", "equal"]
     first = next(iter(result["arms"]))
-    title = f"{result['what']}, {result['model']}, {result['steps']} steps less {result['skip']}; gains over {first}"
+    steps = max(len(arm["steps"]) for arm in result["arms"].values())  # --minutes or a failure may end them early
+    title = f"{result['what']}, {result['model']}, {steps} steps less {result['skip']}; gains over {first}"
     shown = plain_table(title, [*headings, *(f"{name} gain" for name in GAINS), "drafted by"])
     for name, arm in result["arms"].items():
         if name in result["failed"] or "step" not in arm:

@@ -11,6 +11,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from typer.testing import CliRunner
 
+from configs.errors import ConfigError, PreflightError
 from drafter.evaluate import Cycles
 from launch import bench, bench_longtail, longtail_drafter, longtail_report
 from launch.exits import outcome
@@ -138,6 +139,50 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     assert isinstance(result.exception, BaseException)
     found, line = outcome(result.exception)
     assert (found, said in line) == (code, True), line
+
+
+@pytest.mark.parametrize(
+    ("taken", "arguments"),
+    [
+        ("suffix", ["--arms", "off,suffix"]),
+        ("warm", ["--arms", "off"]),
+        ("drafter", ["--arms", "off,ours"]),
+    ],
+)
+def test_a_taken_folder_is_found_before_anything_is_measured(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str, arguments: list[str]
+) -> None:
+    runs = tmp_path / "runs"
+    (runs / taken / "mine").mkdir(parents=True)
+    monkeypatch.setattr(bench_longtail, "make_loop", pytest.fail)
+    given = ["longtail", "--recipe", str(recipe), "--runs", str(runs), *arguments]
+    error = CliRunner().invoke(bench.app, given, standalone_mode=False).exception
+    assert isinstance(error, PreflightError) and f"runs/{taken} already exists" in str(error)
+
+
+def test_a_policy_too_short_for_a_drafter_is_found_before_anything_is_measured(
+    recipe: Path, tiny_model_dir: Path
+) -> None:
+    given = ["longtail", "--recipe", str(recipe), "--arms", "off,ours", f"model={tiny_model_dir}"]
+    error = CliRunner().invoke(bench.app, given, standalone_mode=False).exception
+    assert isinstance(error, PreflightError) and "engines need three different" in str(error)
+
+
+@pytest.mark.parametrize("written", ['{"what": "milliseconds per cycle"}', '{"arms": []}', "[1]"])
+def test_a_picture_is_drawn_of_long_tail_results_alone(tmp_path: Path, written: str) -> None:
+    other, picture = tmp_path / "other.json", tmp_path / "x.png"
+    other.write_text(written)
+    error = CliRunner().invoke(bench.app, ["longtail-picture", str(other), str(picture)]).exception
+    assert isinstance(error, ConfigError)
+    assert str(other) in str(error) and "paceline bench longtail --json" in str(error)
+    assert not picture.exists()
+
+
+def test_the_title_counts_the_steps_there_are(tmp_path: Path) -> None:
+    runs = {name: write_run(tmp_path / name, [record(1), record(2)], ["a"]) for name in ("off", "ours")}
+    found = {"what": longtail_report.WHAT, "model": "m", "steps": 14, "skip": 1, "failed": {}}
+    title = longtail_report.table(found | {"arms": longtail_report.report(runs, skip=1)}).title
+    assert "2 steps less 1" in str(title)
 
 
 def record(step: int, **values: float) -> dict[str, float]:
