@@ -22,7 +22,7 @@ from configs.errors import PreflightError, ResourceError
 from configs.schema import Config
 from drafter.learner import DrafterReport, Learner, LearnStats
 from drafter.publish import Judgement
-from launch.adapters import RayEngine, RayLearner, RayMember, RayTrainer, get
+from launch.adapters import RayEngine, RayLearner, RayMember, RayTrainer, gather
 from launch.fleet import Fleet
 from launch.idle import Decide, decide
 from launch.pace import Key
@@ -31,6 +31,7 @@ from rollout.engine import NativeEngine
 from rollout.types import Engine, Partial, Prompt, Rollout, Sampling
 
 PLACEMENT_TIMEOUT_S = 120.0
+BUILD_S = 3600.0  # for a worker's process to start, and for the largest policy to come from slow storage
 
 # What a worker is made of. Without a trainer it only samples; without a learner there is no drafter to train.
 Parts = tuple[Engine, Trainer | None, Learner | None]
@@ -213,8 +214,9 @@ def start_actors(
             ).remote(rank, count)
             for rank in range(count)
         ]
-        meet = get(workers[0].address.remote())
-        learns = all(get([worker.build.remote(make, meet) for worker in workers]))
+        (meet,) = gather({0: workers[0].address.remote()}, "address", limit_s=BUILD_S)
+        refs = {rank: worker.build.remote(make, meet) for rank, worker in enumerate(workers)}
+        learns = all(gather(refs, "build", limit_s=BUILD_S))
         fleet = Fleet([RayMember(worker) for worker in workers], slots=slots, learns=learns, decide=decide)
         learner = RayLearner(workers, fleet) if learns else None
         yield RayEngine(workers, fleet), RayTrainer(workers, fleet), learner

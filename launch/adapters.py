@@ -5,6 +5,7 @@ A worker that is lost takes no part any more: the engine and the learner do with
 
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,18 @@ import torch
 
 from drafter.learner import DrafterReport, LearnStats
 from drafter.publish import pooled
-from launch.fleet import Fleet, WorkerLostError
+from launch.fleet import Fleet, WorkerLostError, silent
 from launch.pace import Key
-from launch.shift import sample
+from launch.shift import DISMISS_S, sample
 from rl.types import Batch, StepStats
 from rollout.types import Partial, Prompt, Rollout, Sampling
 
 POLL_S = 0.02  # how soon learning ends after it was told to
+
+# Limits, in seconds, of calls whose worker shows no life meanwhile; past them it counts as lost. What launch.shift asks
+# of a worker has limits there, and a generate none: its worker is asked how far it is.
+LESSON_S = 600.0  # one part of a lesson: compiling the drafter, judging it, moving deltas between nodes
+TRAIN_S = 7200.0  # a step on the longest batch, a checkpoint on slow storage; ranks wait for one another in it
 
 log = logging.getLogger(__name__)
 
@@ -90,16 +96,17 @@ class RayEngine:
 
     def update(self, version: int) -> None:
         """Every worker's engine forgets what it computed with the old weights."""
-        on_alive(self.workers, self.fleet, "update", version)
+        on_alive(self.workers, self.fleet, "update", version, limit_s=DISMISS_S)
 
     def state_dict(self) -> dict[str, Any]:
         """One state a worker, by rank. Raises ResourceError where one is lost."""
-        return {"workers": on_all(self.workers, self.fleet, "engine_state")}
+        return {"workers": on_all(self.workers, self.fleet, "engine_state", limit_s=TRAIN_S)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give every worker the state it saved."""
         pairs = zip(self.workers, state["workers"], strict=True)
-        get([worker.load_engine_state.remote(saved) for worker, saved in pairs])
+        refs = {number: worker.load_engine_state.remote(saved) for number, (worker, saved) in enumerate(pairs)}
+        gather(refs, "load_engine_state", limit_s=TRAIN_S)
 
 
 class RayTrainer:
@@ -114,19 +121,19 @@ class RayTrainer:
 
     def step(self, batch: Batch) -> StepStats:
         """Trainer.step on all ranks at once; the statistics are those of the whole batch."""
-        return on_all(self.workers, self.fleet, "step", batch)[0]
+        return on_all(self.workers, self.fleet, "step", batch, limit_s=TRAIN_S)[0]
 
     def supervise(self, batch: Batch, lr: float) -> StepStats:
         """Trainer.supervise on all ranks at once."""
-        return on_all(self.workers, self.fleet, "supervise", batch, lr)[0]
+        return on_all(self.workers, self.fleet, "supervise", batch, lr, limit_s=TRAIN_S)[0]
 
     def save(self, folder: Path) -> None:
         """All ranks gather, rank 0 writes: folder must be on storage that rank 0's node shares with the driver."""
-        on_all(self.workers, self.fleet, "save", folder.absolute())
+        on_all(self.workers, self.fleet, "save", folder.absolute(), limit_s=TRAIN_S)
 
     def load(self, folder: Path) -> None:
         """All ranks read the same folder."""
-        on_all(self.workers, self.fleet, "load", folder.absolute())
+        on_all(self.workers, self.fleet, "load", folder.absolute(), limit_s=TRAIN_S)
 
 
 class RayLearner:
@@ -140,18 +147,22 @@ class RayLearner:
 
     def begin(self, counts: torch.Tensor) -> None:
         """Learner.begin: all choose the same vocabulary."""
-        on_alive(self.workers, self.fleet, "begin_learning", counts)
+        on_alive(self.workers, self.fleet, "begin_learning", counts, limit_s=LESSON_S)
 
     def learn(self, *, budget_s: float, until: Callable[[], bool]) -> LearnStats:
-        """Learner.learn on all workers at once: the steps of all, the time of the longest."""
+        """Learner.learn on all workers at once: the steps of all, the time of the longest.
+
+        They are called away DISMISS_S after the budget at the latest, when a worker that hangs is found out.
+        """
         self.fleet.num_turns += 1
         turn = self.fleet.num_turns
         refs = {number: self.workers[number].learn.remote(turn, budget_s) for number in self.fleet.alive}
         waiting = list(refs.values())
-        while waiting and not until():
+        deadline_s = time.monotonic() + budget_s + DISMISS_S
+        while waiting and not until() and time.monotonic() < deadline_s:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-        on_alive(self.workers, self.fleet, "call_away", turn)
-        stats: list[LearnStats] = list(survivors(refs, self.fleet).values())
+        on_alive(self.workers, self.fleet, "call_away", turn, limit_s=DISMISS_S)
+        stats: list[LearnStats] = list(survivors(refs, self.fleet, "learn", limit_s=LESSON_S).values())
         return LearnStats(
             num_steps=sum(each.num_steps for each in stats),
             seconds=max((each.seconds for each in stats), default=0.0),
@@ -161,9 +172,10 @@ class RayLearner:
     def settle(self) -> DrafterReport:
         """Agree on the mean of what was learned; judge it on all workers' features; publish it on all, or on none."""
         self.agree()
-        judgements = [each for each in on_alive(self.workers, self.fleet, "judge").values() if each is not None]
+        judged = on_alive(self.workers, self.fleet, "judge", limit_s=LESSON_S)
+        judgements = [each for each in judged.values() if each is not None]
         judgement = pooled(judgements) if judgements else None
-        reports = list(on_alive(self.workers, self.fleet, "conclude", judgement).values())
+        reports = list(on_alive(self.workers, self.fleet, "conclude", judgement, limit_s=LESSON_S).values())
         if not reports:
             raise self.fleet.nobody()
         return merged(reports)
@@ -175,21 +187,23 @@ class RayLearner:
         for number in self.fleet.alive:
             # what was learned stays in the object store: the driver only hears whether there is anything
             learned[number], deltas[number] = self.workers[number].delta.options(num_returns=2).remote()
-        given = [deltas[number] for number, any_ in survivors(learned, self.fleet).items() if any_]
+        told = survivors(learned, self.fleet, "delta", limit_s=LESSON_S)
+        given = [deltas[number] for number, any_ in told.items() if any_]
         if given:
-            on_alive(self.workers, self.fleet, "apply_deltas", *given)
+            on_alive(self.workers, self.fleet, "apply_deltas", *given, limit_s=LESSON_S)
 
     def save(self, folder: Path) -> float:
         """Learner.save of the first worker, on storage that its node shares with the driver."""
-        return float(get(self.workers[0].save_drafter.remote(folder.absolute())))
+        ref = self.workers[0].save_drafter.remote(folder.absolute())
+        return float(gather({0: ref}, "save_drafter", limit_s=TRAIN_S)[0])
 
     def saved(self) -> None:
         """Learner.saved."""
-        get(self.workers[0].drafter_saved.remote())
+        gather({0: self.workers[0].drafter_saved.remote()}, "drafter_saved", limit_s=TRAIN_S)
 
     def load(self, folder: Path) -> None:
         """Learner.load on all workers, from the same folder."""
-        on_all(self.workers, self.fleet, "load_drafter", folder.absolute())
+        on_all(self.workers, self.fleet, "load_drafter", folder.absolute(), limit_s=TRAIN_S)
 
 
 def merged(reports: Sequence[DrafterReport]) -> DrafterReport:
@@ -214,31 +228,46 @@ def merged(reports: Sequence[DrafterReport]) -> DrafterReport:
     )
 
 
-def on_all(workers: Sequence[Any], fleet: Fleet, method: str, *args: Any) -> list[Any]:
+def on_all(workers: Sequence[Any], fleet: Fleet, method: str, *args: Any, limit_s: float) -> list[Any]:
     """Call a method on every worker at once and return their results by rank.
 
     Raises the first error at once, WorkerLostError too: others may be waiting for the one that is lost.
     """
     for error in fleet.lost.values():
         raise error
-    refs = [getattr(worker, method).remote(*args) for worker in workers]
-    waiting = refs
+    refs = {number: getattr(worker, method).remote(*args) for number, worker in enumerate(workers)}
+    return gather(refs, method, limit_s=limit_s)
+
+
+def gather(refs: Mapping[int, Any], method: str, *, limit_s: float) -> list[Any]:
+    """Results of a method by worker. Raises the first error at once, and WorkerLostError where one takes too long."""
+    deadline_s = time.monotonic() + limit_s
+    waiting = list(refs.values())
     while waiting:
-        done, waiting = ray.wait(waiting)
+        done, waiting = ray.wait(waiting, timeout=max(0.0, deadline_s - time.monotonic()))
+        if not done:
+            raise silent([number for number, ref in refs.items() if ref in waiting], method, limit_s)
         get(done)
-    return [get(ref) for ref in refs]
+    return [get(ref) for ref in refs.values()]
 
 
-def on_alive(workers: Sequence[Any], fleet: Fleet, method: str, *args: Any) -> dict[int, Any]:
+def on_alive(workers: Sequence[Any], fleet: Fleet, method: str, *args: Any, limit_s: float) -> dict[int, Any]:
     """Call a method, which waits for nobody, on every worker alive; the results of those that survived it."""
-    return survivors({number: getattr(workers[number], method).remote(*args) for number in fleet.alive}, fleet)
+    refs = {number: getattr(workers[number], method).remote(*args) for number in fleet.alive}
+    return survivors(refs, fleet, method, limit_s=limit_s)
 
 
-def survivors(refs: Mapping[int, Any], fleet: Fleet) -> dict[int, Any]:
-    """Results by worker, without those of workers that were lost meanwhile."""
+def survivors(refs: Mapping[int, Any], fleet: Fleet, method: str, *, limit_s: float) -> dict[int, Any]:
+    """Results of a method by worker, without those of workers that are lost or do not answer in time."""
     results = {}
+    deadline_s = time.monotonic() + limit_s
     for number, ref in refs.items():
+        if number in fleet.lost:
+            continue
         try:
+            done, _ = ray.wait([ref], timeout=max(0.0, deadline_s - time.monotonic()))
+            if not done:
+                raise silent([number], method, limit_s)
             results[number] = get(ref)
         except WorkerLostError as error:
             fleet.lose(number, error)
@@ -246,7 +275,7 @@ def survivors(refs: Mapping[int, Any], fleet: Fleet) -> dict[int, Any]:
 
 
 def get(refs: Any) -> Any:
-    """ray.get, with a user's error as itself instead of wrapped in Ray's."""
+    """ray.get of what is there, with a user's error as itself instead of wrapped in Ray's."""
     try:
         return ray.get(refs)
     except ray.exceptions.RayError as error:

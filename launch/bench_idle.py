@@ -20,7 +20,7 @@ from configs.errors import ConfigError
 from configs.schema import Config, DrafterConfig, RolloutConfig, SpecConfig
 from drafter.types import OFF
 from launch.actors import Parts, start_actors
-from launch.adapters import RayEngine, RayLearner, on_alive
+from launch.adapters import LESSON_S, RayEngine, RayLearner, on_alive
 from launch.bench_report import in_turns, plain_table, provenance, say, spread
 from launch.bench_rollout import random_prompts, sampling
 from launch.drafting import make_drafting
@@ -203,7 +203,8 @@ def agree(engine: RayEngine, learner: RayLearner) -> dict[str, Any]:
     averaged_s = perf_counter() - begun
     report = learner.settle()
     settled_s = perf_counter() - begun - averaged_s
-    checksums = {each.checksum for each in on_alive(engine.workers, engine.fleet, "conclude", None).values()}
+    concluded = on_alive(engine.workers, engine.fleet, "conclude", None, limit_s=LESSON_S)
+    checksums = {each.checksum for each in concluded.values()}
     say(f"agreed in {averaged_s:.2f} s, {report.outcome} in {settled_s:.2f} s, {len(checksums)} checksum(s)")
     return {"averaged_s": averaged_s, "settled_s": settled_s, "equal": len(checksums) == 1, "report": asdict(report)}
 

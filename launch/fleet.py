@@ -21,6 +21,12 @@ class WorkerLostError(ResourceError):
     """A worker is gone, with all that it held."""
 
 
+def silent(numbers: Sequence[int], call: str, limit_s: float) -> WorkerLostError:
+    """What is said of workers that are alive, as far as anyone knows, and do not answer a call."""
+    who = f"worker {numbers[0]} has" if len(numbers) == 1 else f"workers {', '.join(map(str, numbers))} have"
+    return WorkerLostError(f"{who} not answered {call} for {limit_s:g} s; resume the run")
+
+
 class Member(Protocol):
     """One worker as the fleet sees it. Everything raises WorkerLostError once the worker is gone."""
 
@@ -75,6 +81,7 @@ class Fleet:
     def __init__(self, members: Sequence[Member], *, slots: int, learns: bool, decide: Decide = decide) -> None:
         self.members = members
         self.lost: dict[int, WorkerLostError] = {}
+        self.warm: set[int] = set()  # those that have finished a rollout, hence have compiled what sampling takes
         self.pace = Pace(slots=slots)
         self.learns = learns
         self.decide = decide

@@ -4,17 +4,19 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from time import perf_counter
 
-from launch.fleet import Fleet, IdleReport, WorkerLostError
+from launch.fleet import Fleet, IdleReport, WorkerLostError, silent
 from launch.idle import Learn, Rest, TakeOver
 from launch.pace import Key, Look
 from rollout.types import Partial, Prompt, Rollout, Sampling, SpecStats
 
 TICK_S = 0.5  # between looks at those that still sample, while somebody is idle
 FIRST_TICK_S = 0.1  # until the second look, which first tells a rate
-DISMISS_S = 60.0  # for streams and learning to end after the last rollout
+WATCH_S = 30.0  # between looks while nobody is idle: only they tell a long rollout from a worker that hangs
+DISMISS_S = 60.0  # for a call to be answered, and for streams and learning to end after the last rollout
+COMPILE_S = 900.0  # for the same until a worker's first rollout: it compiles and captures, and hears nothing meanwhile
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Shift:
         self._learning: dict[int, tuple[int, asyncio.Task[None]]] = {}  # the turn, and what awaits its end
         self._learned_out: set[int] = set()  # workers that found nothing more to learn, or failed to
         self._looks: dict[int, Look] = {}
+        self._looked_s = perf_counter()
         self._moves: dict[int, Look] = {}  # by new owner: when sequences were asked for, and how long they were
         self._changed = asyncio.Event()
         self._director: asyncio.Task[None] | None = None
@@ -108,6 +111,7 @@ class Shift:
         try:
             async with aclosing(self.fleet.members[number].generate(prompts, self.sampling, partials)) as rollouts:
                 async for rollout in rollouts:
+                    self.fleet.warm.add(number)
                     self._arrive(rollout)
         except WorkerLostError as error:
             self.fleet.lose(number, error)
@@ -131,11 +135,14 @@ class Shift:
             self._ended = perf_counter()
 
     async def _direct(self) -> None:
-        """Give the idle something to do, whenever somebody becomes idle and at every tick while somebody is."""
+        """Give the idle something to do, whenever somebody becomes idle and at every tick while somebody is.
+
+        No stream has a limit of its own, for a rollout may be long: whoever does not answer how far it is, is lost.
+        """
         try:
             while True:
                 await self._assign()
-                tick = None
+                tick = WATCH_S
                 if self._idle():
                     tick = FIRST_TICK_S if self.fleet.pace.costs() is None else TICK_S
                 with suppress(TimeoutError):
@@ -159,7 +166,7 @@ class Shift:
         if orphans:
             await self._rehome([self._unbegun(key) for key in orphans], idle)
             idle = self._idle()
-        if idle and self._streams:
+        if self._streams and (idle or perf_counter() - self._looked_s >= WATCH_S):
             await self._look()
             for number in idle:
                 await self._assign_one(number)
@@ -173,10 +180,13 @@ class Shift:
         owed = Counter(self.owner.values())
         number = min(self._streams, key=lambda other: owed[other])
         try:
-            if await self.fleet.members[number].adopt(partials):
-                self.owner |= {_key(partial): number for partial in partials}
+            async with self._answer(number, "adopt"):
+                adopted = await self.fleet.members[number].adopt(partials)
         except WorkerLostError as error:
-            self.fleet.lose(number, error)
+            self._lose(number, error)
+            return
+        if adopted:
+            self.owner |= {_key(partial): number for partial in partials}
 
     async def _assign_one(self, number: int) -> None:
         can_learn = self.fleet.learns and number not in self._learned_out
@@ -198,20 +208,24 @@ class Shift:
 
     async def _look(self) -> None:
         """See how far those are that sample."""
-        for number in list(self._streams):
-            try:
+        self._looked_s = perf_counter()
+        await asyncio.gather(*map(self._look_at, list(self._streams)))
+
+    async def _look_at(self, number: int) -> None:
+        try:
+            async with self._answer(number, "progress"):
                 lengths = await self.fleet.members[number].progress()
-            except WorkerLostError as error:
-                self.fleet.lose(number, error)
-                continue
-            if number not in self._streams or not lengths:
-                continue  # it was done meanwhile, or has not begun
-            look = Look(perf_counter(), lengths)
-            if number in self._looks:
-                self.fleet.pace.observe(self._looks[number], look)
-            elif number in self._moves:
-                self.fleet.pace.moved(self._moves.pop(number), look)
-            self._looks[number] = look
+        except WorkerLostError as error:
+            self._lose(number, error)
+            return
+        if number not in self._streams or not lengths:
+            return  # it was done meanwhile, or has not begun
+        look = Look(perf_counter(), lengths)
+        if number in self._looks:
+            self.fleet.pace.observe(self._looks[number], look)
+        elif number in self._moves:
+            self.fleet.pace.moved(self._moves.pop(number), look)
+        self._looks[number] = look
 
     async def _take_over(self, number: int, source: int, count: int) -> None:
         """Continue another worker's sequences on this one, if it still has any."""
@@ -220,9 +234,10 @@ class Shift:
         if number in self.fleet.lost:
             return
         try:
-            partials = await self.fleet.members[source].surrender(count)
+            async with self._answer(source, "surrender"):
+                partials = await self.fleet.members[source].surrender(count)
         except WorkerLostError as error:
-            self.fleet.lose(source, error)
+            self._lose(source, error)
             return
         if not partials:
             return
@@ -269,9 +284,11 @@ class Shift:
             return
         turn, learning = self._learning.pop(number)
         try:
-            await self.fleet.members[number].call_away(turn)
+            async with self._answer(number, "call_away"):
+                await self.fleet.members[number].call_away(turn)
         except WorkerLostError as error:
-            self.fleet.lose(number, error)
+            self._lose(number, error)
+            learning.cancel()
         await self._wait([(number, learning)])
 
     async def _wait(self, tasks: Iterable[tuple[int, asyncio.Task[None]]]) -> None:
@@ -281,8 +298,30 @@ class Shift:
             return
         _, late = await asyncio.wait(numbers, timeout=DISMISS_S)
         for task in late:
-            self.fleet.lose(numbers[task], WorkerLostError(f"it has not answered for {DISMISS_S:.0f} s"))
+            self.fleet.lose(numbers[task], silent([numbers[task]], "end", DISMISS_S))
             task.cancel()
+
+    @asynccontextmanager
+    async def _answer(self, number: int, call: str) -> AsyncGenerator[None]:
+        """A worker's answer is awaited inside. Raises WorkerLostError, which names both, where it takes too long."""
+        is_cold = number in self._streams and number not in self.fleet.warm
+        limit_s = COMPILE_S if is_cold else DISMISS_S
+        deadline = asyncio.timeout(limit_s)
+        try:
+            async with deadline:
+                yield
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise  # the worker's own
+            raise silent([number], call, limit_s) from error
+
+    def _lose(self, number: int, error: WorkerLostError) -> None:
+        """Give a worker up, and its stream with it: that of one that hangs would never end."""
+        self.fleet.lose(number, error)
+        stream = self._streams.pop(number, None)
+        if stream is not None:
+            stream.cancel()
+        self._changed.set()
 
 
 def _key(partial: Partial) -> Key:

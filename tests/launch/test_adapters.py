@@ -1,12 +1,16 @@
 """Several workers' learning and errors as one, without a cluster."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import ray
 
-from drafter.learner import DrafterReport
-from launch.adapters import merged, on_all
+from drafter.learner import DrafterReport, LearnStats
+from launch import adapters
+from launch.adapters import RayLearner, merged, on_all
 from launch.fleet import Fleet, WorkerLostError
 
 REPORT = DrafterReport(
@@ -53,4 +57,87 @@ def test_what_takes_all_workers_says_at_once_that_one_is_lost() -> None:
     fleet = Fleet([], slots=1, learns=False)
     fleet.lose(1, WorkerLostError("it died"))
     with pytest.raises(WorkerLostError, match="it died"):
-        on_all([], fleet, "step")
+        on_all([], fleet, "step", limit_s=1)
+
+
+class Ref:
+    """A reference to what a worker answers; None: it never does."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+
+class Handle:
+    """A worker's handle: given answers by method, silence to everything else."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+        self.called: list[str] = []
+
+    def __getattr__(self, method: str) -> Any:
+        return Method(self, method)
+
+
+class Method:
+    """One of its methods."""
+
+    def __init__(self, handle: Handle, name: str) -> None:
+        self.handle, self.name = handle, name
+
+    def options(self, *, num_returns: int) -> "Method":
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        self.handle.called.append(self.name)
+        answer = self.handle.answers.get(self.name)
+        return (Ref(answer), Ref({})) if self.name == "delta" else Ref(answer)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray of Ref, in which every wait for silence is over at once."""
+
+    def wait(refs: Sequence[Ref], **_: Any) -> tuple[list[Ref], list[Ref]]:
+        return [ref for ref in refs if ref.answer is not None], [ref for ref in refs if ref.answer is None]
+
+    def get(refs: Any) -> Any:
+        return [ref.answer for ref in refs] if isinstance(refs, list) else refs.answer
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(adapters, "DISMISS_S", 0.02)
+
+
+def learner(*handles: Handle) -> RayLearner:
+    fleet = Fleet([None for _ in handles], slots=1, learns=True)  # type: ignore[misc]
+    return RayLearner(handles, fleet)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("silent", ["delta", "apply_deltas", "judge", "conclude"])
+def test_workers_settle_without_one_that_hangs(silent: str) -> None:
+    answers = {"delta": True, "apply_deltas": True, "judge": "good", "conclude": REPORT}
+    well, hung = Handle(**answers), Handle(**(answers | {silent: None}))
+    both = learner(well, hung)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapters, "pooled", lambda judgements: judgements[0])
+        assert both.settle() == REPORT
+    assert list(both.fleet.lost) == [1]
+    assert str(both.fleet.lost[1]).startswith(f"worker 1 has not answered {silent} for 600 s")
+    assert hung.called[-1] == silent
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_hangs_is_not_waited_for_past_the_budget() -> None:
+    learned = LearnStats(num_steps=3, seconds=0.5, step_s=0.1)
+    both = learner(Handle(learn=learned, call_away=True), Handle())
+    assert both.learn(budget_s=0.01, until=lambda: False) == learned
+    assert "worker 1 has not answered call_away" in str(both.fleet.lost[1])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_what_takes_all_workers_names_those_that_hang() -> None:
+    workers = [Handle(), Handle(step=1), Handle()]
+    fleet = Fleet([None for _ in workers], slots=1, learns=False)  # type: ignore[misc]
+    with pytest.raises(WorkerLostError, match="workers 0, 2 have not answered step for 7 s"):
+        on_all(workers, fleet, "step", limit_s=7)

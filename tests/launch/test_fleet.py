@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from configs.errors import DataError, ResourceError
+from launch import shift
 from launch.fleet import Fleet, IdleReport, WorkerLostError
 from launch.idle import Learn, Rest, TakeOver, Task
 from launch.shift import sample
@@ -390,6 +392,95 @@ def test_a_call_left_early_leaves_nothing_under_way() -> None:
         await rollouts.aclose()
         assert [worker.closed for worker in workers] == [1, 1, 0]
         assert not workers[2].is_learning.is_set()
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence is found out soon."""
+    for name in ("DISMISS_S", "COMPILE_S", "WATCH_S"):
+        monkeypatch.setattr(shift, name, 0.2)
+
+
+async def silence(*_: Any) -> Any:
+    """An answer that never comes."""
+    await asyncio.Event().wait()
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("tasks", [(), (TakeOver(source=0, count=1),)], ids=["progress", "surrender"])
+def test_a_worker_that_hangs_is_named_and_another_samples_what_it_owed(
+    tasks: tuple[Task, ...],
+) -> None:
+    async def run() -> None:
+        workers, fleet = make(2, *tasks)
+        call = "surrender" if tasks else "progress"
+        setattr(workers[0], call, silence)
+        under_way = Call(fleet, 2)
+        await until(lambda: all(worker.sequences for worker in workers))
+        workers[0].grow(3)
+        workers[1].finish_all()
+        while 0 not in fleet.lost or not workers[1].sequences:
+            await asyncio.sleep(0.01)
+        assert re.search(f"worker 0 .* {call} for 0.2 s", str(fleet.lost[0]))
+        workers[1].finish_all()
+        await ends(under_way)
+        assert sorted(under_way.keys) == sorted(keys(2))
+        assert workers[0].closed == 1  # the stream of the one that hangs was given up
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_call_whose_workers_all_hang_ends_with_a_reason() -> None:
+    async def run() -> None:
+        workers, fleet = make(2)
+        for worker in workers:
+            worker.progress = silence  # type: ignore[method-assign]
+        with pytest.raises(ResourceError, match="no worker is left; worker 0 was lost first .*progress"):
+            await ends(Call(fleet, 2))
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_learner_that_hangs_keeps_no_rollout_waiting() -> None:
+    async def run() -> None:
+        workers, fleet = make(2)
+        workers[1].call_away = silence  # type: ignore[method-assign, assignment]
+        call = Call(fleet, 2)
+        await until(lambda: all(worker.sequences for worker in workers))
+        workers[1].finish_all()
+        await until(workers[1].is_learning.is_set)
+        workers[0].finish_all()
+        await ends(call)
+        assert "worker 1" in str(fleet.lost[1]) and "call_away" in str(fleet.lost[1])
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_still_compiles_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shift, "DISMISS_S", 0.05)
+
+    async def run() -> None:
+        workers, fleet = make(2, learns=False)
+        compiled = asyncio.Event()
+        progress = workers[0].progress
+
+        async def answer() -> dict[Key, int]:
+            await compiled.wait()
+            return await progress()
+
+        workers[0].progress = answer  # type: ignore[method-assign]
+        call = Call(fleet, 2)
+        await until(lambda: all(worker.sequences for worker in workers))
+        workers[1].finish_all()
+        await asyncio.sleep(0.2)
+        compiled.set()
+        workers[0].finish_all()
+        await ends(call)
+        assert not fleet.lost
 
     asyncio.run(run())
 
