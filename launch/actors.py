@@ -59,6 +59,7 @@ class Worker:
         """Load the policy and join the other ranks; whether there is a drafter to train."""
         os.environ |= {"MASTER_ADDR": meet[0], "MASTER_PORT": str(meet[1])}
         engine, trainer, learner = make()
+        assert isinstance(engine, NativeEngine)  # configs.check lets no other engine run under Ray
         self.engine = engine
         if trainer is not None:
             self.trainer = trainer
@@ -69,35 +70,26 @@ class Worker:
     async def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, partials: Sequence[Partial]
     ) -> AsyncGenerator[Rollout]:
-        """NativeEngine.generate on this worker's policy, once the one before has ended.
-
-        Raises ResourceError for partials where another engine samples, which goes on with nothing.
-        """
-        if isinstance(self.engine, NativeEngine):
-            stream = self.engine.generate(prompts, sampling, partials=partials)
-        elif partials:
-            raise ResourceError("a worker was lost, and vLLM does not go on with its rollouts; resume the run")
-        else:
-            stream = self.engine.generate(prompts, sampling)
+        """NativeEngine.generate on this worker's policy, once the one before has ended."""
+        stream = self.engine.generate(prompts, sampling, partials=partials)
         async with self.generating, aclosing(stream) as rollouts:
             async for rollout in rollouts:
                 yield rollout
 
     def surrender(self, count: int) -> list[Partial]:
         """NativeEngine.surrender, between two cycles."""
-        assert isinstance(self.engine, NativeEngine)  # others tell no progress, by which takeovers are decided
         return self.engine.surrender(count)
 
     def adopt(self, partials: Sequence[Partial]) -> bool:
         """NativeEngine.adopt, between two cycles; False where there is no generate under way that could."""
-        if not isinstance(self.engine, NativeEngine) or not self.engine.is_generating:
+        if not self.engine.is_generating:
             return False
         self.engine.adopt(partials)
         return True
 
     def progress(self) -> dict[Key, int]:
-        """NativeEngine.progress; other engines tell nothing."""
-        return self.engine.progress() if isinstance(self.engine, NativeEngine) else {}
+        """NativeEngine.progress."""
+        return self.engine.progress()
 
     def update(self, version: int) -> None:
         """Engine.update."""
