@@ -5,6 +5,7 @@ launch.idle.decide says. Last it is killed in the middle of an update.
 """
 
 import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import ray
 import torch
 from rich.console import Group
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, ResourceError
 from configs.schema import Config, DrafterConfig, RolloutConfig, SpecConfig
 from drafter.types import OFF
 from launch.actors import Parts, start_actors
@@ -82,6 +83,7 @@ class Timed:
 def run(job: Job, *, device: Device, dtype: Dtype) -> dict[str, Any]:
     """Measure all arms, then the kill; JSON-able. Raises ConfigError, and ResourceError without two devices."""
     where, kind = placement(device, dtype)
+    check_devices(where)
     size = vocab_size(job)
     found = provenance(device=where, seed=job.seed)
     # one prompt alone: all its rollouts fall to the first worker
@@ -106,6 +108,17 @@ def run(job: Job, *, device: Device, dtype: Dtype) -> dict[str, Any]:
         "agreed": agreed,
         "killed": killed,
     }
+
+
+def check_devices(device: str) -> None:
+    """Find out before Ray waits for devices that this machine has too few. Raises ResourceError."""
+    num_devices = torch.cuda.device_count()
+    # the machines of a cluster are Ray's to count
+    if device == "cuda" and "RAY_ADDRESS" not in os.environ and num_devices < WORKERS:
+        raise ResourceError(
+            f"bench idle runs {WORKERS} workers of one GPU each, and torch sees {num_devices} here; "
+            "give --device cpu, or set RAY_ADDRESS to a cluster that has them"
+        )
 
 
 def make_side(job: Job, device: Device, dtype: Dtype) -> Parts:
