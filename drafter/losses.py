@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from kernels.logprob import selected_logprobs
+
 Loss = Literal["lk", "kl", "ce", "tv"]
 
 LK_DECAY = 3.0  # how fast acceptance takes over from KL: arXiv 2602.23881 uses this value
@@ -19,7 +21,8 @@ CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 25}  # of logits that are float32
 @dataclass(frozen=True, slots=True)
 class Targets:
     """What T positions should predict. probs [T, V'] float32: p. best [T] int64: the draft id of the target's likeliest
-    token, -1 where the draft cannot propose it. sampled [T] int64: likewise of the token that followed."""
+    token, -1 where the draft cannot propose it or the run is not greedy and nothing asks. sampled [T] int64: the draft
+    id of the token that followed, -1 where the draft cannot propose it or it is unknown."""
 
     probs: torch.Tensor
     best: torch.Tensor
@@ -48,15 +51,19 @@ def targets_of(
     draft_ids = torch.full((lm_head.shape[0],), -1, device=hidden.device)
     draft_ids[target_ids] = torch.arange(num_drafted, device=hidden.device)
     probs = torch.empty(num_rows, num_drafted, device=hidden.device)
-    best = torch.empty(num_rows, dtype=torch.int64, device=hidden.device)
+    best = torch.full((num_rows,), -1, device=hidden.device)
+    sharp = sharpness(temperature)
     for rows in row_chunks(num_rows, lm_head.shape[0], hidden.device):
-        logits = (hidden[rows].to(lm_head.dtype) @ lm_head.T).float()
-        best[rows] = logits.argmax(dim=1)
-        logits /= sharpness(temperature)
-        total = logits.logsumexp(dim=1, keepdim=True)
-        probs[rows] = (logits[:, target_ids] - total).exp()
+        logits = hidden[rows].to(lm_head.dtype) @ lm_head.T
+        if not temperature:
+            best[rows] = draft_ids[logits.argmax(dim=1)]
+        drafted = logits[:, target_ids]
+        # the first token's probability is found in one read of all logits, and tells what every logit is divided by
+        first, _ = selected_logprobs(logits, target_ids[:1].expand(len(logits)), temperature=sharp)
+        log_total = drafted[:, 0].float() / sharp - first
+        torch.exp(torch.add(-log_total[:, None], drafted, alpha=1 / sharp), out=probs[rows])
     sampled = torch.where(next_ids < 0, -1, draft_ids[next_ids.clamp(min=0)])
-    return Targets(probs, draft_ids[best], sampled)
+    return Targets(probs, best, sampled)
 
 
 def sharpness(temperature: float) -> float:
@@ -72,7 +79,8 @@ def token_losses(
     Accepted: by rejection sampling, sum min(p, q) (Leviathan et al., arXiv 2211.17192); where the run is greedy, 1 if
     the likeliest tokens are the same. Returns [T] float32 each, the first with gradients.
     """
-    logq = torch.log_softmax(logits.float() / sharpness(temperature), dim=1)
+    sharp = sharpness(temperature)
+    logq = torch.log_softmax(logits if sharp == 1 else logits.float() / sharp, dim=1, dtype=torch.float32)
     overlap = overlap_of(logq, targets.probs)
     values = _LOSSES[loss](logq, overlap, targets)
     accepted = overlap.detach() if temperature else (logits.argmax(dim=1) == targets.best).float()

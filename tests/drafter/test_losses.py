@@ -51,11 +51,26 @@ def test_a_loss_is_its_definition(loss: Loss, temperature: float) -> None:
             assert float(accepted[row]) == (DRAFTED[int(logits[row].argmax())] == best)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_targets_in_bfloat16_are_the_softmax_of_its_logits(temperature: float) -> None:
+    """Found by way of one token's probability, however unlikely that token is."""
+    torch.manual_seed(4)
+    hidden, lm_head = torch.randn(5, HIDDEN).bfloat16(), torch.randn(VOCAB, HIDDEN).bfloat16()
+    lm_head[DRAFTED[0]] = -30 * hidden[2]
+    targets = targets_of(hidden, torch.tensor([-1] * 5), lm_head, torch.tensor(DRAFTED), temperature=temperature)
+    logits = (hidden @ lm_head.T).double()
+    expected = (logits / (temperature or 1)).softmax(dim=1)[:, DRAFTED].float()
+    torch.testing.assert_close(targets.probs, expected, rtol=1e-4, atol=1e-7)
+    best = [DRAFTED.index(token) if token in DRAFTED else -1 for token in logits.argmax(dim=1).tolist()]
+    assert targets.best.tolist() == ([-1] * 5 if temperature else best)
+
+
 def test_mass_outside_the_vocabulary_is_never_accepted() -> None:
     """A draft that has learnt all it can is still accepted no oftener than the target stays inside its vocabulary."""
     targets = Targets(torch.tensor([[0.2, 0.1]]), best=torch.tensor([-1]), sampled=torch.tensor([-1]))
     logits = torch.tensor([[2.0, 1.0]]).log()
-    for loss, least in (("tv", 0.7), ("kl", 0.0), ("ce", 0.0)):
+    leasts: dict[Loss, float] = {"tv": 0.7, "kl": 0.0, "ce": 0.0}
+    for loss, least in leasts.items():
         values, accepted = token_losses(loss, logits, targets, temperature=1.0)
         assert float(accepted) == pytest.approx(0.3)
         assert float(values) == pytest.approx(least, abs=1e-6)
