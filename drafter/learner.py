@@ -97,6 +97,7 @@ class Learner:
         self._trained_s = 0.0
         self._judged_s = 0.0
         self._failures = 0
+        self._has_said = False
         if self.ready:
             self._publisher.restore(head.state_dict(), 1)
             self._agree()
@@ -128,11 +129,11 @@ class Learner:
             stats = self._trainer.train(self._next_batch, until=over)
         except Exception as error:  # whatever it is, rollouts go on without what it would have brought
             log.warning("training the drafter failed", exc_info=True)
-            self._fail(f"{type(error).__name__}: {error}")
+            self._fail(f"{type(error).__name__}: {error}", self._base)
         if stats:
             self._step_s = stats[-1].seconds
             if not any(step.applied for step in stats):
-                self._fail(f"{len(stats)} updates in a row were not finite")
+                self._fail(f"{len(stats)} updates in a row were not finite", self._base)
         applied = [step for step in stats if step.applied]
         self._fresh += applied
         self._unjudged |= bool(applied)
@@ -146,7 +147,10 @@ class Learner:
 
     def judge(self) -> Judgement | None:
         """The trained copy against the head served; None where there is nothing new, nothing to judge by or no time."""
-        if self.off or not self._unjudged or not self._buffer.num_heldout_tokens:
+        if self.off or not self._unjudged:
+            return None
+        if not self._buffer.num_heldout_tokens:
+            self._say_that_none_is_held_out()
             return None
         if self._judged_s > MAX_JUDGING * self._trained_s:
             return None
@@ -167,9 +171,10 @@ class Learner:
         outcome: Outcome = "kept"
         if judgement is not None:
             if not judgement.is_finite:
-                self._fail("its weights are not finite")
+                self._fail("its weights are not finite", self._last_good())
             elif judgement.candidate < RUINED * judgement.served:
-                self._fail(f"accept length fell from {judgement.served:.2f} to {judgement.candidate:.2f}")
+                reason = f"accept length fell from {judgement.served:.2f} to {judgement.candidate:.2f}"
+                self._fail(reason, self._last_good())
             else:
                 self._failures = 0
                 outcome = self._follow(judgement.verdict)
@@ -183,7 +188,7 @@ class Learner:
             loss=sum(step.loss for step in steps) / len(steps) if steps else nan,
             train_accept_length=sum(step.accept_length for step in steps) / len(steps) if steps else nan,
             accept_length=judgement.candidate if judgement else nan,
-            served_accept_length=judgement.served if judgement else nan,
+            served_accept_length=_served(judgement, outcome) if judgement else nan,
             version=self._publisher.version,
             checksum=self._publisher.checksum,
             outcome=outcome,
@@ -261,15 +266,26 @@ class Learner:
         """The present weights are what failures go back to, and what deltas count from."""
         self._base = {name: value.clone() for name, value in self._parameters().items()}
 
-    def _fail(self, reason: str) -> None:
-        """Go back to the weights agreed on last, and learn on from there with an optimiser that remembers nothing."""
+    def _last_good(self) -> dict[str, torch.Tensor]:
+        """The weights served; before the first, those agreed on last."""
+        return self._publisher.served or self._base
+
+    def _fail(self, reason: str, good: Mapping[str, torch.Tensor]) -> None:
+        """Go back to good weights, and learn on from there with an optimiser that remembers nothing."""
         self._count_failure(reason)
         self._fresh.clear()
         self._unjudged = False
-        weights = self._trainer.head.state_dict() | self._base
+        weights = {**self._trainer.head.state_dict(), **good}
         self._trainer.load_state_dict(
             {f"head.{name}": value for name, value in weights.items()} | {"steps": torch.tensor(0)}
         )
+        self._agree()
+
+    def _say_that_none_is_held_out(self) -> None:
+        """Once: by chance a few prompts may all be for learning, and then no head is ever judged."""
+        if self._buffer.num_tokens and not self._has_said:
+            self._has_said = True
+            log.warning("no prompt is held out to judge the drafter by: none is published; sample more prompts a step")
 
     def _count_failure(self, reason: str) -> None:
         """Leave it alone after too many in a row."""
@@ -279,6 +295,16 @@ class Learner:
         else:
             self.off = f"{self._failures} failures in a row, the last: {reason}"
             log.warning("the drafter learns no more: %s", self.off)
+
+
+def _served(judgement: Judgement, outcome: Outcome) -> float:
+    """The accept length of the head that is served after the judgement was followed."""
+    match outcome:
+        case "published":
+            return judgement.candidate
+        case "rolled back":
+            return judgement.last_good
+    return judgement.served
 
 
 def as_config(record: Mapping[str, Any]) -> EagleConfig:

@@ -122,13 +122,14 @@ class Publisher:
         """Do as judged. The heads change places; only the drafter copies weights, between two cycles."""
         match verdict:
             case "published":
+                before = self.version
+                self._serve(self._candidate, before + 1)
                 self._last_good, self._served, self._candidate = self._served, self._candidate, self._last_good
-                self._has_last_good = self.version > 0
-                self._serve(self.version + 1)
+                self._has_last_good = before > 0
             case "rolled back":
                 assert self._has_last_good
+                self._serve(self._last_good, self.version + 1)
                 self._last_good, self._served = self._served, self._last_good
-                self._serve(self.version + 1)
             case "kept":
                 pass
 
@@ -136,17 +137,19 @@ class Publisher:
         """Serve what a checkpoint holds."""
         self._served.load_state_dict(state)
         self._has_last_good = False
-        self._serve(version)
+        self._serve(self._served, version)
 
     @property
     def served(self) -> dict[str, torch.Tensor]:
         """The weights served, not copied; none before the first."""
         return self._served.state_dict() if self.version else {}
 
-    def _serve(self, version: int) -> None:
-        state = self._served.state_dict()
+    def _serve(self, head: EagleHead, version: int) -> None:
+        """Only once it is served do the heads change places: what fails leaves all as it was."""
+        state = head.state_dict()
+        digest = checksum(state)
         self._drafter.publish(state, version)
-        self.version, self.checksum = version, checksum(state)
+        self.version, self.checksum = version, digest
 
     def _accept_length(self, head: EagleHead, batch: FeatureBatch) -> float:
         figures = evaluate(head, batch, embedding=self._embedding, lm_head=self._lm_head, config=self._config)

@@ -5,6 +5,7 @@ output weights that made them.
 """
 
 import asyncio
+import logging
 import threading
 from collections.abc import Sequence
 from math import inf, isnan
@@ -14,10 +15,13 @@ from typing import Any
 
 import torch
 
+from configs.errors import StorageError
 from configs.schema import DrafterConfig
 from drafter.checkpoint import prune
 from drafter.learner import DrafterReport
 from rl.types import Group, Learner
+
+log = logging.getLogger(__name__)
 
 PREEMPT_S = 0.05  # whoever waits for the hardware waits no longer: slower steps of learning are for the budget alone
 MAX_SAVED = 4.0  # steps' budgets that may be saved up, beyond what one step of learning takes
@@ -74,8 +78,12 @@ class Lessons:
         """Begin the drafter's own checkpoint when one is due; how long that held the run up."""
         if step % self._config.checkpoint_every:
             return {}
-        prune(self._folder, KEEP - 1)
-        return {"drafter_stall_s": self.learner.save(self._folder / f"step_{step}")}
+        try:
+            prune(self._folder, KEEP - 1)
+            return {"drafter_stall_s": self.learner.save(self._folder / f"step_{step}")}
+        except StorageError as error:  # the policy's own checkpoints hold the drafter too, and fail aloud
+            log.warning("the drafter's checkpoint was not written: %s", error)
+            return {}
 
 
 def token_counts(groups: Sequence[Group], vocab_size: int) -> torch.Tensor:

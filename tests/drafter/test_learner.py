@@ -317,3 +317,50 @@ def test_a_checksum_tells_any_change_and_any_exchange() -> None:
             other = flat.clone()
             other[0], other[-1] = flat[-1], flat[0]
             assert checksum(state | {name: other.view(tensor.shape)}) != before, name
+
+
+def test_a_ruined_copy_goes_back_to_the_head_served_though_settles_were_skipped_since() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(40))
+    assert learner.settle().outcome == "published"
+    with torch.no_grad():
+        for parameter in learner._trainer.head.parameters():
+            parameter.normal_()
+    learner.conclude(None)  # a settle that judges nothing, after which all agree on the ruin
+    report = learner.conclude(Judgement(candidate=1.0, served=2.0, last_good=1.0, num_tokens=100))
+    assert report.outcome == "kept" and not report.off
+    assert same(
+        dict(learner._trainer.head.named_parameters()),
+        {n: toy.served.state[n] for n, _ in learner._trainer.head.named_parameters()},
+    )
+
+
+def test_the_served_accept_length_is_of_the_head_served_from_now_on() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(40))
+    judgement = learner.judge()
+    assert judgement is not None
+    report = learner.conclude(judgement)
+    assert report.outcome == "published" and report.served_accept_length == judgement.candidate > judgement.served
+
+
+def test_a_drafter_that_refuses_new_weights_leaves_the_old_ones_known_as_served() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(20))
+    first = learner.settle()
+    assert first.outcome == "published"
+
+    def refuse(state: dict[str, torch.Tensor], version: int) -> None:
+        raise RuntimeError("out of memory")
+
+    toy.served.publish = refuse  # type: ignore[method-assign]
+    learner.learn(budget_s=60, until=steps(40))
+    report = learner.settle()
+    assert (report.outcome, report.version, report.checksum) == ("kept", first.version, first.checksum)
+    assert same(learner._publisher.served, toy.served.state)
