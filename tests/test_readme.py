@@ -60,3 +60,10 @@ def test_the_long_tail_is_as_measured() -> None:
     assert f"rolls out {gains['ours']['rollout']} times as fast" in readme
     assert f"{gains['ours']['step']} times less a step" in readme
     assert f"{gains['tlt']['rollout']} and {gains['tlt']['step']}" in readme
+
+
+def test_what_drafts_cost_where_they_bring_nothing_is_as_measured() -> None:
+    readme = (ROOT / "README.md").read_text()
+    cells = json.loads((ROOT / "docs" / "results" / "gain_h100.json").read_text())["cells"]
+    assert [cell["batch"] for cell in cells] == [1, 8, 32, 128, 256]
+    assert ", ".join(f"{cell['chosen']['gain']['median']:.2f}" for cell in cells) in readme
