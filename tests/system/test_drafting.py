@@ -1,6 +1,7 @@
 """A drafter that learns from an engine's rollouts and drafts for it: the parts together, on the tiny model."""
 
 import asyncio
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from configs.schema import Config, DrafterConfig, RolloutConfig, SpecConfig
 from drafter.buffer import FeatureBuffer
 from drafter.evaluate import walk
 from drafter.learner import Learner
+from drafter.rings import FeatureRings
 from drafter.types import Strategy
 from kernels.sample import noise_key
 from launch.drafting import make_drafting
@@ -40,7 +42,8 @@ class Run:
         self.policy = load_policy(model, device="cpu", dtype="float32")
         chooser = FixedChooser(strategy) if source == "eagle" else FixedChooser(strategy, suffix)
         drafting = make_drafting(self.config, self.policy, chooser)
-        assert isinstance(drafting.learner, Learner)
+        assert isinstance(drafting.learner, Learner) and isinstance(drafting.reader, FeatureRings)
+        drafting.reader._max_windows = math.inf  # every token: runs this short would hand on a few windows alone
         self.learner = drafting.learner
         self.engine = NativeEngine(
             self.policy, drafter=drafting.drafter, chooser=chooser, rollout=rollout, reader=drafting.reader
