@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from configs.errors import StorageError
-from drafter.sealed import STAGING, fsync, is_sound, seal, storage_error, write_tensors
+from drafter.sealed import STAGING, fsync, is_sound, seal, step_folders, storage_error, write_tensors
 
 RECORD = "drafter.json"
 SUFFIX = ".safetensors"
@@ -117,18 +117,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor
     return record, {path.name.removesuffix(SUFFIX): load_file(path) for path in sorted(folder.glob(f"*{SUFFIX}"))}
 
 
-def newest(root: Path) -> Path | None:
-    """The newest whole checkpoint root/step_N, None where there is none."""
-    return next((folder for folder in reversed(steps(root)) if is_sound(folder)), None)
-
-
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest checkpoints root/step_N."""
-    for folder in steps(root)[: -keep or None]:
+    for folder in step_folders(root)[: -keep or None]:
         shutil.rmtree(folder)
-
-
-def steps(root: Path) -> list[Path]:
-    """Folders root/step_N, oldest first."""
-    folders = (path for path in root.glob("step_*") if path.name[5:].isdecimal())
-    return sorted(folders, key=lambda path: int(path.name[5:]))

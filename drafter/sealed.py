@@ -82,3 +82,20 @@ def storage_error(path: Path, error: OSError) -> StorageError:
         f"cannot write checkpoint {path}: {reason} ({free:,} bytes free); "
         "free some space, lower checkpoint.keep, or set run.dir to another disk, then resume"
     )
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder, from its name."""
+    prefix, _, number = folder.name.partition("_")
+    assert prefix == "step" and number.isdecimal(), f"{folder} is not a checkpoint folder"
+    return int(number)
+
+
+def step_folders(root: Path) -> list[Path]:
+    """Folders root/step_N, oldest first."""
+    return sorted((path for path in root.glob("step_*") if path.name[5:].isdecimal()), key=step_of)
+
+
+def newest(root: Path) -> Path | None:
+    """The newest whole folder root/step_N, None where there is none. Changes nothing."""
+    return next((folder for folder in reversed(step_folders(root)) if is_sound(folder)), None)

@@ -11,18 +11,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from drafter.sealed import STAGING, fsync, seal, storage_error
+from drafter.sealed import STAGING, fsync, seal, step_folders, storage_error
 from drafter.sealed import is_sound as is_sound
+from drafter.sealed import step_of as step_of
 from drafter.sealed import write_tensors as write_tensors
 
 log = logging.getLogger(__name__)
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint folder, from its name."""
-    prefix, _, number = path.name.partition("_")
-    assert prefix == "step" and number.isdecimal(), f"{path} is not a checkpoint folder"
-    return int(number)
 
 
 class CheckpointStore:
@@ -61,7 +55,7 @@ class CheckpointStore:
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose files match their hashes; those that do not are renamed step_N.corrupt."""
-        for path in reversed(self._checkpoints()):
+        for path in reversed(step_folders(self.root)):
             if is_sound(path):
                 return path
             aside = set_aside(path)
@@ -73,13 +67,9 @@ class CheckpointStore:
         for leftover in self.root.glob(f"{STAGING}*"):
             shutil.rmtree(leftover)
 
-    def _checkpoints(self) -> list[Path]:
-        """Checkpoint folders, oldest first."""
-        return sorted((path for path in self.root.glob("step_*") if path.name[5:].isdecimal()), key=step_of)
-
     def _prune(self) -> None:
         """Remove all but the newest; under another name first, so that half of one never looks like a checkpoint."""
-        for path in self._checkpoints()[: -self.keep]:
+        for path in step_folders(self.root)[: -self.keep]:
             doomed = path.with_name(f"{STAGING}old-{path.name}")
             os.rename(path, doomed)
             shutil.rmtree(doomed)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from configs.errors import PreflightError, StorageError
 from configs.load import load
 from configs.schema import Config
-from rl.checkpoint import is_sound, step_of
+from drafter.sealed import newest, step_folders
+from rl.checkpoint import step_of
 from rl.rundir import require_run
 from rl.trainer import PARAMS
 from rollout.pretrained import SHIPPED, load_tokenizer, resolve
@@ -101,11 +102,12 @@ def weights_sha256(params: Mapping[str, torch.Tensor]) -> str:
 
 def newest_intact(run_path: Path) -> Path:
     """The newest checkpoint folder of a run whose files match their hashes. Changes nothing; raises StorageError."""
-    found = [path for path in (run_path / "checkpoints").glob("step_*") if path.name.removeprefix("step_").isdecimal()]
-    for path in sorted(found, key=step_of, reverse=True):
-        if is_sound(path):
-            return path
-    raise StorageError(f"{run_path} has no intact checkpoint ({len(found)} broken); let the run reach its first one")
+    root = run_path / "checkpoints"
+    path = newest(root)
+    if path is None:
+        broken = len(step_folders(root))
+        raise StorageError(f"{run_path} has no intact checkpoint ({broken} broken); let the run reach its first one")
+    return path
 
 
 def trained(base: Path, params: dict[str, torch.Tensor]) -> PreTrainedModel:

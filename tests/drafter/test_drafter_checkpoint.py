@@ -9,7 +9,8 @@ import torch
 
 import drafter.checkpoint
 from configs.errors import StorageError
-from drafter.checkpoint import CheckpointWriter, newest, read
+from drafter.checkpoint import CheckpointWriter, read
+from drafter.sealed import newest
 
 
 def files() -> dict[str, dict[str, torch.Tensor]]:
