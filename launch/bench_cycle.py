@@ -1,6 +1,5 @@
 """What a speculative cycle costs, in plain steps, and how much graph memory several strategies take."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from launch.bench_rollout import (
     SHORT,
     SPECULATIVE,
     Switch,
+    capture,
     generate,
     make_engine,
     ngram_drafter,
@@ -164,7 +164,7 @@ def graph_memory(model: PreTrainedModel, job: Job) -> dict[str, Any]:
     )
     totals = []
     for chooser.now in choosers:
-        _capture(engine, model, batches, seed=job.seed)
+        capture(engine, model, batches, seed=job.seed)
         totals.append(engine.graph_bytes)
         nodes = chooser.now.max_num_verify
         say(f"graphs that verify {1 + nodes} tokens a row: {totals[-1] / 1e6:.0f} MB with those before")
@@ -176,17 +176,6 @@ def graph_memory(model: PreTrainedModel, job: Job) -> dict[str, Any]:
         "one_bytes": one,
         "ratio": four / one if one else None,
     }
-
-
-def _capture(engine: NativeEngine, model: PreTrainedModel, batches: Sequence[int], *, seed: int) -> None:
-    """Let an engine run a cycle, and so capture its graphs, at every batch size.
-
-    Graphs know nothing of what rows hold: prompts of one token need no prefill and are all there in the first cycle,
-    and one sampled token ends them.
-    """
-    vocab_size = model.config.get_text_config().vocab_size
-    for batch in reversed(batches):  # the largest first: it sizes the memory that all graphs share
-        generate(engine, random_prompts(batch, 1, vocab_size, seed=seed + batch), sampling(1, seed=seed))
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -13,10 +13,10 @@ from launch.bench_report import in_turns, plain_table, provenance, say, shape, s
 from launch.bench_rollout import (
     SPECULATIVE,
     Switch,
+    capture,
     generate,
     make_engine,
     ngram_drafter,
-    random_prompts,
     sampling,
     subject_prompts,
 )
@@ -102,18 +102,16 @@ def _capture(engine: NativeEngine, chooser: Switch, subject: Subject, job: Job) 
 
     Graphs last as long as the run: rollouts of a second must not pay for them.
     """
-    vocab_size = subject.model.config.get_text_config().vocab_size
     stop = subject.stop_token_ids()
     usual = chooser.now
     # real ones first: graphs hold for sequences no longer than these
     long = subject_prompts(subject, 4, seed=job.seed - 1)
     seconds = generate(engine, long, sampling(job.new_tokens, seed=job.seed, stop_token_ids=stop)).seconds
     strategies = arms(_spec()) if chooser.max_num_verify else (OFF,)
-    for batch in [size for size in reversed(BUCKETS) if size <= max(job.batches)]:
-        for strategy in strategies:
-            chooser.now = FixedChooser(strategy)
-            prompts = random_prompts(batch, 1, vocab_size, seed=batch)
-            seconds += generate(engine, prompts, sampling(1, seed=job.seed, stop_token_ids=stop)).seconds
+    batches = [size for size in BUCKETS if size <= max(job.batches)]
+    for strategy in strategies:
+        chooser.now = FixedChooser(strategy)
+        seconds += capture(engine, subject.model, batches, seed=job.seed, stop_token_ids=stop)
     chooser.now = usual
     say(f"graphs of {len(strategies)} strategies: {seconds:.1f} s")
     return seconds

@@ -20,6 +20,7 @@ import torch
 from configs.errors import ConfigError, PreemptedError, PreflightError
 from configs.load import dump, load
 from configs.schema import Config
+from drafter import sealed
 from drafter.export import read_drafter
 from launch.bench_report import provenance, say
 from launch.cluster import build_worker, check_counts, make_lessons, on_sigterm, stop_token_ids
@@ -283,7 +284,7 @@ def free(device: str) -> None:
 
 def newest(run: Path) -> Path:
     """The newest intact checkpoint of a run. Raises PreflightError where it has none."""
-    found = CheckpointStore(run / "checkpoints", keep=1).latest()
+    found = sealed.newest(run / "checkpoints")
     if found is None:
         raise PreflightError(f"{run} has no intact checkpoint; leave --checkpoint out to make one")
     return found

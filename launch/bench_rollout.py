@@ -184,6 +184,28 @@ def generate(engine: NativeEngine, prompts: Sequence[Prompt], sampling: Sampling
     return asyncio.run(run())
 
 
+def capture(
+    engine: NativeEngine,
+    model: PreTrainedModel,
+    batches: Sequence[int],
+    *,
+    seed: int,
+    stop_token_ids: tuple[int, ...] = (),
+) -> float:
+    """Let an engine run a cycle, and so capture its graphs, at every batch size; the seconds that took.
+
+    Graphs know nothing of what rows hold: prompts of one token need no prefill and are all there in the first cycle,
+    and one sampled token ends them. They do know which tokens stop.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
+    how = sampling(1, seed=seed, stop_token_ids=stop_token_ids)
+    # the largest first: it sizes the memory that all graphs share
+    return sum(
+        generate(engine, random_prompts(batch, 1, vocab_size, seed=seed + batch), how).seconds
+        for batch in reversed(batches)
+    )
+
+
 def step_ms(contender: Contender, *, batch: int, prompt_len: int, new_tokens: int, seed: int) -> float:
     """Milliseconds of one decode step: SHORT + new_tokens tokens take that many steps more than SHORT tokens do."""
     shape = {"batch": batch, "prompt_len": prompt_len}
