@@ -25,11 +25,13 @@ class Text:
 def batches(texts: Sequence[Text], max_tokens: int) -> Iterator[list[Text]]:
     """The texts in order, in groups of together at most max_tokens tokens; a longer text stands alone."""
     group: list[Text] = []
+    num_tokens = 0
     for text in texts:
-        if group and sum(len(other.token_ids) for other in [*group, text]) > max_tokens:
+        if group and num_tokens + len(text.token_ids) > max_tokens:
             yield group
-            group = []
+            group, num_tokens = [], 0
         group.append(text)
+        num_tokens += len(text.token_ids)
     if group:
         yield group
 
