@@ -2,9 +2,49 @@
 # ruff: noqa: N803
 """Merging the chunks of a tile, by the last program to finish it or by a kernel after (Triton)."""
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.attention_plan import TILE_FIELDS, Plan
+
+COMBINE_ROWS = 4  # rows that a program of the combining kernel merges
+FOLD_ROWS = 16  # rows that a folding program merges at once: it waits for them in turn
+
+
+def merge_shape(plan: Plan, block_d: int) -> tuple[int, int]:
+    """Rows and splits that the merge holds in registers at once: 64 a thread of 4 warps."""
+    rows = min(triton.next_power_of_2(plan.rows), FOLD_ROWS if plan.geometry.launch.fold else COMBINE_ROWS)
+    return rows, max(1, 8192 // (rows * block_d))
+
+
+def combine(
+    output: torch.Tensor, plan: Plan, *, block_d: int, merge_rows: int, merge_splits: int, overlap: bool
+) -> None:
+    """Merge the chunks of split tiles into output [T, Hq, D], where programs have not folded them already."""
+    geometry = plan.geometry
+    if not plan.may_split or geometry.launch.fold:
+        return
+    combine_kernel[(plan.tiles.shape[0], geometry.num_kv_heads, triton.cdiv(plan.rows, merge_rows))](
+        output,
+        plan.tiles,
+        plan.counts,
+        plan.maxima,
+        plan.sums,
+        plan.partials,
+        plan.rows,
+        KV_HEADS=geometry.num_kv_heads,
+        GROUPS=geometry.groups,
+        HEAD_DIM=output.shape[2],
+        FIELDS=TILE_FIELDS,
+        BLOCK_D=block_d,
+        MERGE_ROWS=merge_rows,
+        MERGE_SPLITS=merge_splits,
+        OVERLAP=overlap,
+        num_warps=4,
+        launch_pdl=overlap,
+    )
 
 
 @triton.jit(do_not_specialize=["room"])

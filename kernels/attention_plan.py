@@ -111,6 +111,25 @@ def choose_launch(rows: int, head_dim: int, dtype: torch.dtype, num_programs: in
     return Launch(block_m, 64, num_warps=8, num_stages=3, programs_per_sm=1, fold=fold)
 
 
+def geometry_of(
+    seqs: PagedSequences,
+    *,
+    groups: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    window: int,
+    min_chunk: int,
+    launch: Launch | None,
+) -> Geometry:
+    """By what a plan of these sequences is known; launch None chooses one by shape."""
+    if launch is None:
+        num_programs = seqs.context_lens.shape[0] * num_kv_heads
+        max_keys = seqs.max_context + seqs.max_seqlen_q
+        launch = choose_launch(groups * seqs.max_seqlen_q, head_dim, dtype, num_programs, max_keys)
+    return Geometry(groups, num_kv_heads, window, min_chunk, launch)
+
+
 def plan_for(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:
     """The plan of these sequences, made by the first layer of its geometry and shared by the others."""
     if geometry not in seqs.plans:

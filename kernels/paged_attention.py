@@ -14,23 +14,17 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import PagedSequences
-from kernels.attention_combine import combine_kernel
+from kernels.attention_combine import combine, merge_shape
 from kernels.attention_plan import (
     ITEM_FIELDS,
     MIN_CHUNK,
     NO_WINDOW,
-    TILE_FIELDS,
-    Geometry,
     Launch,
-    Plan,
-    choose_launch,
+    geometry_of,
     plan_for,
 )
 from kernels.attention_steps import absorb, as_rows, finish, merge_slices
 from kernels.linear_triton import overlaps
-
-COMBINE_ROWS = 4  # rows that a program of the combining kernel merges
-FOLD_ROWS = 16  # rows that a folding program merges at once: it waits for them in turn
 
 
 def paged_attention_triton(
@@ -53,14 +47,20 @@ def paged_attention_triton(
     num_kv_heads = key_cache.shape[2]
     groups = num_heads // num_kv_heads
     assert query.stride(2) == 1 and key_cache.is_contiguous() and value_cache.is_contiguous()
-    if launch is None:
-        num_programs = seqs.context_lens.shape[0] * num_kv_heads
-        max_keys = seqs.max_context + seqs.max_seqlen_q
-        launch = choose_launch(groups * seqs.max_seqlen_q, head_dim, query.dtype, num_programs, max_keys)
+    geometry = geometry_of(
+        seqs,
+        groups=groups,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=query.dtype,
+        window=NO_WINDOW if sliding_window is None else sliding_window,
+        min_chunk=min_chunk,
+        launch=launch,
+    )
+    launch = geometry.launch
     assert seqs.block_tables.stride(1) == 1 and groups <= launch.block_m
     assert launch.slices in (1, launch.num_warps)
-    window = NO_WINDOW if sliding_window is None else sliding_window
-    plan = plan_for(seqs, Geometry(groups, num_kv_heads, window, min_chunk, launch), head_dim)
+    plan = plan_for(seqs, geometry, head_dim)
     output = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
     is_tree = seqs.ancestors is not None
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -86,7 +86,7 @@ def paged_attention_triton(
         seqs.block_tables.stride(0),
         scale / softcap if softcap is not None else scale * math.log2(math.e),
         0.0 if softcap is None else softcap * math.log2(math.e),
-        window,
+        geometry.window,
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=sliding_window is not None,
         IS_TREE=is_tree,
@@ -109,33 +109,8 @@ def paged_attention_triton(
         num_stages=launch.num_stages,
         launch_pdl=overlap,
     )
-    if plan.may_split and not launch.fold:
-        combine_kernel[(plan.tiles.shape[0], num_kv_heads, triton.cdiv(plan.rows, merge_rows))](
-            output,
-            plan.tiles,
-            plan.counts,
-            plan.maxima,
-            plan.sums,
-            plan.partials,
-            plan.rows,
-            KV_HEADS=num_kv_heads,
-            GROUPS=groups,
-            HEAD_DIM=head_dim,
-            FIELDS=TILE_FIELDS,
-            BLOCK_D=block_d,
-            MERGE_ROWS=merge_rows,
-            MERGE_SPLITS=merge_splits,
-            OVERLAP=overlap,
-            num_warps=4,
-            launch_pdl=overlap,
-        )
+    combine(output, plan, block_d=block_d, merge_rows=merge_rows, merge_splits=merge_splits, overlap=overlap)
     return output
-
-
-def merge_shape(plan: Plan, block_d: int) -> tuple[int, int]:
-    """Rows and splits that the merge holds in registers at once: 64 a thread of 4 warps."""
-    rows = min(triton.next_power_of_2(plan.rows), FOLD_ROWS if plan.geometry.launch.fold else COMBINE_ROWS)
-    return rows, max(1, 8192 // (rows * block_d))
 
 
 # one compilation whatever the table's width and the draft's size

@@ -15,22 +15,20 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import PagedSequences
-from kernels.attention_combine import combine_kernel
+from kernels.attention_combine import combine, merge_shape
 from kernels.attention_plan import (
     ITEM_FIELDS,
     MIN_CHUNK,
     NO_WINDOW,
-    TILE_FIELDS,
     Geometry,
     Launch,
     Plan,
-    choose_launch,
+    geometry_of,
     plan_for,
 )
 from kernels.attention_steps import absorb, finish, merge_slices
 from kernels.cache_triton import norm_and_turn
 from kernels.linear_triton import overlaps
-from kernels.paged_attention import merge_shape
 
 
 def rope_and_attend_triton(
@@ -116,26 +114,7 @@ def rope_and_attend_triton(
         num_stages=launch.num_stages,
         launch_pdl=overlap,
     )
-    if plan.may_split and not launch.fold:
-        combine_kernel[(plan.tiles.shape[0], num_kv_heads, triton.cdiv(plan.rows, merge_rows))](
-            output,
-            plan.tiles,
-            plan.counts,
-            plan.maxima,
-            plan.sums,
-            plan.partials,
-            plan.rows,
-            KV_HEADS=num_kv_heads,
-            GROUPS=groups,
-            HEAD_DIM=head_dim,
-            FIELDS=TILE_FIELDS,
-            BLOCK_D=block_d,
-            MERGE_ROWS=merge_rows,
-            MERGE_SPLITS=merge_splits,
-            OVERLAP=overlap,
-            num_warps=4,
-            launch_pdl=overlap,
-        )
+    combine(output, plan, block_d=block_d, merge_rows=merge_rows, merge_splits=merge_splits, overlap=overlap)
     return output
 
 
@@ -154,11 +133,16 @@ def _geometry(
     launch: Launch | None,
     min_chunk: int,
 ) -> Geometry:
-    if launch is None:
-        num_programs = seqs.context_lens.shape[0] * num_kv_heads
-        max_keys = seqs.max_context + seqs.max_seqlen_q
-        launch = choose_launch(groups * seqs.max_seqlen_q, head_dim, dtype, num_programs, max_keys)
-    return Geometry(groups, num_kv_heads, NO_WINDOW, min_chunk, launch)
+    return geometry_of(
+        seqs,
+        groups=groups,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        window=NO_WINDOW,
+        min_chunk=min_chunk,
+        launch=launch,
+    )
 
 
 @triton.jit(do_not_specialize=["room", "table_stride"])
