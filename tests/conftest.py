@@ -1,6 +1,8 @@
 """Fixtures every test may use: a complete, tiny model folder made on the spot, so that no test needs a network."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,22 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def program() -> Callable[[str], str]:
+    """The path of a program that is no Python package; without it the test skips, or fails in CI (PACELINE_CI=1)."""
+
+    def find(name: str) -> str:
+        path = shutil.which(name)
+        if path is None and os.environ.get("PACELINE_CI") == "1":
+            pytest.fail(f"{name} is not installed, and .ci/run should have installed it")
+        if path is None:
+            pytest.skip(f"{name} is not installed")
+        assert path is not None
+        return path
+
+    return find
 
 
 @pytest.fixture(scope="session")
