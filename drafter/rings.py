@@ -27,9 +27,11 @@ class FeatureRings:
     policy version; what is left when a text ends is one too.
 
     window: positions handed on at a time. max_nodes: drafted tokens a row and cycle at most. sink: None keeps nothing
-    beyond the rings. max_windows: handed on a cycle on average, as each takes the host's time; infinity hands on all.
-    Where there are more, chance decides, so that every octave (drafter/buffer.py) gives as many, and within one every
-    window is as likely.
+    beyond the rings. Nothing that was sampled at another temperature than the sink's is handed on: what a run samples
+    beside its rollouts, greedy evaluations before the warm start among it, neither trains nor judges a head.
+    max_windows: handed on a cycle on average, as each takes the host's time; infinity hands on all. Where there are
+    more, chance decides, so that every octave (drafter/buffer.py) gives as many, and within one every window is as
+    likely.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class FeatureRings:
         self._dtype = dtype
         self._device = device
         self._sink = sink
+        self._hands_on = sink is not None
         self._rings: Rings | None = None
         self._texts: Texts | None = None
         self._max_windows = max_windows
@@ -74,6 +77,10 @@ class FeatureRings:
         """The tensors, at addresses that stay until texts or rows change in number."""
         assert self._rings is not None, "attach the texts first"
         return self._rings
+
+    def set_temperature(self, temperature: float) -> None:
+        """What is read from now on is sampled at this temperature. Between two calls of the engine's generate."""
+        self._hands_on = self._sink is not None and temperature == self._sink.temperature
 
     def attach(self, texts: Texts, *, num_rows: int) -> None:
         """Read about these texts from now on, of which num_rows at most are written at a time; all of them are free."""
@@ -154,7 +161,7 @@ class FeatureRings:
 
     def _go_on_from(self, text: int, first: int) -> None:
         self._firsts[text] = first
-        self._due[text] = NEVER if self._sink is None else first + self._window + 1
+        self._due[text] = first + self._window + 1 if self._hands_on else NEVER
 
     def _end(self, text: int) -> None:
         self._hand_on_rest(text)
@@ -169,9 +176,9 @@ class FeatureRings:
         """Give the sink a copy of the positions before end, or chance leaves them out."""
         first, slot = int(self._firsts[text]), self._running[text]
         self._go_on_from(text, end)
-        if self._sink is None or self._random.random() >= self._chances[(first // OCTAVE).bit_length()]:
+        if not self._hands_on or self._random.random() >= self._chances[(first // OCTAVE).bit_length()]:
             return
-        assert self._texts is not None and self._version is not None
+        assert self._sink is not None and self._texts is not None and self._version is not None
         # the copies are learned from, and what inference mode makes takes no part in that
         with torch.inference_mode(False), torch.no_grad():
             token_ids = self._texts.tokens[text, first : end + 1].clone()

@@ -108,10 +108,10 @@ class ResidentDrafter(Protocol):
 
 @runtime_checkable
 class FollowsTemperature(Protocol):
-    """A drafter that draws its tokens with the target's own noise, and so must know how the target samples."""
+    """A drafter that draws its tokens with the target's own noise, or a reader that keeps what one temperature left."""
 
     def set_temperature(self, temperature: float) -> None:
-        """Draft for sampling at this temperature from now on, 0 for greedy. Between cycles; graphs stay valid."""
+        """The target samples at this temperature from now on, 0 for greedy. Between cycles; graphs stay valid."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -260,8 +260,9 @@ class NativeEngine:
                 block_size=block_size,
             )
         max_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
-        if isinstance(self._drafter, FollowsTemperature):
-            self._drafter.set_temperature(sampling.temperature)
+        for part in (self._drafter, self._reader):
+            if isinstance(part, FollowsTemperature):
+                part.set_temperature(sampling.temperature)
         return ResidentCycles(
             self._provide_decoder(max_length),
             self._cache,

@@ -180,6 +180,20 @@ def test_windows_can_be_learned_from_when_they_were_made_in_inference_mode() -> 
     engine.rings.release([1])  # outside of inference mode
 
 
+def test_what_is_sampled_at_another_temperature_is_neither_trained_on_nor_judged_by() -> None:
+    """A greedy evaluation: of the policy before its warm start, or after an update."""
+    buffer = FeatureBuffer(max_bytes=1 << 20, temperature=0.7)
+    engine = Engine(rings_into(buffer))
+    for temperature, kept in ((0.0, 0), (0.7, 24), (0.0, 24)):
+        engine.rings.set_temperature(temperature)
+        engine.begin(0, 1, 3, "some prompt")
+        for _ in range(4):
+            engine.cycle([6, 0, 0])
+        engine.cycle([0, 0, 0], finished=(1,))
+        assert buffer.num_tokens + buffer.num_heldout_tokens == kept
+        engine.rings.release([1])
+
+
 def test_the_ring_outlives_windows_that_are_handed_on_a_cycle_late() -> None:
     shelf = Shelf()
     engine = Engine(rings_into(shelf))

@@ -145,6 +145,17 @@ def test_live_acceptance_is_what_the_head_earns_on_the_finished_texts(taught: Ru
     assert live == expected
 
 
+def test_greedy_evaluations_leave_no_features(tiny_model_dir: Path) -> None:
+    run = Run(tiny_model_dir)
+    run.rollouts(replace(SAMPLING, temperature=0.0, step=-1))
+    assert run.buffer.num_bytes == 0
+    run.rollouts()
+    kept = run.buffer.num_bytes
+    assert kept > 0
+    run.rollouts(replace(SAMPLING, temperature=0.0, step=-1))
+    assert run.buffer.num_bytes == kept
+
+
 @pytest.mark.parametrize("source", ["eagle", "auto"])
 def test_a_learned_drafter_changes_no_token(tiny_model_dir: Path, source: Literal["eagle", "auto"]) -> None:
     run = Run(tiny_model_dir, source, num_running=5)
