@@ -189,7 +189,8 @@ class Shift:
             self.owner |= {_key(partial): number for partial in partials}
 
     async def _assign_one(self, number: int) -> None:
-        can_learn = self.fleet.learns and number not in self._learned_out
+        # what is greedy is an evaluation: the policy may have been updated since the features were made
+        can_learn = self.fleet.learns and number not in self._learned_out and self.sampling.temperature > 0
         known = self._looks | self._moves
         busy = [
             self.fleet.pace.load(other, known[other].lengths, limit=self.sampling.max_new_tokens)

@@ -96,7 +96,8 @@ class Loop:
         config, watch = self.config, Stopwatch()
         prompts = self.data.prompts(self.step, config.rollout.prompts_per_step)
         stream = self.until_stopped(self.engine.generate(prompts, self.sampling(self.step)))
-        groups = await self.collect(prompts, stream, watch, total=len(prompts) * config.rollout.group_size)
+        total = len(prompts) * config.rollout.group_size
+        groups = await self.collect(prompts, stream, watch, total=total, lessons=self.lessons)
         drafter = self.teach(groups, watch)
         self.progress.phase("train")
         with watch.phase("train"):
@@ -148,9 +149,19 @@ class Loop:
                     return
 
     async def collect(
-        self, prompts: Sequence[Prompt], rollouts: AsyncGenerator[Rollout], watch: Stopwatch, *, total: int
+        self,
+        prompts: Sequence[Prompt],
+        rollouts: AsyncGenerator[Rollout],
+        watch: Stopwatch,
+        *,
+        total: int,
+        lessons: Lessons | None = None,
     ) -> list[Group]:
-        """Score the rollouts of every prompt while others are still being sampled, and put them into groups."""
+        """Score the rollouts of every prompt while others are still being sampled, and put them into groups.
+
+        lessons: the drafter's, where it may learn while the last scores are awaited. An evaluation has none: the
+        policy may have been updated since the features were made.
+        """
         by_id = {prompt.id: prompt for prompt in prompts}
         groups: dict[str, list[tuple[Rollout, asyncio.Task[dict[str, float]]]]] = {prompt.id: [] for prompt in prompts}
         scores: list[asyncio.Task[dict[str, float]]] = []
@@ -175,8 +186,8 @@ class Loop:
                         failed[0].result()
             self.progress.phase("reward")
             with watch.phase("reward"):
-                if self.lessons is not None:
-                    await self.lessons.while_awaited(scores)
+                if lessons is not None:
+                    await lessons.while_awaited(scores)
                 await asyncio.gather(*scores)
         finally:
             for score in scores:

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,13 +139,13 @@ class Advice:
 class Call:
     """A generate call under way: what has arrived of it."""
 
-    def __init__(self, fleet: Fleet, number: int) -> None:
+    def __init__(self, fleet: Fleet, number: int, sampling: Sampling = SAMPLING) -> None:
         self.arrived: list[Rollout] = []
         self.changed = asyncio.Condition()
-        self.task = asyncio.create_task(self.collect(fleet, number))
+        self.task = asyncio.create_task(self.collect(fleet, number, sampling))
 
-    async def collect(self, fleet: Fleet, number: int) -> None:
-        async with aclosing(sample(fleet, prompts(number), SAMPLING)) as rollouts:
+    async def collect(self, fleet: Fleet, number: int, sampling: Sampling) -> None:
+        async with aclosing(sample(fleet, prompts(number), sampling)) as rollouts:
             async for rollout in rollouts:
                 self.arrived.append(rollout)
 
@@ -245,6 +246,18 @@ def test_a_worker_without_prompts_is_idle_from_the_start() -> None:
         workers[0].finish_all()
         await ends(call)
         assert fleet.report.idle_s == pytest.approx(fleet.report.seconds)
+
+    asyncio.run(run())
+
+
+def test_nobody_learns_while_others_evaluate() -> None:
+    async def run() -> None:
+        workers, fleet = make(2)
+        call = Call(fleet, 1, replace(SAMPLING, temperature=0.0))
+        await until(lambda: bool(workers[0].sequences))
+        workers[0].finish_all()
+        await ends(call)
+        assert fleet.num_turns == 0 and fleet.report.idle_s > 0
 
     asyncio.run(run())
 
