@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from configs.errors import StorageError
+from configs.faults import hit
 from drafter.sealed import STAGING, fsync, is_sound, seal, step_folders, storage_error, write_tensors
 
 RECORD = "drafter.json"
@@ -99,9 +100,11 @@ class CheckpointWriter:
             staging.mkdir(parents=True)
             for file, tensors in copies.items():
                 write_tensors(staging / f"{file}{SUFFIX}", self._on_host(file, tensors))
+            hit("checkpoint.file")
             (staging / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             seal(staging)
             shutil.rmtree(folder, ignore_errors=True)
+            hit("checkpoint.rename")
             os.rename(staging, folder)
             fsync(folder.parent)
         except Exception as error:  # handed to the next begin or wait: a thread has nobody else to tell
@@ -120,4 +123,5 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest checkpoints root/step_N."""
     for folder in step_folders(root)[: -keep or None]:
+        hit("checkpoint.clean")
         shutil.rmtree(folder)

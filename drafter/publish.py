@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from configs.faults import hit
 from configs.schema import DrafterConfig
 from drafter.eagle import EagleHead
 from drafter.features import FeatureBatch
@@ -148,6 +149,7 @@ class Publisher:
         """Only once it is served do the heads change places: what fails leaves all as it was."""
         state = head.state_dict()
         digest = checksum(state)
+        hit("drafter.publish")
         self._drafter.publish(state, version)
         self.version, self.checksum = version, digest
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from configs.errors import StorageError
+from configs.faults import hit
 
 MANIFEST = "MANIFEST.json"
 STAGING = ".staging-"  # what a folder is called until it is whole
@@ -28,6 +29,7 @@ def seal(folder: Path, **facts: Any) -> None:
             for path in files
         },
     }
+    hit("checkpoint.manifest")
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     for path in [*files, folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
         fsync(path)
@@ -53,6 +55,7 @@ def sha256(path: Path) -> str:
 
 def fsync(path: Path) -> None:
     """Put a file, or a folder's list of names, on the disk."""
+    hit("checkpoint.fsync")
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,6 +65,7 @@ def fsync(path: Path) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file. Raises OSError, which safetensors hides in an error of its own."""
+    hit("checkpoint.file")
     try:
         save_file(tensors, path)
     except SafetensorError as error:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from configs.errors import ConfigError
+from configs.faults import hit
 from configs.schema import DrafterConfig
 from drafter.eagle import EagleHead
 from drafter.features import FeatureBatch
@@ -67,6 +68,8 @@ class DrafterTrainer:
         begun = perf_counter()
         self.adam.zero_grad()
         record = _measure(self.head, batch, self.embedding, self.lm_head, self.config)
+        if hit("drafter.step") == "nan":
+            record *= torch.nan
         norm = nn.utils.clip_grad_norm_(self.head.parameters(), MAX_GRAD_NORM)
         loss, grad_norm, accept_length, *acceptance = torch.cat([record[:1], norm[None], record[1:]]).tolist()
         applied = isfinite(loss) and isfinite(grad_norm)

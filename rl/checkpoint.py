@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from configs.faults import hit
 from drafter.sealed import STAGING, fsync, seal, step_folders, storage_error
 from drafter.sealed import is_sound as is_sound
 from drafter.sealed import step_of as step_of
@@ -40,9 +41,11 @@ class CheckpointStore:
             set_aside(final)
         staging = self.root / f"{STAGING}{final.name}"
         try:
+            hit("checkpoint.stage")
             staging.mkdir(parents=True)
             fill(staging)
             seal(staging, step=step)
+            hit("checkpoint.rename")
             os.rename(staging, final)
             fsync(self.root)
         except Exception as error:
@@ -65,13 +68,16 @@ class CheckpointStore:
     def clean(self) -> None:
         """Remove what an interrupted write or removal left behind."""
         for leftover in self.root.glob(f"{STAGING}*"):
+            hit("checkpoint.clean")
             shutil.rmtree(leftover)
 
     def _prune(self) -> None:
         """Remove all but the newest; under another name first, so that half of one never looks like a checkpoint."""
         for path in step_folders(self.root)[: -self.keep]:
             doomed = path.with_name(f"{STAGING}old-{path.name}")
+            hit("checkpoint.clean")
             os.rename(path, doomed)
+            hit("checkpoint.clean")
             shutil.rmtree(doomed)
 
 

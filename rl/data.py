@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from configs.errors import ConfigError
+from configs.faults import hit
 from configs.schema import DataConfig
 from rl.quarantine import Quarantine
 from rl.template import Template
@@ -81,6 +82,7 @@ def load_data(
     Bad rows are counted and, given a path, listed in `quarantine`. Raises ConfigError for wrong options,
     PreflightError for a source that is missing or unreadable, DataError for no rows or too many bad ones.
     """
+    hit("data.load")
     template = Template(config, tokenizer, context_length=context_length, max_new_tokens=max_new_tokens)
     bad_rows = Quarantine(quarantine)
     source: Source

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import PreflightError, StorageError
+from configs.faults import hit
 from configs.load import dump
 from configs.schema import Config
 from rl.environment import environment
@@ -109,7 +110,10 @@ class RunDir:
     def append_metrics(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line to metrics/NAME.jsonl. The record holds "step"; numbers that are not finite become null."""
         assert "step" in record, f"metrics {name} without a step cannot be cut on resume"
-        _append(self.path / "metrics" / f"{name}.jsonl", record)
+        path = self.path / "metrics" / f"{name}.jsonl"
+        with storing(path):
+            hit("metrics.append")
+        _append(path, record)
 
     def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """samples/step_N.parquet, one row a rollout."""
@@ -118,7 +122,10 @@ class RunDir:
 
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), buffer)
-        _write(self.path / "samples" / f"step_{step}.parquet", buffer.getvalue().to_pybytes())
+        path = self.path / "samples" / f"step_{step}.parquet"
+        with storing(path):
+            hit("samples.write")
+        _write(path, buffer.getvalue().to_pybytes())
 
     def truncate_after(self, step: int | None) -> None:
         """Cut metrics and samples of later steps, and lines a crash tore, so that each step stands there once.

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from configs.errors import DivergedError, StorageError
+from configs.faults import hit
 from configs.schema import TrainConfig
 from kernels.attention import PackedSequences
 from kernels.logprob import selected_logprobs
@@ -184,6 +185,8 @@ class DeepSpeedTrainer:
             self.engine.set_gradient_accumulation_boundary(index == len(rounds) - 1)
             record = objective(each, *self.engine(each.batch, temperature))
             loss = record[0].sum() * (each.weight * scale)
+            if hit("train.backward") == "nan":
+                loss = loss * torch.nan
             # a gradient that is not finite is what every rank sees, and what no optimiser applies
             self.engine.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
             if each.weight:
@@ -269,6 +272,7 @@ class DeepSpeedTrainer:
             write_tensors(folder / REFERENCE, self.reference)
         adam_steps = int(next(iter(self.adam.state.values()))["step"])
         state = {"steps": self.steps, "adam_steps": adam_steps, "dtype": str(self.dtype).removeprefix("torch.")}
+        hit("checkpoint.file")
         (folder / STATE).write_text(json.dumps(state) + "\n")
 
     @torch.no_grad()

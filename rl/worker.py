@@ -15,6 +15,7 @@ import traceback
 from typing import Any
 
 from configs.errors import ConfigError
+from configs.faults import arm, hit
 from configs.schema import RewardConfig
 from rollout.types import Prompt, Rollout, SpecStats
 
@@ -25,6 +26,7 @@ MAX_ERROR_CHARS = 500
 def main(fd: int, parent_pid: int) -> None:
     """Serve until the driver closes the socket or dies."""
     _die_with(parent_pid)
+    arm(process="reward")
     with socket.socket(fileno=fd) as channel:
         request = _receive(channel)
         if request is None:
@@ -44,6 +46,7 @@ def main(fd: int, parent_pid: int) -> None:
         while (request := _receive(channel)) is not None:
             prompt, rollout = Prompt(**request["prompt"]), _rollout(request["rollout"])
             try:
+                hit("reward.call")
                 reply: dict[str, Any] = {"value": functions[request["function"]](prompt, rollout)}
             # a reward may raise anything; the driver decides what follows
             except Exception as error:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from configs.errors import ResourceError
 from configs.schema import RolloutConfig
+from configs.faults import hit
 from drafter.types import Drafter, FeatureReader, FollowsTemperature, ResidentDrafter
 from kernels.sample import noise_key
 from rollout.blocks import BlockPool
@@ -130,6 +131,7 @@ class NativeEngine:
                     yield sequence.rollout()
                 await asyncio.sleep(0)
         finally:
+                    hit("rollout.cycle")
             # also where the caller leaves early: nothing may stay behind
             if thresholds[2] != NEVER:  # set by another engine that is still at work, or was when this one began
                 gc.set_threshold(*thresholds)

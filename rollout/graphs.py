@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from configs.faults import hit
+
 log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -84,6 +86,7 @@ class GraphPool:
                 # thread_local: other threads (a trainer, a logger) may allocate meanwhile
                 graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
                 try:
+                    hit("graph.capture")
                     launch()
                 finally:
                     graph.capture_end()
