@@ -2,16 +2,18 @@
 
 import asyncio
 import gc
+import time
 from collections import abc
 from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedModel
 
 from configs.errors import ResourceError
-from configs.schema import RolloutConfig
 from configs.faults import hit
+from configs.schema import RolloutConfig
 from drafter.types import Drafter, FeatureReader, FollowsTemperature, ResidentDrafter
 from kernels.sample import noise_key
+from rollout.activity import Tally
 from rollout.blocks import BlockPool
 from rollout.decoder import Decoder, make_decoder
 from rollout.graphs import GraphPool
@@ -24,7 +26,7 @@ from rollout.resident import ResidentCycles
 from rollout.scheduler import Scheduler
 from rollout.sequence import Sequence
 from rollout.strategy import Chooser
-from rollout.types import Partial, Prompt, Rollout, Sampling
+from rollout.types import Activity, Partial, Prompt, Rollout, Sampling
 
 NEVER = 1 << 30
 LENGTH_STEP = 1024  # resident sequences have room for a multiple of so many tokens: graphs outlive a longer prompt
@@ -98,6 +100,7 @@ class NativeEngine:
         self._running: Cycles | None = None
         self._sampling: Sampling | None = None  # of the call under way
         self._finished: list[Sequence] = []  # found out between two cycles, not yet handed on
+        self._tally = Tally()
 
     async def generate(
         self, prompts: abc.Sequence[Prompt], sampling: Sampling, *, partials: abc.Sequence[Partial] = ()
@@ -116,6 +119,8 @@ class NativeEngine:
         sequences = self._taken_up(partials, sampling)
         sequences += [self._sequence(prompt, n, sampling) for prompt in prompts for n in range(sampling.num_samples)]
         assert len({(s.prompt.id, s.sample) for s in sequences}) == len(sequences), "a sample is asked for twice"
+        if self._tally.is_over or self._tally.step != sampling.step:  # else it is the same step's next generate
+            self._tally = Tally(sampling.step)
         self._queue(sequences, sampling)  # may refuse the policy: nothing is under way before
         was_training = self._model.training
         self._model.eval()
@@ -126,17 +131,20 @@ class NativeEngine:
             while (running := self._unfinished_cycles()) or self._finished:
                 finished, self._finished = self._finished, []
                 if running is not None:
+                    hit("rollout.cycle")
+                    begun = time.time()
                     finished += running.step(self.version)
+                    self._tally.spent(begun, time.time())
                 for sequence in finished:
                     yield sequence.rollout()
                 await asyncio.sleep(0)
         finally:
-                    hit("rollout.cycle")
             # also where the caller leaves early: nothing may stay behind
             if thresholds[2] != NEVER:  # set by another engine that is still at work, or was when this one began
                 gc.set_threshold(*thresholds)
             assert self._running is not None and self._scheduler is not None
             self._running.close()
+            self._tally.preempted += self._scheduler.num_preempted
             self._scheduler.clear()
             self._scheduler = self._running = self._sampling = None
             self._finished = []
@@ -153,6 +161,18 @@ class NativeEngine:
             return {}
         sequences = (*self._scheduler.running, *self._scheduler.waiting)
         return {(s.prompt.id, s.sample): len(s.tokens) - len(s.prompt.token_ids) for s in sequences}
+
+    def activity(self) -> list[Activity]:
+        """What this engine does, and has done in the generates of the step it sampled last; one record."""
+        scheduler = self._scheduler
+        return [
+            self._tally.activity(
+                running=len(scheduler.running) if scheduler else 0,
+                waiting=len(scheduler.waiting) if scheduler else 0,
+                preempted=scheduler.num_preempted if scheduler else 0,
+                is_generating=scheduler is not None,
+            )
+        ]
 
     def surrender(self, count: int) -> list[Partial]:
         """Give up to count unfinished sequences away, those that may still become longest first, waiting ones before.
@@ -204,6 +224,8 @@ class NativeEngine:
             self._finished += self._running.drain()
             self._scheduler.preempt_all()
             self._running.vacate()
+        else:
+            self._tally.is_over = True  # an evaluation that follows another has the same step's number
         self.version = version
         self._pool.forget()
         self._chooser.policy_changed()
@@ -244,6 +266,8 @@ class NativeEngine:
         running.admit(sequences)
         for sequence in sequences:
             scheduler.add(sequence)
+        if self._scheduler is not None:
+            self._tally.preempted += self._scheduler.num_preempted
         self._scheduler, self._running, self._sampling = scheduler, running, sampling
 
     def _cycles(self, scheduler: Scheduler, sampling: Sampling, longest: int) -> Cycles:
@@ -259,6 +283,7 @@ class NativeEngine:
                 sampling,
                 drafter=self._drafter,
                 chooser=self._chooser,
+                tally=self._tally,
                 block_size=block_size,
             )
         max_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
@@ -273,6 +298,7 @@ class NativeEngine:
             residency=self._provide_residency(max_length),
             graphs=self._graphs,
             chooser=self._chooser,
+            tally=self._tally,
             block_size=block_size,
         )
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from drafter.types import OFF, Drafter, DraftState, Strategy
+from rollout.activity import Tally
 from rollout.model import PagedCache
 from rollout.runner import Drawn, draw
 from rollout.scheduler import Scheduler, Work
@@ -31,6 +32,7 @@ class HostedCycles:
         *,
         drafter: Drafter | None,
         chooser: Chooser,
+        tally: Tally,
         block_size: int,
     ) -> None:
         self._model = model
@@ -40,6 +42,7 @@ class HostedCycles:
         self._stop = frozenset(sampling.stop_token_ids)
         self._drafter = drafter
         self._chooser = chooser
+        self._tally = tally
         self._block_size = block_size
 
     @property
@@ -54,6 +57,7 @@ class HostedCycles:
         works = self._scheduler.plan()
         sampled = [work for work in works if work.samples]
         strategy = self._draft(sampled)
+        self._tally.cycle(strategy if sampled else None, prefills=any(work.num_tokens > 1 for work in works))
         drawn = draw(self._model, self._cache, works, self._sampling, block_size=self._block_size)
         paths = [
             verify(work.draft.token_ids, work.draft.parents, target.token_ids)
@@ -74,6 +78,7 @@ class HostedCycles:
             else:
                 self._scheduler.finish(sequence)
                 finished.append(sequence)
+        self._tally.tokens += committed
         if len(sampled) == len(works):  # a cycle that also computes prompts says nothing about a strategy
             self._report(strategy, sampled, paths, committed, time.perf_counter() - start)
         return finished
@@ -141,7 +146,7 @@ class HostedCycles:
             stop_token_ids=self._stop,
             version=version,
         )
-        sequence.count_forward(_by_depth([work]), min(len(path), count), source)
+        sequence.count_forward(_by_depth([work]), min(len(path), count), source, count=count)
         if self._drafter is not None:
             self._drafter.extend(sequence.prompt.id, sequence.sample, sequence.tokens[-count:])
             if sequence.finish is not None:

@@ -17,6 +17,7 @@ from kernels.attention import paged_sequences
 from kernels.cache import compact
 from kernels.cycle import RUNNING, commit, prepare
 from kernels.sample import sample
+from rollout.activity import Tally
 from rollout.decoder import Decoder
 from rollout.graphs import GraphPool, bucket
 from rollout.model import PagedCache
@@ -77,6 +78,7 @@ class ResidentCycles:
         residency: Residency,
         graphs: GraphPool,
         chooser: Chooser,
+        tally: Tally,
         block_size: int,
     ) -> None:
         self._decoder = decoder
@@ -86,6 +88,7 @@ class ResidentCycles:
         self._residency = residency
         self._graphs = graphs
         self._chooser = chooser
+        self._tally = tally
         self._block_size = block_size
         self._device = cache.storage.device
         self._stop = frozenset(sampling.stop_token_ids)
@@ -123,7 +126,9 @@ class ResidentCycles:
         self._residency.enter(ready)
         self._residency.upload_blocks()
         self._launched = self._launch(strategy, version) if self._residency.sequences else None
-        if prefilling := [work for work in coming if work.sequence.num_uncached > 1]:
+        prefilling = [work for work in coming if work.sequence.num_uncached > 1]
+        self._tally.cycle(strategy if self._launched else None, prefills=bool(prefilling))
+        if prefilling:
             self._prefill(prefilling)
         if previous is not None:
             finished += self._collect(previous)
@@ -292,7 +297,7 @@ class ResidentCycles:
             )
             assert taken == count, "host and device disagree about the end of a sequence"
             if num_nodes:
-                sequence.count_forward(proposed_lists[row], accepted[row], source)
+                sequence.count_forward(proposed_lists[row], accepted[row], source, count=count)
             else:
                 sequence.num_forwards += 1
             if sequence.finish is None:
@@ -302,8 +307,10 @@ class ResidentCycles:
                 finished.append(sequence)
         if self._residency.reader is not None:
             self._tell_reader(self._residency.reader, launched, table)
+        committed = sum(counts)
+        self._tally.tokens += committed
         if launched.timed:
-            self._report(launched, seconds, sum(counts), proposed, accepted)
+            self._report(launched, seconds, committed, proposed, accepted)
         self._residency.leave(finished)
         return finished
 

@@ -43,6 +43,7 @@ class Scheduler:
         self._prefill_tokens = prefill_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
+        self.num_preempted = 0  # for want of blocks
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. The caller has seen that the whole pool can hold it at its longest."""
@@ -90,6 +91,7 @@ class Scheduler:
                 until = min(until + ahead, sequence.max_length)
             while not self._fits(sequence, until):
                 self.preempt()
+                self.num_preempted += 1
                 preempted = True
                 if index == len(self.running):
                     return works

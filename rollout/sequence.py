@@ -34,7 +34,8 @@ class Sequence:
     num_forwards: int = 0
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
-    by_source: dict[str, tuple[int, int]] = field(default_factory=dict)  # as in SpecStats
+    by_source: dict[str, tuple[int, int]] = field(default_factory=dict)  # as in SpecStats, like the next
+    drafted: list[tuple[int, int]] = field(default_factory=list)
     _hashes: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -89,9 +90,17 @@ class Sequence:
             spans.append((version, count))
         return count
 
-    def count_forward(self, proposed_by_depth: abc.Sequence[int], num_accepted: int, source: str) -> None:
-        """Record one verification: drafted nodes d + 1 levels down, how many were committed, and who drafted them."""
+    def count_forward(
+        self, proposed_by_depth: abc.Sequence[int], num_accepted: int, source: str, *, count: int
+    ) -> None:
+        """Record one verification, after its tokens were committed.
+
+        proposed_by_depth: drafted nodes d + 1 levels down. num_accepted: drafted tokens among the count committed ones,
+        which they begin. source: who drafted them.
+        """
         self.num_forwards += 1
+        if num_accepted:
+            self.drafted.append((len(self.logprobs) - count, num_accepted))
         deepest = len(proposed_by_depth)
         while deepest and not proposed_by_depth[deepest - 1]:
             deepest -= 1
@@ -117,6 +126,7 @@ class Sequence:
         self.proposed_by_depth += partial.spec.proposed_by_depth
         self.accepted_by_depth += partial.spec.accepted_by_depth
         self.by_source |= partial.spec.by_source
+        self.drafted += partial.spec.drafted
         assert self.num_remaining > 0, "it is complete"
 
     def partial(self) -> Partial:
@@ -152,4 +162,5 @@ class Sequence:
             proposed_by_depth=self.proposed_by_depth,
             accepted_by_depth=self.accepted_by_depth,
             by_source=self.by_source,
+            drafted=self.drafted,
         )

@@ -47,7 +47,8 @@ class SpecStats:
 
     accepted_by_depth[d] and proposed_by_depth[d] count drafted tokens d + 1 levels below the pending token. by_source:
     for each source that drafted, the forwards that verified its drafts, and its drafted tokens that were accepted.
-    The accept length, tokens committed a forward, is (tokens) / forwards.
+    The accept length, tokens committed a forward, is (tokens) / forwards. drafted: which tokens of the response were
+    accepted drafts, as runs of (first index, number), in order.
     """
 
     forwards: int
@@ -56,6 +57,7 @@ class SpecStats:
     proposed_by_depth: list[int] = field(default_factory=list)
     accepted_by_depth: list[int] = field(default_factory=list)
     by_source: dict[str, tuple[int, int]] = field(default_factory=dict)
+    drafted: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,34 @@ class Partial:
     spec: SpecStats
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What a worker did from begin to end, in seconds of time.time() on its host."""
+
+    kind: Literal["decode", "prefill", "drafter"]
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What one worker's engine does, and what it has done in the generates of one step.
+
+    step: of the sampling; None before the first. running, waiting: sequences now. tokens: of responses, committed here.
+    strategy: of the last cycle, "off" or as "suffix d6 k1 v6". cycles: by source of their drafts. preempted: how often
+    a sequence was sent back to wait for room. spans: the latest ones that are over, in order; none overlaps another.
+    """
+
+    step: int | None = None
+    running: int = 0
+    waiting: int = 0
+    tokens: int = 0
+    strategy: str = "off"
+    cycles: dict[str, int] = field(default_factory=dict)
+    preempted: int = 0
+    spans: tuple[Span, ...] = ()
+
+
 class Engine(Protocol):
     """Samples rollouts from the current policy."""
 
@@ -100,6 +130,9 @@ class Engine(Protocol):
 
     def update(self, version: int) -> None:
         """The shared policy weights now hold this version: forget what was computed with the old ones."""
+
+    def activity(self) -> list[Activity]:
+        """What every worker does, as far as is known now; never waits for one. [] where there is nothing to tell."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to roll out at the same speed (the drafter's state): JSON-able with default=list."""

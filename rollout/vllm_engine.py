@@ -11,6 +11,7 @@ trainer's tensors instead of receiving them. The same code serves CPU and GPU, t
 import asyncio
 import atexit
 import os
+import time
 import weakref
 from collections import abc
 from contextlib import contextmanager
@@ -24,11 +25,13 @@ from transformers import PreTrainedModel
 
 from configs.errors import ConfigError, PacelineError, PreflightError, ResourceError
 from configs.schema import RolloutConfig
+from drafter.types import OFF, Strategy
 from kernels.sample import noise_key
+from rollout.activity import Tally
 from rollout.memory import cache_budget
 from rollout.model import bytes_per_block, context_length
 from rollout.prompts import check_prompts
-from rollout.types import Prompt, Rollout, Sampling, SpecStats
+from rollout.types import Activity, Prompt, Rollout, Sampling, SpecStats
 
 # before vLLM is imported; whoever sets them otherwise is obeyed
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: tensors are handed over as they are
@@ -117,6 +120,7 @@ class Running:
     logprobs: list[float] = field(default_factory=list)
     forwards: int = 0
     accepted_by_depth: list[int] = field(default_factory=list)
+    drafted: list[tuple[int, int]] = field(default_factory=list)  # as in SpecStats
     finish: Literal["stop", "length"] | None = None
 
 
@@ -146,6 +150,9 @@ class VllmEngine:
         self._max_length = min(max_length, context_length(policy.config))
         self._drafter_shapes = {} if drafter is None else tensor_shapes(drafter)
         self._running: dict[str, Running] = {}
+        self._max_running = rollout.max_running
+        self._strategy = Strategy("eagle", depth, 1, depth) if depth else OFF
+        self._tally = Tally()
         self._is_cuda = policy.device.type == "cuda"
         speculative = None
         if drafter is not None:
@@ -193,6 +200,8 @@ class VllmEngine:
                 " set 0, rollout.top_p below 1 beside it, or spec.source=off"
             )
         engine = self._llm.llm_engine
+        if self._tally.is_over or self._tally.step != sampling.step:
+            self._tally = Tally(sampling.step)
         try:
             for prompt in prompts:
                 for sample in range(sampling.num_samples):
@@ -200,9 +209,14 @@ class VllmEngine:
                     self._running[f"{sample}:{prompt.id}"] = Running(prompt, sample)
                     engine.add_request(f"{sample}:{prompt.id}", asked, self._params(prompt, sample, sampling))
             while self._running:
-                for output in engine.step():
+                begun = time.time()
+                outputs = engine.step()
+                self._tally.cycle(self._strategy, prefills=False)  # vLLM does not tell which steps compute prompts
+                self._tally.spent(begun, time.time())
+                for output in outputs:
                     running = self._running[output.request_id]
                     extend(running, output, greedy=sampling.temperature == 0)
+                    self._tally.tokens += len(output.outputs[0].token_ids)
                     if running.finish is not None:
                         del self._running[output.request_id]
                         yield self._rollout(running)
@@ -219,6 +233,14 @@ class VllmEngine:
         HandOverEngine.trainer_send_weights(self._policy.named_parameters(remove_duplicate=False), self._llm)
         self._llm.reset_prefix_cache()
         self.version = version
+        self._tally.is_over = True
+
+    def activity(self) -> list[Activity]:
+        """As NativeEngine's; how many run and how many wait is told from their number and rollout.max_running."""
+        running = min(len(self._running), self._max_running)
+        waiting = len(self._running) - running
+        is_generating = bool(self._running)
+        return [self._tally.activity(running=running, waiting=waiting, preempted=0, is_generating=is_generating)]
 
     def publish(self, state: abc.Mapping[str, torch.Tensor], version: int) -> None:
         """Draft with these weights from now on: the tensors of an exported drafter's folder, under their names there.
@@ -278,6 +300,7 @@ class VllmEngine:
                 accepted=sum(by_depth),
                 proposed_by_depth=[running.forwards - 1] * self._depth,
                 accepted_by_depth=by_depth,
+                drafted=running.drafted,
             ),
         )
 
@@ -310,7 +333,9 @@ def extend(running: Running, output: RequestOutput, *, greedy: bool) -> None:
     # greedy sampling is certain of its token, whatever the logits
     running.logprobs += [0.0] * len(tokens) if greedy else sampled_logprobs(tokens, completion.logprobs)
     running.forwards += 1
-    accepted = len(tokens) - 1
+    accepted = len(tokens) - 1  # vLLM does not tell where a response ends with a draft
+    if accepted:
+        running.drafted.append((len(running.token_ids) - len(tokens), accepted))
     running.accepted_by_depth += [0] * (accepted - len(running.accepted_by_depth))
     for level in range(accepted):
         running.accepted_by_depth[level] += 1
