@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError, DataError, PreemptedError
+from configs.faults import hit
 from configs.schema import Config
 from rl.advantage import group_advantages
 from rl.batch import pack
@@ -126,7 +127,7 @@ class Loop:
         self.progress.phase("drafter")
         off = self.lessons.off
         with watch.phase("drafter"):
-            record = self.lessons.take(groups)
+            record = self.lessons.take(groups, version=self.step)
         if self.lessons.off != off:
             self.run.append_event("drafter_off", step=self.step, reason=self.lessons.off)
             self.progress.message(f"the drafter learns no more: {self.lessons.off}; rollouts go on")
@@ -261,6 +262,7 @@ class Loop:
             if self.lessons is not None:
                 self.lessons.learner.saved()
             state = {"step": self.step, "engines": self.engines, "engine": engine_state}
+            hit("checkpoint.file")
             (folder / "loop.json").write_text(json.dumps(state, default=list))
 
         path = self.store.write(self.step, fill)
