@@ -28,7 +28,7 @@ from launch.idle import Decide, decide
 from launch.pace import Key
 from rl.types import Batch, StepStats, Trainer
 from rollout.engine import NativeEngine
-from rollout.types import Engine, Partial, Prompt, Rollout, Sampling
+from rollout.types import Activity, Engine, Partial, Prompt, Rollout, Sampling
 
 PLACEMENT_TIMEOUT_S = 120.0
 BUILD_S = 3600.0  # for a worker's process to start, and for the largest policy to come from slow storage
@@ -91,6 +91,10 @@ class Worker:
         """NativeEngine.progress."""
         return self.engine.progress()
 
+    def activity(self) -> Activity:
+        """NativeEngine.activity."""
+        return self.engine.activity()[0]
+
     def update(self, version: int) -> None:
         """Engine.update."""
         self.engine.update(version)
@@ -140,9 +144,9 @@ class Worker:
         """Learner.apply."""
         self.learner.apply(deltas)
 
-    def judge(self) -> Judgement | None:
+    def judge(self, version: int) -> Judgement | None:
         """Learner.judge."""
-        return self.learner.judge()
+        return self.learner.judge(version)
 
     def conclude(self, judgement: Judgement | None) -> DrafterReport:
         """Learner.conclude."""

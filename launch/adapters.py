@@ -20,7 +20,7 @@ from launch.fleet import Fleet, WorkerLostError, silent
 from launch.pace import Key
 from launch.shift import DISMISS_S, sample
 from rl.types import Batch, StepStats
-from rollout.types import Partial, Prompt, Rollout, Sampling
+from rollout.types import Activity, Partial, Prompt, Rollout, Sampling
 
 POLL_S = 0.02  # how soon learning ends after it was told to
 
@@ -67,6 +67,10 @@ class RayMember:
         """As Member says."""
         return await self._call("progress")
 
+    async def activity(self) -> Activity:
+        """As Member says."""
+        return await self._call("activity")
+
     async def learn(self, turn: int) -> float:
         """As Member says."""
         stats: LearnStats = await self._call("learn", turn, math.inf)
@@ -93,6 +97,10 @@ class RayEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
         """Merge the workers' streams as rollouts finish; whoever is done early takes over or learns."""
         return sample(self.fleet, prompts, sampling)
+
+    def activity(self) -> list[Activity]:
+        """What every worker last said it does; half a second old at most, while it answers."""
+        return self.fleet.activity()
 
     def update(self, version: int) -> None:
         """Every worker's engine forgets what it computed with the old weights."""
@@ -169,10 +177,10 @@ class RayLearner:
             step_s=max((each.step_s for each in stats), default=0.0),
         )
 
-    def settle(self) -> DrafterReport:
+    def settle(self, version: int) -> DrafterReport:
         """Agree on the mean of what was learned; judge it on all workers' features; publish it on all, or on none."""
         self.agree()
-        judged = on_alive(self.workers, self.fleet, "judge", limit_s=LESSON_S)
+        judged = on_alive(self.workers, self.fleet, "judge", version, limit_s=LESSON_S)
         judgements = [each for each in judged.values() if each is not None]
         judgement = pooled(judgements) if judgements else None
         reports = list(on_alive(self.workers, self.fleet, "conclude", judgement, limit_s=LESSON_S).values())

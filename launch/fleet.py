@@ -6,13 +6,13 @@ same tokens (DESIGN.md, idea 2); what its drafter had learned since the workers 
 
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from configs.errors import ResourceError
 from launch.idle import Decide, decide
 from launch.pace import Key, Pace
-from rollout.types import Partial, Prompt, Rollout, Sampling
+from rollout.types import Activity, Partial, Prompt, Rollout, Sampling, Span
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ class Member(Protocol):
 
     async def progress(self) -> dict[Key, int]:
         """Response tokens so far of its unfinished sequences."""
+
+    async def activity(self) -> Activity:
+        """NativeEngine.activity."""
 
     async def learn(self, turn: int) -> float:
         """Train the drafter until called away from this turn, or until there is nothing to learn; seconds trained."""
@@ -87,11 +90,24 @@ class Fleet:
         self.decide = decide
         self.report = IdleReport()  # of the last call
         self.num_turns = 0  # of learning
+        self.heard: dict[int, Activity] = {}  # what workers do, as they last said
+        self.learned: dict[int, list[Span]] = {}  # when they trained the drafter during the last call
 
     @property
     def alive(self) -> list[int]:
         """Numbers of the workers that are not lost."""
         return [number for number in range(len(self.members)) if number not in self.lost]
+
+    def activity(self) -> list[Activity]:
+        """What every worker does, as far as has been heard; nothing of those that are lost."""
+        return [self._activity(number) for number in range(len(self.members))]
+
+    def _activity(self, number: int) -> Activity:
+        activity = self.heard.get(number, Activity())
+        if number in self.lost:
+            activity = replace(activity, running=0, waiting=0)
+        spans = sorted((*activity.spans, *self.learned.get(number, ())), key=lambda span: span.begin)
+        return replace(activity, spans=tuple(spans))
 
     def nobody(self) -> ResourceError:
         """What is said where no worker is left."""

@@ -5,16 +5,18 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from time import perf_counter
+from time import perf_counter, time
 
 from launch.fleet import Fleet, IdleReport, WorkerLostError, silent
 from launch.idle import Learn, Rest, TakeOver
 from launch.pace import Key, Look
-from rollout.types import Partial, Prompt, Rollout, Sampling, SpecStats
+from rollout.types import Partial, Prompt, Rollout, Sampling, Span, SpecStats
 
 TICK_S = 0.5  # between looks at those that still sample, while somebody is idle
 FIRST_TICK_S = 0.1  # until the second look, which first tells a rate
 WATCH_S = 30.0  # between looks while nobody is idle: only they tell a long rollout from a worker that hangs
+HEAR_S = 0.5  # between two questions to a worker what it does, which nobody waits for
+LAST_WORD_S = 0.2  # for the answers once all is sampled; what comes later is heard of in the next step
 DISMISS_S = 60.0  # for a call to be answered, and for streams and learning to end after the last rollout
 COMPILE_S = 900.0  # for the same until a worker's first rollout: it compiles and captures, and hears nothing meanwhile
 
@@ -57,6 +59,8 @@ class Shift:
         self._moves: dict[int, Look] = {}  # by new owner: when sequences were asked for, and how long they were
         self._changed = asyncio.Event()
         self._director: asyncio.Task[None] | None = None
+        self._hearing: asyncio.Task[None] | None = None
+        self._asked: dict[int, asyncio.Task[None]] = {}
         self._begun = self._ended = perf_counter()
         self._freed: dict[int, float] = {}  # when a worker's own share was done
         self._sampled: list[tuple[float, float]] = []  # when sequences that were taken over were sampled
@@ -77,18 +81,24 @@ class Shift:
                 self._start(number, share, ())
             else:
                 self._freed[number] = self._begun
+        self.fleet.learned = {}
         self._director = asyncio.create_task(self._direct())
+        self._hearing = asyncio.create_task(self._hear())
 
     async def dismiss(self) -> None:
         """End everything that is under way, before its result is known where rollouts are still owed."""
-        if self._director is not None:
-            self._director.cancel()
-            await asyncio.wait({self._director})
+        for task in (self._director, self._hearing):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
         streams = list(self._streams.items())
         for _, stream in streams:
             if self.owner:
                 stream.cancel()
         await asyncio.gather(*map(self._recall, list(self._learning)), self._wait(streams))
+        self._ask(self.fleet.alive)
+        if self._asked:
+            await asyncio.wait(self._asked.values(), timeout=LAST_WORD_S)
 
     def report(self) -> IdleReport:
         """What became of the idle time."""
@@ -228,6 +238,22 @@ class Shift:
             self.fleet.pace.moved(self._moves.pop(number), look)
         self._looks[number] = look
 
+    async def _hear(self) -> None:
+        """Ask those that sample what they do, again and again."""
+        while True:
+            self._ask(self._streams)
+            await asyncio.sleep(HEAR_S)
+
+    def _ask(self, numbers: Iterable[int]) -> None:
+        """Ask those that owe no answer."""
+        for number in numbers:
+            if number not in self._asked or self._asked[number].done():
+                self._asked[number] = asyncio.create_task(self._listen(number))
+
+    async def _listen(self, number: int) -> None:
+        with suppress(Exception):  # whoever gives it something to do finds out
+            self.fleet.heard[number] = await self.fleet.members[number].activity()
+
     async def _take_over(self, number: int, source: int, count: int) -> None:
         """Continue another worker's sequences on this one, if it still has any."""
         begun = perf_counter()
@@ -270,6 +296,8 @@ class Shift:
         try:
             trained_s = await self.fleet.members[number].learn(turn)
             self._learned.append((begun, trained_s))
+            since = time() - (perf_counter() - begun)
+            self.fleet.learned.setdefault(number, []).append(Span("drafter", since, since + trained_s))
         except WorkerLostError as error:
             self.fleet.lose(number, error)
         except Exception as error:

@@ -15,7 +15,7 @@ from launch import shift
 from launch.fleet import Fleet, IdleReport, WorkerLostError
 from launch.idle import Learn, Rest, TakeOver, Task
 from launch.shift import sample
-from rollout.types import Partial, Prompt, Rollout, Sampling, SpecStats
+from rollout.types import Activity, Partial, Prompt, Rollout, Sampling, SpecStats
 
 Key = tuple[str, int]
 SAMPLING = Sampling(num_samples=2, max_new_tokens=100, stop_token_ids=(), seed=0, step=0)
@@ -105,6 +105,10 @@ class Scripted:
     async def progress(self) -> dict[Key, int]:
         self.check()
         return {key: len(each.token_ids) for key, each in self.sequences.items()}
+
+    async def activity(self) -> Activity:
+        self.check()
+        return Activity(step=0, running=len(self.sequences))
 
     async def learn(self, turn: int) -> float:
         self.check()
@@ -217,6 +221,23 @@ def test_a_freed_worker_learns_until_the_last_rollout_is_there() -> None:
         await ends(call)
         assert not workers[1].is_learning.is_set()
         assert 0 < fleet.report.learned_s <= fleet.report.idle_s
+
+    asyncio.run(run())
+
+
+def test_workers_are_heard_while_they_sample_and_once_more_at_the_end() -> None:
+    async def run() -> None:
+        workers, fleet = make(2)
+        call = Call(fleet, 2)
+        await until(lambda: len(fleet.heard) == 2)
+        assert [each.running for each in fleet.activity()] == [2, 2]
+        workers[1].finish_all()
+        await until(workers[1].is_learning.is_set)
+        workers[0].finish_all()
+        await ends(call)
+        assert [each.running for each in fleet.activity()] == [0, 0]
+        (lesson,) = fleet.activity()[1].spans
+        assert lesson.kind == "drafter" and lesson.end - lesson.begin == pytest.approx(0.001, abs=1e-5)
 
     asyncio.run(run())
 
