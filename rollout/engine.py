@@ -26,6 +26,7 @@ from rollout.resident import ResidentCycles
 from rollout.scheduler import Scheduler
 from rollout.sequence import Sequence
 from rollout.strategy import Chooser
+from rollout.transfer import Weights
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling
 
 NEVER = 1 << 30
@@ -65,7 +66,8 @@ class NativeEngine:
     cycles: "resident" keeps the sequences' state on the device, with a ResidentDrafter; "hosted" plans each cycle on
     the host, with a Drafter. "auto" is resident on a GPU, and wherever drafter or reader ask for it. drafter None, or a
     strategy whose source is "off", decodes token by token. What is sampled is the same.
-    reader: is given the hidden states of what is committed, by resident cycles.
+    reader: is given the hidden states of what is committed, by resident cycles. weights: where no trainer updates the
+    policy in place, who answers for the version its parameters hold.
     One generate at a time. The KV cache is allocated by the first one and grows when a later one can use more, up to
     what the device could afford when the first one asked.
     """
@@ -79,8 +81,10 @@ class NativeEngine:
         rollout: RolloutConfig,
         cycles: Literal["auto", "hosted", "resident"] = "auto",
         reader: FeatureReader | None = None,
+        weights: Weights | None = None,
     ) -> None:
         self.version = 0
+        self._weights = weights
         self._model = model
         self._drafter = drafter
         self._chooser = chooser
@@ -110,11 +114,13 @@ class NativeEngine:
         partials: given up by an engine under the same sampling, whose policy weighs the same as this one's; they start
         first. What is sampled is what would have been there.
         Raises DataError where a prompt is empty, given twice or too long for the model, and ResourceError where the
-        KV cache cannot hold it.
+        KV cache cannot hold it, or the policy is not whole (StaleWeightsError).
         """
         assert self._scheduler is None, "one generate at a time"
         if not prompts and not partials:
             return
+        if self._weights is not None:
+            self._weights.require(self.version)
         check_prompts(prompts, sampling, context=context_length(self._model.config))
         sequences = self._taken_up(partials, sampling)
         sequences += [self._sequence(prompt, n, sampling) for prompt in prompts for n in range(sampling.num_samples)]
@@ -217,8 +223,12 @@ class NativeEngine:
         """Device memory of the CUDA graphs held now."""
         return self._graphs.num_bytes
 
-    def update(self, version: int) -> None:
-        """The weights hold this version now: recompute what running sequences have cached, find nothing older."""
+    def update(self, version: int) -> int:
+        """The weights hold this version now: recompute what running sequences have cached, find nothing older.
+
+        Returns the bytes moved for it. Raises StaleWeightsError where they are not to be had.
+        """
+        num_bytes = 0 if self._weights is None else self._weights.take(version)
         if self._scheduler is not None and self._running is not None:
             assert self._decoder is None or self._decoder.is_current(), "parameters moved away under running sequences"
             self._finished += self._running.drain()
@@ -229,6 +239,7 @@ class NativeEngine:
         self.version = version
         self._pool.forget()
         self._chooser.policy_changed()
+        return num_bytes
 
     def state_dict(self) -> dict[str, Any]:
         """The drafter's state, and the cache's size and bound: from other free memory, they could change the batches.

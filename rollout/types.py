@@ -128,8 +128,11 @@ class Engine(Protocol):
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
         """num_samples rollouts of every prompt, each as it finishes; order is not part of the contract."""
 
-    def update(self, version: int) -> None:
-        """The shared policy weights now hold this version: forget what was computed with the old ones."""
+    def update(self, version: int) -> int:
+        """The policy is at this version: forget what was computed with the old one; the bytes of weights moved for it.
+
+        0 where weights are shared. Raises StaleWeightsError where the version is not to be had whole.
+        """
 
     def activity(self) -> list[Activity]:
         """What every worker does, as far as is known now; never waits for one. [] where there is nothing to tell."""

@@ -226,7 +226,7 @@ class VllmEngine:
             engine.abort_request(list(self._running))
             self._running.clear()
 
-    def update(self, version: int) -> None:
+    def update(self, version: int) -> int:
         """Copy the policy's weights, which hold this version now, and forget what was computed with the old ones."""
         assert not self._running, "vLLM takes new weights between two calls of generate"
         self._llm.start_weight_update()
@@ -234,6 +234,7 @@ class VllmEngine:
         self._llm.reset_prefix_cache()
         self.version = version
         self._tally.is_over = True
+        return sum(parameter.nbytes for parameter in self._policy.parameters())
 
     def activity(self) -> list[Activity]:
         """As NativeEngine's; how many run and how many wait is told from their number and rollout.max_running."""
