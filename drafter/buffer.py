@@ -54,7 +54,7 @@ class FeatureBuffer:
 
     Every rollout has early windows and few have late ones, yet the late ones are forwarded when few sequences run and
     speculation gains most. So positions are grouped by octave: a batch draws from all octaves alike, and the octave
-    that fills most memory gives up its oldest window first.
+    that fills most memory gives up its oldest window first. Held-out windows are of the newest policy alone.
     """
 
     def __init__(self, *, max_bytes: int, temperature: float, seed: int = 0) -> None:
@@ -73,19 +73,17 @@ class FeatureBuffer:
         with self._lock:
             if window.version > self.newest:
                 self.newest = window.version
-                for shelves in (self._train, self._heldout):
-                    shelves.drop_older(self.newest - MAX_AGE)
-            (self._heldout if is_heldout(window.prompt_id) else self._train).add(window)
+                self._train.drop_older(self.newest - MAX_AGE)
+                self._heldout.drop_older(self.newest)
+            if not is_heldout(window.prompt_id):
+                self._train.add(window)
+            elif window.version == self.newest:
+                self._heldout.add(window)
 
     @property
     def num_tokens(self) -> int:
         """Positions to train on."""
         return self._train.num_tokens
-
-    @property
-    def num_heldout_tokens(self) -> int:
-        """Positions to judge by."""
-        return self._heldout.num_tokens
 
     @property
     def num_bytes(self) -> int:
@@ -98,11 +96,14 @@ class FeatureBuffer:
             windows = _up_to(tokens, self._train.shuffled(self._random))
         return self._pack(windows)
 
-    def heldout(self, tokens: int) -> FeatureBatch:
-        """The newest windows of held-out prompts, octaves in turn: at most so many positions, or one window."""
+    def heldout(self, tokens: int, *, version: int) -> FeatureBatch | None:
+        """The newest windows of held-out prompts, octaves in turn: at most so many positions, or one window.
+
+        None where no such prompt was answered under this policy version: another's features do not judge.
+        """
         with self._lock:
-            windows = _up_to(tokens, self._heldout.newest_first())
-        return self._pack(windows)
+            windows = _up_to(tokens, self._heldout.newest_first()) if version == self.newest else []
+        return self._pack(windows) if windows else None
 
     def _pack(self, windows: list[FeatureWindow]) -> FeatureBatch:
         assert windows, "nothing to draw from: ask num_tokens first"

@@ -26,6 +26,8 @@ from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary
 MAX_FAILURES = 3  # in a row, before it is left alone
 RUINED = 0.8  # of the served head's accept length: a trained copy below it starts again from the head served
 MAX_JUDGING = 0.5  # of the time spent training, at most, is spent judging
+MIN_JUDGED = 64  # held-out positions of all workers: by fewer nothing is published, and the next step may judge
+PATIENCE = 8  # steps without a held-out prompt before that is said
 
 TRAINING, SERVED = "training", "served"  # files of a checkpoint
 
@@ -97,7 +99,7 @@ class Learner:
         self._trained_s = 0.0
         self._judged_s = 0.0
         self._failures = 0
-        self._has_said = False
+        self._num_without = 0  # steps in a row without held-out features
         if self.ready:
             self._publisher.restore(head.state_dict(), 1)
             self._agree()
@@ -141,24 +143,27 @@ class Learner:
         self._trained_s += seconds
         return LearnStats(len(stats), seconds, self._step_s)
 
-    def settle(self) -> DrafterReport:
-        """Judge what was learned since, and publish it where it is better."""
-        return self.conclude(self.judge())
+    def settle(self, version: int) -> DrafterReport:
+        """Judge what was learned since by features of this policy version, and publish it where it is better."""
+        return self.conclude(self.judge(version))
 
-    def judge(self) -> Judgement | None:
-        """The trained copy against the head served; None where there is nothing new, nothing to judge by or no time."""
-        if self.off or not self._unjudged:
-            return None
-        if not self._buffer.num_heldout_tokens:
-            self._say_that_none_is_held_out()
-            return None
-        if self._judged_s > MAX_JUDGING * self._trained_s:
+    def judge(self, version: int) -> Judgement | None:
+        """The trained copy against the head served, by held-out features of this policy version.
+
+        None where there is nothing new, nothing to judge by or no time: the next step may judge then.
+        """
+        if self.off or not self._unjudged or self._judged_s > MAX_JUDGING * self._trained_s:
             return None
         begun = perf_counter()
+        heldout = self._buffer.heldout(self._config.batch_tokens // 2, version=version)
+        if heldout is None:
+            self._count_step_without_heldout()
+            return None
+        self._num_without = 0
         self._unjudged = False
         try:
             self._publisher.propose(self._trainer.head.state_dict())
-            return self._publisher.judge(self._buffer.heldout(self._config.batch_tokens // 2))
+            return self._publisher.judge(heldout)
         except Exception as error:
             log.warning("judging the drafter failed", exc_info=True)
             self._count_failure(f"{type(error).__name__}: {error}")
@@ -172,6 +177,9 @@ class Learner:
         if judgement is not None:
             if not judgement.is_finite:
                 self._fail("its weights are not finite", self._last_good())
+            elif judgement.num_tokens < MIN_JUDGED:
+                self._unjudged = True
+                self._agree()
             elif judgement.candidate < RUINED * judgement.served:
                 reason = f"accept length fell from {judgement.served:.2f} to {judgement.candidate:.2f}"
                 self._fail(reason, self._last_good())
@@ -281,11 +289,15 @@ class Learner:
         )
         self._agree()
 
-    def _say_that_none_is_held_out(self) -> None:
-        """Once: by chance a few prompts may all be for learning, and then no head is ever judged."""
-        if self._buffer.num_tokens and not self._has_said:
-            self._has_said = True
-            log.warning("no prompt is held out to judge the drafter by: none is published; sample more prompts a step")
+    def _count_step_without_heldout(self) -> None:
+        """Say so once: by chance a few prompts may all be for learning, and then no head is ever judged."""
+        self._num_without += 1
+        if self._num_without == PATIENCE:
+            log.warning(
+                "no prompt of %d steps was held out to judge the drafter by, and none is published without;"
+                " raise rollout.prompts_per_step",
+                PATIENCE,
+            )
 
     def _count_failure(self, reason: str) -> None:
         """Leave it alone after too many in a row."""

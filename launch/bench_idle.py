@@ -214,7 +214,7 @@ def agree(engine: RayEngine, learner: RayLearner) -> dict[str, Any]:
     begun = perf_counter()
     learner.agree()
     averaged_s = perf_counter() - begun
-    report = learner.settle()
+    report = learner.settle(0)
     settled_s = perf_counter() - begun - averaged_s
     concluded = on_alive(engine.workers, engine.fleet, "conclude", None, limit_s=LESSON_S)
     checksums = {each.checksum for each in concluded.values()}

@@ -54,8 +54,11 @@ class Lessons:
             over.set()
             await learning
 
-    def take(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """A step's lesson, once its rollouts are there and before the policy learns from them; its figures."""
+    def take(self, groups: Sequence[Group], *, version: int) -> dict[str, Any]:
+        """A step's lesson, once its rollouts are there and before the policy learns from them; its figures.
+
+        version: of the policy that sampled them.
+        """
         begun = perf_counter()
         if not self._begun:
             self.learner.begin(token_counts(groups, self._vocab_size))
@@ -63,7 +66,7 @@ class Lessons:
         stats = self.learner.learn(budget_s=self._allowance_s, until=lambda: False)
         if stats.num_steps:
             self._step_s = stats.step_s
-        report = self.learner.settle()
+        report = self.learner.settle(version)
         self.off = report.off
         self._allowance_s -= perf_counter() - begun
         return drafter_record(report)

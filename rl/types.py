@@ -89,8 +89,9 @@ class Learner(Protocol):
     def learn(self, *, budget_s: float, until: Callable[[], bool]) -> LearnStats:
         """Train until told to stop, or until another step would exceed the budget."""
 
-    def settle(self) -> DrafterReport:
-        """Judge what was learned and publish it where it is better. No rollout is being sampled."""
+    def settle(self, version: int) -> DrafterReport:
+        """Judge what was learned by features of this policy version, the present one, and publish it where it is
+        better. No rollout is being sampled."""
 
     def save(self, folder: Path) -> float:
         """Begin to write this folder, which appears when it is whole; the seconds the caller was held up."""

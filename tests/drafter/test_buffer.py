@@ -86,10 +86,24 @@ def test_held_out_prompts_are_never_trained_on() -> None:
     kept = buffer()
     kept.add(window(0))
     kept.add(window(600, prompt_id=HELDOUT))
-    kept.add(window(700, prompt_id=HELDOUT, version=1))
+    kept.add(window(700, prompt_id=HELDOUT))
     assert kept.batch(1000).positions.max() < 8
-    assert kept.heldout(1000).positions.min() >= 600
-    assert kept.heldout(8).versions.tolist() == [1], "the newest come first"
+    heldout = kept.heldout(1000, version=0)
+    assert heldout is not None and heldout.positions.min() >= 600 and len(heldout.positions) == 16
+    newest = kept.heldout(8, version=0)
+    assert newest is not None and newest.positions.min() == 700, "the newest come first"
+
+
+def test_only_features_of_the_version_asked_for_judge() -> None:
+    kept = buffer()
+    kept.add(window(600, prompt_id=HELDOUT))
+    assert kept.heldout(8, version=1) is None, "the present policy has answered no held-out prompt yet"
+    kept.add(window(0, version=1))
+    assert kept.heldout(8, version=1) is None and kept.heldout(8, version=0) is None
+    kept.add(window(700, prompt_id=HELDOUT, version=1))
+    kept.add(window(800, prompt_id=HELDOUT, version=0))  # late: of a policy that is no more
+    heldout = kept.heldout(1000, version=1)
+    assert heldout is not None and heldout.versions.tolist() == [1]
 
 
 def test_features_of_old_policies_are_dropped() -> None:
@@ -98,7 +112,7 @@ def test_features_of_old_policies_are_dropped() -> None:
     kept.add(window(0, prompt_id=HELDOUT))
     kept.add(window(1000, version=MAX_AGE + 1))
     assert kept.batch(1000).versions.tolist() == [MAX_AGE + 1]
-    assert kept.num_heldout_tokens == 0 and kept.newest == MAX_AGE + 1
+    assert kept.num_bytes == window(0).num_bytes and kept.newest == MAX_AGE + 1
 
 
 def test_windows_made_in_inference_mode_can_be_learned_from() -> None:

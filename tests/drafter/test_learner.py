@@ -12,7 +12,7 @@ from configs.schema import DrafterConfig
 from drafter.buffer import FeatureBuffer, FeatureWindow
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.features import FeatureBatch
-from drafter.learner import MAX_FAILURES, Learner
+from drafter.learner import MAX_FAILURES, MIN_JUDGED, PATIENCE, Learner
 from drafter.publish import Judgement, checksum, pooled
 from drafter.trainer import DrafterStats, DrafterTrainer
 
@@ -67,7 +67,7 @@ class Toy:
                 alt_hidden=torch.zeros(20, SIZE),
             )
             self.buffer.add(window)
-        assert self.buffer.num_heldout_tokens and self.buffer.num_tokens
+        assert self.buffer.num_tokens
         self.served = Served()
 
     def learner(self, config: DrafterConfig = CONFIG, *, head: EagleHead | None = None) -> Learner:
@@ -105,7 +105,7 @@ def test_it_learns_is_published_when_better_and_drafts_what_was_judged() -> None
     lengths = []
     for _ in range(4):
         assert learner.learn(budget_s=60, until=steps(20)).num_steps == 20
-        report = learner.settle()
+        report = learner.settle(0)
         lengths.append(report.accept_length)
         assert report.num_steps == 20 and not report.off
     assert lengths[-1] > lengths[0] > 1
@@ -128,10 +128,10 @@ def test_equal_weights_are_not_published_again() -> None:
     learner = toy.learner()
     learner.begin(COUNTS)
     learner.learn(budget_s=60, until=steps(30))
-    assert learner.settle().outcome == "published"
-    assert learner.settle().outcome == "kept", "nothing was learned since"
+    assert learner.settle(0).outcome == "published"
+    assert learner.settle(0).outcome == "kept", "nothing was learned since"
     learner._unjudged = True
-    report = learner.settle()
+    report = learner.settle(0)
     assert report.accept_length == report.served_accept_length and report.outcome == "kept"
     assert toy.served.versions == [1]
 
@@ -141,7 +141,7 @@ def test_updates_that_are_not_finite_leave_the_weights_and_at_last_turn_the_draf
     learner = toy.learner()
     learner.begin(COUNTS)
     learner.learn(budget_s=60, until=steps(20))
-    learner.settle()
+    learner.settle(0)
     before = weights_of(learner)
     toy.embedding[:] = torch.nan
     for turn in range(MAX_FAILURES):
@@ -150,7 +150,7 @@ def test_updates_that_are_not_finite_leave_the_weights_and_at_last_turn_the_draf
         assert same(weights_of(learner), before), f"turn {turn}"
     assert "not finite" in learner.off
     assert learner.learn(budget_s=60, until=lambda: False).num_steps == 0
-    assert learner.settle().off == learner.off and toy.served.versions == [1], "the last good head stays"
+    assert learner.settle(0).off == learner.off and toy.served.versions == [1], "the last good head stays"
 
 
 def test_a_trainer_that_dies_costs_what_it_had_learned_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_a_trainer_that_dies_costs_what_it_had_learned_and_no_more(monkeypatch: 
     learner = toy.learner()
     learner.begin(COUNTS)
     learner.learn(budget_s=60, until=steps(20))
-    learner.settle()
+    learner.settle(0)
     before = weights_of(learner)
     step = DrafterTrainer.step
     calls = iter(range(100))
@@ -179,13 +179,13 @@ def test_a_ruined_copy_starts_again_from_the_last_good_weights() -> None:
     learner = toy.learner()
     learner.begin(COUNTS)
     learner.learn(budget_s=60, until=steps(40))
-    learner.settle()
+    learner.settle(0)
     before = weights_of(learner)
     with torch.no_grad():
         learner._trainer.head.fc.weight.normal_()
         learner._trainer.head.norm.weight.mul_(-1)
     learner._unjudged = True
-    report = learner.settle()
+    report = learner.settle(0)
     assert report.outcome == "kept" and report.accept_length < report.served_accept_length
     assert same(weights_of(learner), before) and toy.served.versions == [1]
 
@@ -197,7 +197,7 @@ def test_weights_that_are_not_finite_are_never_served() -> None:
     with torch.no_grad():
         learner._trainer.head.fc.weight[0, 0] = torch.inf
     learner._unjudged = True
-    learner.settle()
+    learner.settle(0)
     assert toy.served.versions == [] and learner._trainer.head.fc.weight.isfinite().all()
 
 
@@ -206,7 +206,7 @@ def test_a_head_that_turns_out_worse_gives_way_to_the_one_before() -> None:
     learner = toy.learner()
     learner.begin(COUNTS)
     learner.learn(budget_s=60, until=steps(40))
-    learner.settle()
+    learner.settle(0)
     good = checksum(toy.served.state)
     publisher = learner._publisher
     bad = EagleHead(SHAPE, seed=3).state_dict()
@@ -214,7 +214,9 @@ def test_a_head_that_turns_out_worse_gives_way_to_the_one_before() -> None:
     publisher.follow("published")  # judged on features that did not tell
     assert checksum(toy.served.state) == checksum(bad)
     publisher.propose(bad)
-    verdict = publisher.judge(toy.buffer.heldout(1000)).verdict
+    heldout = toy.buffer.heldout(1000, version=0)
+    assert heldout is not None
+    verdict = publisher.judge(heldout).verdict
     assert verdict == "rolled back"
     publisher.follow(verdict)
     assert checksum(toy.served.state) == good and toy.served.versions == [1, 2, 3]
@@ -228,7 +230,7 @@ def test_what_is_served_is_no_ones_storage() -> None:
     policy = {tensor.untyped_storage().data_ptr() for tensor in (toy.embedding, toy.lm_head)}
     trained = {tensor.untyped_storage().data_ptr() for tensor in learner._trainer.head.state_dict().values()}
     learner.learn(budget_s=60, until=steps(20))
-    learner.settle()
+    learner.settle(0)
     served = {tensor.untyped_storage().data_ptr() for tensor in learner._publisher.served.values()}
     assert not policy & trained and not policy & served and not trained & served
     before = checksum(learner._publisher.served)
@@ -250,7 +252,7 @@ def test_replicas_agree_after_a_publish_though_each_learned_from_its_own_feature
         assert [bool(delta) for delta in deltas] == [index < 3 - turn for index in range(3)]
         for learner in learners:
             learner.apply(deltas)
-        judgements = [judgement for learner in learners if (judgement := learner.judge()) is not None]
+        judgements = [judgement for learner in learners if (judgement := learner.judge(0)) is not None]
         reports = [learner.conclude(pooled(judgements)) for learner in learners]
         assert len({(report.version, report.checksum) for report in reports}) == 1
         assert len({checksum(toy.served.state) for toy in toys}) == 1
@@ -264,12 +266,49 @@ def test_pooled_judgements_weigh_by_positions() -> None:
     assert pooled([first, replace(second, candidate=float("nan"))]).is_finite is False
 
 
+def test_a_head_is_judged_by_features_of_the_present_policy_alone() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(40))
+    assert learner.judge(1) is None, "the features are of version 0"
+    assert learner.settle(1).outcome == "kept" and toy.served.versions == []
+    assert learner.settle(0).outcome == "published", "what was not judged then is judged now"
+
+
+def test_too_few_held_out_positions_publish_nothing_and_the_next_step_judges() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(40))
+    judgement = learner.judge(0)
+    assert judgement is not None and judgement.verdict == "published"
+    report = learner.conclude(replace(judgement, num_tokens=MIN_JUDGED - 1))
+    assert report.outcome == "kept" and not report.off and toy.served.versions == []
+    ruined = learner.conclude(Judgement(candidate=1.0, served=2.0, last_good=1.0, num_tokens=MIN_JUDGED - 1))
+    assert not ruined.off and learner._failures == 0, "by so few nothing is ruined either"
+    assert learner.settle(0).outcome == "published"
+
+
+def test_steps_without_a_held_out_prompt_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(5))
+    for _ in range(PATIENCE - 1):
+        learner.settle(1)
+    assert not caplog.text
+    for _ in range(PATIENCE):
+        learner.settle(1)
+    assert caplog.text.count("raise rollout.prompts_per_step") == 1
+
+
 def test_a_resumed_drafter_is_the_saved_one_bit_for_bit(tmp_path: Path) -> None:
     toy, other = Toy(), Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
     learner.learn(budget_s=60, until=steps(20))
-    learner.settle()
+    learner.settle(0)
     learner.learn(budget_s=60, until=steps(3))  # ahead of what is served
     assert learner.save(tmp_path / "drafter") > 0
     learner.saved()
@@ -301,7 +340,7 @@ def test_a_given_drafter_is_served_at_once_and_may_be_left_untrained() -> None:
     assert toy.served.versions == [1] and checksum(toy.served.state) == checksum(head.state_dict())
     learner.begin(COUNTS)
     assert learner.learn(budget_s=60, until=lambda: False).num_steps == 0
-    assert learner.settle().off == "drafter.train=false" and toy.served.versions == [1]
+    assert learner.settle(0).off == "drafter.train=false" and toy.served.versions == [1]
 
 
 def test_a_checksum_tells_any_change_and_any_exchange() -> None:
@@ -324,7 +363,7 @@ def test_a_ruined_copy_goes_back_to_the_head_served_though_settles_were_skipped_
     learner = toy.learner()
     learner.begin(COUNTS)
     learner.learn(budget_s=60, until=steps(40))
-    assert learner.settle().outcome == "published"
+    assert learner.settle(0).outcome == "published"
     with torch.no_grad():
         for parameter in learner._trainer.head.parameters():
             parameter.normal_()
@@ -342,7 +381,7 @@ def test_the_served_accept_length_is_of_the_head_served_from_now_on() -> None:
     learner = toy.learner()
     learner.begin(COUNTS)
     learner.learn(budget_s=60, until=steps(40))
-    judgement = learner.judge()
+    judgement = learner.judge(0)
     assert judgement is not None
     report = learner.conclude(judgement)
     assert report.outcome == "published" and report.served_accept_length == judgement.candidate > judgement.served
@@ -353,7 +392,7 @@ def test_a_drafter_that_refuses_new_weights_leaves_the_old_ones_known_as_served(
     learner = toy.learner()
     learner.begin(COUNTS)
     learner.learn(budget_s=60, until=steps(20))
-    first = learner.settle()
+    first = learner.settle(0)
     assert first.outcome == "published"
 
     def refuse(state: dict[str, torch.Tensor], version: int) -> None:
@@ -361,6 +400,6 @@ def test_a_drafter_that_refuses_new_weights_leaves_the_old_ones_known_as_served(
 
     toy.served.publish = refuse  # type: ignore[method-assign]
     learner.learn(budget_s=60, until=steps(40))
-    report = learner.settle()
+    report = learner.settle(0)
     assert (report.outcome, report.version, report.checksum) == ("kept", first.version, first.checksum)
     assert same(learner._publisher.served, toy.served.state)

@@ -169,11 +169,11 @@ def test_windows_can_be_learned_from_when_they_were_made_in_inference_mode() -> 
     buffer = FeatureBuffer(max_bytes=1 << 20, temperature=0.7)
     with torch.inference_mode():
         engine = Engine(rings_into(buffer))
-        engine.begin(0, 1, 3, "some prompt")
+        engine.begin(0, 1, 3, "a prompt to learn from")
         for _ in range(4):
             engine.cycle([6, 0, 0])
-    assert buffer.num_tokens + buffer.num_heldout_tokens == 2 * WINDOW
-    batch = buffer.batch(1000) if buffer.num_tokens else buffer.heldout(1000)
+    assert buffer.num_tokens == 2 * WINDOW
+    batch = buffer.batch(1000)
     weight = torch.ones(3 * HIDDEN, device=DEVICE, requires_grad=True)
     (batch.aux * weight).sum().backward()
     assert weight.grad is not None
@@ -186,11 +186,11 @@ def test_what_is_sampled_at_another_temperature_is_neither_trained_on_nor_judged
     engine = Engine(rings_into(buffer))
     for temperature, kept in ((0.0, 0), (0.7, 24), (0.0, 24)):
         engine.rings.set_temperature(temperature)
-        engine.begin(0, 1, 3, "some prompt")
+        engine.begin(0, 1, 3, "a prompt to learn from")
         for _ in range(4):
             engine.cycle([6, 0, 0])
         engine.cycle([0, 0, 0], finished=(1,))
-        assert buffer.num_tokens + buffer.num_heldout_tokens == kept
+        assert buffer.num_tokens == kept
         engine.rings.release([1])
 
 

@@ -121,7 +121,7 @@ def test_workers_settle_without_one_that_hangs(silent: str) -> None:
     both = learner(well, hung)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapters, "pooled", lambda judgements: judgements[0])
-        assert both.settle() == REPORT
+        assert both.settle(0) == REPORT
     assert list(both.fleet.lost) == [1]
     assert str(both.fleet.lost[1]).startswith(f"worker 1 has not answered {silent} for 600 s")
     assert hung.called[-1] == silent

@@ -38,6 +38,7 @@ class FakeLearner:
         self.known_s = 0.0  # as a real one, it cannot tell before its first step
         self.counts: list[torch.Tensor] = []
         self.budgets: list[float] = []
+        self.versions: list[int] = []
         self.saves: list[Path] = []
         self.taught = threading.Event()
 
@@ -56,7 +57,8 @@ class FakeLearner:
         self.known_s = self.step_s
         return LearnStats(max(1, int(budget_s / self.step_s)), 0.0, self.step_s)
 
-    def settle(self) -> DrafterReport:
+    def settle(self, version: int) -> DrafterReport:
+        self.versions.append(version)
         return REPORT
 
     def save(self, folder: Path) -> float:
@@ -88,17 +90,18 @@ def group(*responses: list[int]) -> Group:
 def test_the_vocabulary_is_chosen_once_from_the_tokens_of_the_first_rollouts(tmp_path: Path) -> None:
     learner = FakeLearner(0.01)
     taught = lessons(learner, tmp_path)
-    taught.take([group([1, 1, 7], [7]), group([2])])
-    taught.take([group([3])])
+    taught.take([group([1, 1, 7], [7]), group([2])], version=0)
+    taught.take([group([3])], version=0)
     assert [counts.tolist() for counts in learner.counts] == [[0, 2, 1, 0, 0, 0, 0, 2]]
 
 
 def test_learning_is_paid_for_by_the_steps_before(tmp_path: Path) -> None:
     learner = FakeLearner(0.01)
     taught = lessons(learner, tmp_path)
-    for _ in range(3):
-        taught.take([group([1])])
+    for version in range(3):
+        taught.take([group([1])], version=version)
         taught.earn(2.0)
+    assert learner.versions == [0, 1, 2], "each is judged by features of the policy that sampled its rollouts"
     first, *later = learner.budgets
     assert first == 0
     assert later == pytest.approx([0.2, 0.4], abs=0.01), "a tenth of each step's time, and what was not used"
@@ -112,7 +115,7 @@ def test_unused_time_is_not_saved_up_forever_but_one_long_step_is_paid_for_at_la
     slow = FakeLearner(3.0)
     taught = lessons(slow, tmp_path)
     taught.earn(1.0)
-    taught.take([group([1])])
+    taught.take([group([1])], version=0)
     for _ in range(100):
         taught.earn(1.0)
     assert taught._allowance_s == pytest.approx(MAX_SAVED * 0.1 + 3.0)
@@ -125,7 +128,7 @@ def test_it_learns_while_rewards_are_awaited_and_stops_when_they_are_there(tmp_p
     async def run() -> None:
         reward: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         taught.earn(1.0)
-        taught.take([group([1])])
+        taught.take([group([1])], version=0)
         learner.taught.clear()
         waiting = asyncio.create_task(taught.while_awaited([reward]))
         await asyncio.to_thread(learner.taught.wait, 30)
@@ -146,7 +149,7 @@ def test_steps_too_long_to_be_called_away_from_never_run_while_rewards_are_await
         reward: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         await taught.while_awaited([reward])  # before its first step nobody knows how long one takes
         taught.earn(10.0)
-        taught.take([group([1])])
+        taught.take([group([1])], version=0)
         await taught.while_awaited([reward])
 
     asyncio.run(asyncio.wait_for(run(), 30))

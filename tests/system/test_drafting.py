@@ -66,7 +66,7 @@ class Run:
         self.learner.begin(torch.bincount(torch.tensor(token_ids), minlength=self.policy.config.vocab_size))
         left = iter(range(steps))
         self.learner.learn(budget_s=300, until=lambda: next(left, None) is None)
-        assert self.learner.settle().outcome == "published"
+        assert self.learner.settle(self.engine.version).outcome == "published"
 
 
 @pytest.fixture(scope="module")
