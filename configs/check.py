@@ -41,7 +41,6 @@ _AT_LEAST: dict[str, float] = {
     "drafter.feature_window": 1,
     "drafter.buffer_mb": 1,
     "drafter.budget": 0,
-    "drafter.checkpoint_every": 1,
     "train.steps": 1,
     "train.warmup_steps": 0,
     "train.weight_decay": 0,

@@ -105,7 +105,6 @@ class DrafterConfig:
     feature_window: int = 128  # consecutive tokens kept of a sequence at a time
     buffer_mb: int = 1024  # memory for features
     budget: float = 0.05  # share of a step's time that training it may add where no GPU is idle
-    checkpoint_every: int = 10  # training steps of the run between its own checkpoints
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from configs.errors import StorageError
 from configs.faults import hit
-from drafter.sealed import STAGING, fsync, is_sound, seal, step_folders, storage_error, write_tensors
+from drafter.sealed import STAGING, fsync, is_sound, seal, storage_error, write_tensors
 
 RECORD = "drafter.json"
 SUFFIX = ".safetensors"
@@ -118,10 +118,3 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor
         raise StorageError(f"{folder} holds no drafter checkpoint that matches its hashes; take an older one")
     record: dict[str, Any] = json.loads((folder / RECORD).read_text())
     return record, {path.name.removesuffix(SUFFIX): load_file(path) for path in sorted(folder.glob(f"*{SUFFIX}"))}
-
-
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints root/step_N."""
-    for folder in step_folders(root)[: -keep or None]:
-        hit("checkpoint.clean")
-        shutil.rmtree(folder)

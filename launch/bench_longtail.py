@@ -315,7 +315,7 @@ def make_loop(name: str, config: Config, ground: Ground) -> Loop:
         data=ground.data,
         engine=engine,
         trainer=trainer,
-        lessons=make_lessons(config, learner, ground.path, run),
+        lessons=make_lessons(config, learner, ground.path),
         rewards=ground.rewards,
         tokenizer=ground.tokenizer,
         stop_token_ids=stop_token_ids(ground.path, ground.tokenizer),

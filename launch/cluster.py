@@ -74,7 +74,7 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Progress) 
                 data=data,
                 engine=engine,
                 trainer=trainer,
-                lessons=make_lessons(config, learner, path, run),
+                lessons=make_lessons(config, learner, path),
                 tokenizer=tokenizer,
                 stop_token_ids=stop_token_ids(path, tokenizer),
                 store=store,
@@ -120,12 +120,12 @@ def build_worker(
     return engine, trainer, drafting.learner
 
 
-def make_lessons(config: Config, learner: Learner | None, path: Path, run: RunDir) -> Lessons | None:
+def make_lessons(config: Config, learner: Learner | None, path: Path) -> Lessons | None:
     """The lessons of a drafter that learns; without one, None."""
     if learner is None:
         return None
     vocab_size = load_config(path).get_text_config().vocab_size
-    return Lessons(learner, config.drafter, vocab_size=vocab_size, folder=run.path / "drafter")
+    return Lessons(learner, config.drafter, vocab_size=vocab_size)
 
 
 def make_vllm_engine(config: Config, policy: PreTrainedModel, path: Path) -> Engine:

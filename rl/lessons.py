@@ -5,38 +5,30 @@ output weights that made them.
 """
 
 import asyncio
-import logging
 import threading
 from collections.abc import Sequence
 from math import inf, isnan
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from configs.errors import StorageError
 from configs.schema import DrafterConfig
-from drafter.checkpoint import prune
 from drafter.learner import DrafterReport
 from rl.types import Group, Learner
 
-log = logging.getLogger(__name__)
-
 PREEMPT_S = 0.05  # whoever waits for the hardware waits no longer: slower steps of learning are for the budget alone
 MAX_SAVED = 4.0  # steps' budgets that may be saved up, beyond what one step of learning takes
-KEEP = 2  # of the drafter's own checkpoints
 
 
 class Lessons:
-    """A run's lessons for its drafter. Its own checkpoints go to folder/step_N."""
+    """A run's lessons for its drafter."""
 
-    def __init__(self, learner: Learner, config: DrafterConfig, *, vocab_size: int, folder: Path) -> None:
+    def __init__(self, learner: Learner, config: DrafterConfig, *, vocab_size: int) -> None:
         self.learner = learner
         self.off = ""  # why it learns no more, as last reported
         self._config = config
         self._vocab_size = vocab_size
-        self._folder = folder
         self._begun = False
         self._allowance_s = 0.0
         self._step_s = inf  # what a step of learning takes; inf: none was taken yet
@@ -76,17 +68,6 @@ class Lessons:
         earned = self._config.budget * seconds
         limit = MAX_SAVED * earned + (0.0 if self._step_s == inf else self._step_s)
         self._allowance_s = min(self._allowance_s + earned, limit)
-
-    def checkpoint(self, step: int) -> dict[str, float]:
-        """Begin the drafter's own checkpoint when one is due; how long that held the run up."""
-        if step % self._config.checkpoint_every:
-            return {}
-        try:
-            prune(self._folder, KEEP - 1)
-            return {"drafter_stall_s": self.learner.save(self._folder / f"step_{step}")}
-        except StorageError as error:  # the policy's own checkpoints hold the drafter too, and fail aloud
-            log.warning("the drafter's checkpoint was not written: %s", error)
-            return {}
 
 
 def token_counts(groups: Sequence[Group], vocab_size: int) -> torch.Tensor:

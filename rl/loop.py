@@ -107,8 +107,6 @@ class Loop:
         with watch.phase("sync"):
             self.engine.update(self.step)
         record = step_record(self.step, config.train.steps, groups, stats, watch) | drafter
-        if self.lessons is not None:
-            record |= self.lessons.checkpoint(self.step)
         if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.train.steps):
             with watch.phase("eval"):
                 record["eval_reward"] = await self.evaluate("rl")
@@ -253,11 +251,12 @@ class Loop:
     def save(self, engine_state: dict[str, Any]) -> None:
         """Checkpoint the boundary after self.step steps; a boundary already saved is left as it is."""
         self.progress.phase("checkpoint")
+        stalls: dict[str, float] = {}
 
         def fill(folder: Path) -> None:
             (folder / "trainer").mkdir()
-            if self.lessons is not None:
-                self.lessons.learner.save(folder / DRAFTER)
+            if self.lessons is not None:  # written while the trainer writes
+                stalls["drafter_stall_s"] = self.lessons.learner.save(folder / DRAFTER)
             self.trainer.save(folder / "trainer")
             if self.lessons is not None:
                 self.lessons.learner.saved()
@@ -266,7 +265,7 @@ class Loop:
             (folder / "loop.json").write_text(json.dumps(state, default=list))
 
         path = self.store.write(self.step, fill)
-        self.run.append_event("checkpoint", step=self.step, path=str(path))
+        self.run.append_event("checkpoint", step=self.step, path=str(path), **stalls)
 
     def restore(self, checkpoint: Path) -> None:
         """Take up the state a checkpoint holds."""

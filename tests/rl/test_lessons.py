@@ -39,7 +39,6 @@ class FakeLearner:
         self.counts: list[torch.Tensor] = []
         self.budgets: list[float] = []
         self.versions: list[int] = []
-        self.saves: list[Path] = []
         self.taught = threading.Event()
 
     def begin(self, counts: torch.Tensor) -> None:
@@ -62,8 +61,6 @@ class FakeLearner:
         return REPORT
 
     def save(self, folder: Path) -> float:
-        folder.mkdir(parents=True)
-        self.saves.append(folder)
         return 0.001
 
     def saved(self) -> None:
@@ -73,9 +70,9 @@ class FakeLearner:
         pass
 
 
-def lessons(learner: FakeLearner, tmp_path: Path, **options: float) -> Lessons:
-    config = DrafterConfig(budget=0.1, checkpoint_every=2)
-    return Lessons(learner, config, vocab_size=8, folder=tmp_path / "drafter")
+def lessons(learner: FakeLearner) -> Lessons:
+    config = DrafterConfig(budget=0.1)
+    return Lessons(learner, config, vocab_size=8)
 
 
 def group(*responses: list[int]) -> Group:
@@ -87,17 +84,17 @@ def group(*responses: list[int]) -> Group:
     return Group(prompt=prompt, rollouts=rollouts, rewards=[0.0] * len(rollouts), advantages=[0.0] * len(rollouts))
 
 
-def test_the_vocabulary_is_chosen_once_from_the_tokens_of_the_first_rollouts(tmp_path: Path) -> None:
+def test_the_vocabulary_is_chosen_once_from_the_tokens_of_the_first_rollouts() -> None:
     learner = FakeLearner(0.01)
-    taught = lessons(learner, tmp_path)
+    taught = lessons(learner)
     taught.take([group([1, 1, 7], [7]), group([2])], version=0)
     taught.take([group([3])], version=0)
     assert [counts.tolist() for counts in learner.counts] == [[0, 2, 1, 0, 0, 0, 0, 2]]
 
 
-def test_learning_is_paid_for_by_the_steps_before(tmp_path: Path) -> None:
+def test_learning_is_paid_for_by_the_steps_before() -> None:
     learner = FakeLearner(0.01)
-    taught = lessons(learner, tmp_path)
+    taught = lessons(learner)
     for version in range(3):
         taught.take([group([1])], version=version)
         taught.earn(2.0)
@@ -107,13 +104,13 @@ def test_learning_is_paid_for_by_the_steps_before(tmp_path: Path) -> None:
     assert later == pytest.approx([0.2, 0.4], abs=0.01), "a tenth of each step's time, and what was not used"
 
 
-def test_unused_time_is_not_saved_up_forever_but_one_long_step_is_paid_for_at_last(tmp_path: Path) -> None:
-    idle = lessons(FakeLearner(0.01), tmp_path)
+def test_unused_time_is_not_saved_up_forever_but_one_long_step_is_paid_for_at_last() -> None:
+    idle = lessons(FakeLearner(0.01))
     for _ in range(100):
         idle.earn(1.0)
     assert idle._allowance_s == pytest.approx(MAX_SAVED * 0.1)
     slow = FakeLearner(3.0)
-    taught = lessons(slow, tmp_path)
+    taught = lessons(slow)
     taught.earn(1.0)
     taught.take([group([1])], version=0)
     for _ in range(100):
@@ -121,9 +118,9 @@ def test_unused_time_is_not_saved_up_forever_but_one_long_step_is_paid_for_at_la
     assert taught._allowance_s == pytest.approx(MAX_SAVED * 0.1 + 3.0)
 
 
-def test_it_learns_while_rewards_are_awaited_and_stops_when_they_are_there(tmp_path: Path) -> None:
+def test_it_learns_while_rewards_are_awaited_and_stops_when_they_are_there() -> None:
     learner = FakeLearner(0.01)
-    taught = lessons(learner, tmp_path)
+    taught = lessons(learner)
 
     async def run() -> None:
         reward: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -141,9 +138,9 @@ def test_it_learns_while_rewards_are_awaited_and_stops_when_they_are_there(tmp_p
     assert learner.budgets[-1] == inf
 
 
-def test_steps_too_long_to_be_called_away_from_never_run_while_rewards_are_awaited(tmp_path: Path) -> None:
+def test_steps_too_long_to_be_called_away_from_never_run_while_rewards_are_awaited() -> None:
     learner = FakeLearner(2 * PREEMPT_S)
-    taught = lessons(learner, tmp_path)
+    taught = lessons(learner)
 
     async def run() -> None:
         reward: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -154,14 +151,6 @@ def test_steps_too_long_to_be_called_away_from_never_run_while_rewards_are_await
 
     asyncio.run(asyncio.wait_for(run(), 30))
     assert inf not in learner.budgets
-
-
-def test_its_own_checkpoints_are_due_every_so_many_steps_and_few_are_kept(tmp_path: Path) -> None:
-    learner = FakeLearner(0.01)
-    taught = lessons(learner, tmp_path)
-    stalls = [taught.checkpoint(step) for step in range(1, 9)]
-    assert [bool(stall) for stall in stalls] == [False, True] * 4
-    assert sorted(path.name for path in (tmp_path / "drafter").iterdir()) == ["step_6", "step_8"]
 
 
 def test_a_record_holds_what_was_measured_and_why_the_drafter_is_off() -> None:
