@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,10 @@ class RayEngine:
     def activity(self) -> list[Activity]:
         """What every worker last said it does; half a second old at most, while it answers."""
         return self.fleet.activity()
+
+    def figures(self) -> dict[str, Any]:
+        """What became of workers' time between the end of their own rollouts and the end of all."""
+        return {"idle": asdict(self.fleet.report)}
 
     def update(self, version: int) -> None:
         """Every worker's engine forgets what it computed with the old weights."""

@@ -11,9 +11,10 @@ step number is the whole data position and random state, and a step that is lost
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from rl.advantage import group_advantages
 from rl.batch import pack
 from rl.checkpoint import CheckpointStore, step_of
 from rl.data import DataSet
+from rl.drift import LEVELS, DriftAlarm
 from rl.lessons import Lessons
 from rl.metrics import Progress, Stopwatch, rollout_record, sample_rows, step_record
+from rl.recorder import Recorder
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
 from rl.types import Group, StepStats, Trainer
@@ -56,6 +59,11 @@ class Loop:
     lessons: Lessons | None = None  # of a drafter that learns
     step: int = 0
     prepared: bool = False  # the warm start, if any, is in the weights
+    recorder: Recorder = field(init=False)
+    drift: DriftAlarm = field(default_factory=DriftAlarm)
+
+    def __post_init__(self) -> None:
+        self.recorder = Recorder(self.run, self.engine)
 
     async def train(self) -> None:
         """Run from self.step to the last step. Raises PreemptedError, state saved, when asked to stop."""
@@ -72,6 +80,7 @@ class Loop:
             engine_state = self.engine.state_dict()
             if self.step % self.config.checkpoint.every == 0 or self.step == total:
                 self.save(engine_state)
+            self.recorder.end()
 
     async def prepare(self) -> None:
         """Before the first step: measure the model as it came, then warm it up if asked to."""
@@ -80,7 +89,8 @@ class Loop:
         if warmstart.steps == 0:
             return
         self.progress.phase("warmstart")
-        warm_start(self.trainer, self.data, self.tokenizer, warmstart, report=self.report_warmstart)
+        with self.recorder.span("warmstart"):
+            warm_start(self.trainer, self.data, self.tokenizer, warmstart, report=self.report_warmstart)
         self.engine.update(0)
         await self.evaluate("warmstart")
         self.save(self.engine.state_dict())
@@ -94,9 +104,9 @@ class Loop:
 
     async def train_step(self) -> None:
         """One step of GRPO."""
-        config, watch = self.config, Stopwatch()
+        config, watch = self.config, self.recorder.begin(self.step + 1)
         prompts = self.data.prompts(self.step, config.rollout.prompts_per_step)
-        stream = self.until_stopped(self.engine.generate(prompts, self.sampling(self.step)))
+        stream = self.until_stopped(self.sample(prompts, self.sampling(self.step)))
         total = len(prompts) * config.rollout.group_size
         groups = await self.collect(prompts, stream, watch, total=total, lessons=self.lessons)
         drafter = self.teach(groups, watch)
@@ -106,11 +116,12 @@ class Loop:
         self.step += 1
         with watch.phase("sync"):
             self.engine.update(self.step)
-        record = step_record(self.step, config.train.steps, groups, stats, watch) | drafter
+        self.check_drift(stats)
+        record = step_record(self.step, config, groups, stats, watch) | drafter | self.engine.figures()
         if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.train.steps):
             with watch.phase("eval"):
                 record["eval_reward"] = await self.evaluate("rl")
-        record |= watch.record() | {"reward_failures": self.rewards.failures.total()}
+        record |= watch.record() | {"reward_failures": self.rewards.failures.total(), "time": time.time()}
         if self.lessons is not None:
             self.lessons.earn(record["seconds"])
         self.run.append_metrics("steps", record)
@@ -130,6 +141,23 @@ class Loop:
             self.run.append_event("drafter_off", step=self.step, reason=self.lessons.off)
             self.progress.message(f"the drafter learns no more: {self.lessons.off}; rollouts go on")
         return record
+
+    def check_drift(self, stats: StepStats) -> None:
+        """Say so where the policy that learns is another than the one that sampled."""
+        level = self.drift.crossed(stats.prob_diff_mean)
+        if level is None:
+            return
+        limit = LEVELS[level]
+        self.run.append_event("drift", step=self.step, level=level, prob_diff_mean=stats.prob_diff_mean, limit=limit)
+        self.progress.message(
+            f"{level}: training and rollout give sampled tokens probabilities that differ by"
+            f" {stats.prob_diff_mean:.4f} on average at step {self.step}, more than {limit}; docs/running.md says why"
+        )
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
+        """Rollouts of every prompt, under the recorder's eyes."""
+        total = len(prompts) * sampling.num_samples
+        return self.recorder.watched(self.engine.generate(prompts, sampling), sampling, total=total)
 
     async def until_stopped(self, rollouts: AsyncGenerator[Rollout]) -> AsyncGenerator[Rollout]:
         """The same rollouts, until someone asks the run to stop. Raises PreemptedError then."""
@@ -217,10 +245,11 @@ class Loop:
             raise DataError("no held-out problems to evaluate on; set eval.every=0 or give more data")
         greedy = replace(self.sampling(EVAL_STEP), num_samples=1, temperature=0.0)
         watch = Stopwatch()
-        rollouts = self.engine.generate(prompts, greedy)
+        rollouts = self.sample(prompts, greedy)
         if stage != "rl":  # after a step, a request to stop waits until its evaluation and record are complete
             rollouts = self.until_stopped(rollouts)
-        groups = await self.collect(prompts, rollouts, watch, total=len(prompts))
+        with self.recorder.span("eval"):
+            groups = await self.collect(prompts, rollouts, watch, total=len(prompts))
         self.engine.update(self.step)  # a resumed run will not find what this has cached
         record = rollout_record(groups, seconds=watch.seconds["rollout"])
         self.run.append_metrics("eval", {"step": self.step, "stage": stage} | record | watch.record())
@@ -264,7 +293,8 @@ class Loop:
             hit("checkpoint.file")
             (folder / "loop.json").write_text(json.dumps(state, default=list))
 
-        path = self.store.write(self.step, fill)
+        with self.recorder.span("checkpoint"):
+            path = self.store.write(self.step, fill)
         self.run.append_event("checkpoint", step=self.step, path=str(path), **stalls)
 
     def restore(self, checkpoint: Path) -> None:

@@ -1,15 +1,20 @@
 """What a step measured: one flat record a step, for the terminal, metrics/steps.jsonl and whoever plots it."""
 
 import statistics
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from math import ceil
 from time import perf_counter
 from typing import Any, Protocol
 
+import numpy as np
+
+from configs.schema import Config
 from rl.types import Group, StepStats
+from rollout.types import Rollout
 
 
 class Progress(Protocol):
@@ -31,13 +36,15 @@ class Progress(Protocol):
         """The run is over; leave the terminal as it was."""
 
 
+BINS = 32  # of a histogram, at most
 TAIL = 0.9  # of a step's rollouts; the tail is the time from there to the last
 
 
 class Stopwatch:
-    """Seconds spent in each named phase of one step, and in the tail of its rollouts."""
+    """Seconds spent in each named phase of one step, and in the tail of its rollouts. around: entered with each."""
 
-    def __init__(self) -> None:
+    def __init__(self, around: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext()) -> None:
+        self._around = around
         self.seconds: dict[str, float] = defaultdict(float)
         self.start = perf_counter()
         self._arrivals: list[float] = []
@@ -47,7 +54,8 @@ class Stopwatch:
         """Add the time of the block to the phase."""
         begin = perf_counter()
         try:
-            yield
+            with self._around(name):
+                yield
         finally:
             self.seconds[name] += perf_counter() - begin
 
@@ -101,13 +109,40 @@ def rollout_record(groups: Sequence[Group], *, seconds: float) -> dict[str, floa
 
 
 def step_record(
-    step: int, total_steps: int, groups: Sequence[Group], stats: StepStats, watch: Stopwatch
+    step: int, config: Config, groups: Sequence[Group], stats: StepStats, watch: Stopwatch
 ) -> dict[str, Any]:
     """The record of one finished training step; step counts from 1."""
-    record: dict[str, Any] = {"step": step, "total_steps": total_steps}
-    record |= rollout_record(groups, seconds=watch.seconds["rollout"])
+    record: dict[str, Any] = {"step": step, "total_steps": config.train.steps}
+    record |= rollout_record(groups, seconds=watch.seconds["rollout"]) | distributions(groups, config)
     record |= {name: value for name, value in asdict(stats).items() if name != "seconds"}
     return record | watch.record()
+
+
+def distributions(groups: Sequence[Group], config: Config) -> dict[str, dict[str, list[float]]]:
+    """Histograms of rewards and of response lengths, with edges that stay the same in all steps of a run.
+
+    Lengths are divided from 0 to rollout.max_new_tokens, rewards over what functions between 0 and 1 can sum up to;
+    what lies outside is counted in the outermost bin.
+    """
+    weights = config.reward.functions.values()
+    low = sum(weight for weight in weights if weight < 0)
+    high = sum(weight for weight in weights if weight > 0)
+    longest = config.rollout.max_new_tokens
+    rewards = [reward for group in groups for reward in group.rewards]
+    lengths = [len(rollout.token_ids) for group in groups for rollout in group.rollouts]
+    return {
+        "reward_hist": histogram(rewards, [low + (high - low) * place / BINS for place in range(BINS + 1)]),
+        "response_len_hist": histogram(lengths, sorted({round(longest * n / BINS) for n in range(BINS + 1)})),
+    }
+
+
+def histogram(values: Sequence[float], edges: Sequence[float]) -> dict[str, list[float]]:
+    """How many values lie from each edge to before the next; in the last bin the last edge too, and all beyond."""
+    last = len(edges) - 2
+    counts = [0] * (last + 1)
+    for value in values:
+        counts[min(max(bisect_right(edges, value) - 1, 0), last)] += 1
+    return {"edges": list(edges), "counts": list(counts)}
 
 
 def sample_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -125,7 +160,17 @@ def sample_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
             "finish": rollout.finish,
             "forwards": rollout.spec.forwards,
             "accepted": rollout.spec.accepted,
+            "token_ids": np.array(rollout.token_ids, dtype=np.int32),
+            "drafted": drafted(rollout),
         }
         for group in groups
         for rollout, reward, advantage in zip(group.rollouts, group.rewards, group.advantages, strict=True)
     ]
+
+
+def drafted(rollout: Rollout) -> np.ndarray:
+    """Of each token whether it was an accepted draft, [T] bool."""
+    flags = np.zeros(len(rollout.token_ids), dtype=bool)
+    for first, count in rollout.spec.drafted:
+        flags[first : first + count] = True
+    return flags

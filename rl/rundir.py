@@ -2,7 +2,7 @@
 
 RUN/config/{input,resolved}.yaml  env.json  plan.json  STATUS.json  EXIT.json
     logs/attempt_N/*.log  events.jsonl  quarantine.jsonl  metrics/*.jsonl  samples/step_N.parquet
-    checkpoints/
+    trace/step_N.json.gz  checkpoints/
 """
 
 import errno
@@ -128,7 +128,7 @@ class RunDir:
         _write(path, buffer.getvalue().to_pybytes())
 
     def truncate_after(self, step: int | None) -> None:
-        """Cut metrics and samples of later steps, and lines a crash tore, so that each step stands there once.
+        """Cut metrics, samples and traces of later steps, and lines a crash tore, so that each step stands there once.
 
         None: of all steps, and what came before the first; the run starts over.
         """
@@ -138,8 +138,8 @@ class RunDir:
             kept = [line for line in lines if _is_up_to(line, step, name=path.stem)]
             if kept != lines:
                 _write(path, "".join(kept).encode())
-        for path in (self.path / "samples").glob("step_*.parquet"):
-            if step is None or int(path.stem.removeprefix("step_")) > step:
+        for path in (*self.path.glob("samples/step_*.parquet"), *self.path.glob("trace/step_*.json.gz")):
+            if step is None or int(path.name.removeprefix("step_").partition(".")[0]) > step:
                 with storing(path):
                     path.unlink()
 

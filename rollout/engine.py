@@ -180,6 +180,10 @@ class NativeEngine:
             )
         ]
 
+    def figures(self) -> dict[str, Any]:
+        """Nothing: nobody waits for another here, and no weights move."""
+        return {}
+
     def surrender(self, count: int) -> list[Partial]:
         """Give up to count unfinished sequences away, those that may still become longest first, waiting ones before.
 

@@ -243,6 +243,10 @@ class VllmEngine:
         is_generating = bool(self._running)
         return [self._tally.activity(running=running, waiting=waiting, preempted=0, is_generating=is_generating)]
 
+    def figures(self) -> dict[str, Any]:
+        """Nothing, as NativeEngine's."""
+        return {}
+
     def publish(self, state: abc.Mapping[str, torch.Tensor], version: int) -> None:
         """Draft with these weights from now on: the tensors of an exported drafter's folder, under their names there.
 
