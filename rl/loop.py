@@ -115,9 +115,11 @@ class Loop:
             stats = self.trainer.step(pack(groups))
         self.step += 1
         with watch.phase("sync"):
-            self.engine.update(self.step)
+            moved = self.engine.update(self.step)
         self.check_drift(stats)
         record = step_record(self.step, config, groups, stats, watch) | drafter | self.engine.figures()
+        if moved:
+            record["weight_sync_bytes"] = moved
         if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.train.steps):
             with watch.phase("eval"):
                 record["eval_reward"] = await self.evaluate("rl")
@@ -137,7 +139,7 @@ class Loop:
         off = self.lessons.off
         with watch.phase("drafter"):
             record = self.lessons.take(groups, version=self.step)
-        if self.lessons.off != off:
+        if self.lessons.off and self.lessons.off != off:
             self.run.append_event("drafter_off", step=self.step, reason=self.lessons.off)
             self.progress.message(f"the drafter learns no more: {self.lessons.off}; rollouts go on")
         return record
@@ -289,7 +291,8 @@ class Loop:
             self.trainer.save(folder / "trainer")
             if self.lessons is not None:
                 self.lessons.learner.saved()
-            state = {"step": self.step, "engines": self.engines, "engine": engine_state}
+            lessons = {} if self.lessons is None else self.lessons.state_dict()
+            state = {"step": self.step, "engines": self.engines, "engine": engine_state, "lessons": lessons}
             hit("checkpoint.file")
             (folder / "loop.json").write_text(json.dumps(state, default=list))
 
@@ -309,6 +312,7 @@ class Loop:
         self.engine.load_state_dict(state["engine"])
         if self.lessons is not None and (checkpoint / DRAFTER).exists():  # the run may have begun without one
             self.lessons.learner.load(checkpoint / DRAFTER)
+            self.lessons.load_state_dict(state["lessons"])
         self.step, self.prepared = state["step"], True
         self.engine.update(self.step)
         self.run.append_event("resume", step=self.step, path=str(checkpoint))
