@@ -1,7 +1,8 @@
 """The drafter's checkpoints: its own tensors alone, written by a thread while training goes on.
 
-FOLDER/drafter.json           the record: shape of the head, version served, steps trained
+FOLDER/drafter.json           the record: shape of the head, version served, steps trained, failures, why it is off
        served.safetensors     the head as it is served, under its export names; absent before the first is published
+       last_good.safetensors  the head served before it, which is served again should this one turn out worse
        training.safetensors   the trained copy and its optimiser's moments
        MANIFEST.json          sizes and hashes
 The policy's tensors, its embedding among them, are never in it.

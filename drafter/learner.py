@@ -29,7 +29,7 @@ MAX_JUDGING = 0.5  # of the time spent training, at most, is spent judging
 MIN_JUDGED = 64  # held-out positions of all workers: by fewer nothing is published, and the next step may judge
 PATIENCE = 8  # steps without a held-out prompt before that is said
 
-TRAINING, SERVED = "training", "served"  # files of a checkpoint
+TRAINING, SERVED, LAST_GOOD = "training", "served", "last_good"  # files of a checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,6 @@ class Learner:
     ) -> None:
         """head: float32, on the policy's device; with config.init it is served as it is, else its vocabulary is still
         to be chosen. embedding, lm_head [V, H]: the policy's, as they are at any time. dtype: of the weights served."""
-        self.off = "" if config.train else "drafter.train=false"
         self.ready = bool(config.init)
         self._config = config
         self._buffer = buffer
@@ -98,11 +97,17 @@ class Learner:
         self._step_s = 0.0
         self._trained_s = 0.0
         self._judged_s = 0.0
-        self._failures = 0
+        self._failures = 0  # in a row
+        self._given_up = ""  # why
         self._num_without = 0  # steps in a row without held-out features
         if self.ready:
             self._publisher.restore(head.state_dict(), 1)
             self._agree()
+
+    @property
+    def off(self) -> str:
+        """Why it learns no more, "" while it does."""
+        return self._given_up or ("" if self._config.train else "drafter.train=false")
 
     def begin(self, counts: torch.Tensor) -> None:
         """Choose the tokens it can propose, by how often each was sampled: counts [V]. Once, before it learns."""
@@ -228,11 +233,19 @@ class Learner:
         files: dict[str, dict[str, torch.Tensor]] = {TRAINING: self._trainer.state_dict()}
         if self._publisher.version:
             files[SERVED] = self._publisher.served
+        if self._publisher.last_good:
+            files[LAST_GOOD] = self._publisher.last_good
         record: dict[str, Any] = {
             "head": asdict(self._trainer.head.config),
             "version": self._publisher.version,
             "steps": self._trainer.steps,
             "ready": self.ready,
+            "off": self._given_up,
+            "failures": self._failures,
+            "unjudged": self._unjudged,
+            "num_without": self._num_without,
+            "trained_s": self._trained_s,
+            "judged_s": self._judged_s,
         }
         return self._writer.begin(folder, files, record)
 
@@ -247,9 +260,11 @@ class Learner:
         if (saved := as_config(record["head"])) != head.config:
             raise ConfigError(f"{folder} holds a drafter of another shape ({saved}); resume with the options it had")
         self._trainer.load_state_dict(files[TRAINING])
-        self.ready, self._unjudged = record["ready"], False
+        self.ready, self._unjudged, self._num_without = record["ready"], record["unjudged"], record["num_without"]
+        self._given_up, self._failures = record["off"], record["failures"]
+        self._trained_s, self._judged_s = record["trained_s"], record["judged_s"]
         if record["version"]:
-            self._publisher.restore(files[SERVED], record["version"])
+            self._publisher.restore(files[SERVED], record["version"], last_good=files.get(LAST_GOOD))
         self._agree()
 
     def _follow(self, verdict: Outcome) -> Outcome:
@@ -305,7 +320,7 @@ class Learner:
         if self._failures < MAX_FAILURES:
             log.warning("the drafter starts again from its last good weights: %s", reason)
         else:
-            self.off = f"{self._failures} failures in a row, the last: {reason}"
+            self._given_up = f"{self._failures} failures in a row, the last: {reason}"
             log.warning("the drafter learns no more: %s", self.off)
 
 

@@ -134,16 +134,25 @@ class Publisher:
             case "kept":
                 pass
 
-    def restore(self, state: Mapping[str, torch.Tensor], version: int) -> None:
-        """Serve what a checkpoint holds."""
+    def restore(
+        self, state: Mapping[str, torch.Tensor], version: int, *, last_good: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Serve what a checkpoint holds, or another worker serves. last_good: the head to go back to, if there is."""
         self._served.load_state_dict(state)
-        self._has_last_good = False
+        if last_good is not None:
+            self._last_good.load_state_dict(last_good)
+        self._has_last_good = last_good is not None
         self._serve(self._served, version)
 
     @property
     def served(self) -> dict[str, torch.Tensor]:
         """The weights served, not copied; none before the first."""
         return self._served.state_dict() if self.version else {}
+
+    @property
+    def last_good(self) -> dict[str, torch.Tensor]:
+        """The weights to go back to, not copied; none where no head was served before this one."""
+        return self._last_good.state_dict() if self._has_last_good else {}
 
     def _serve(self, head: EagleHead, version: int) -> None:
         """Only once it is served do the heads change places: what fails leaves all as it was."""

@@ -6,7 +6,7 @@ output weights that made them.
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf, isnan
 from time import perf_counter
 from typing import Any
@@ -68,6 +68,14 @@ class Lessons:
         earned = self._config.budget * seconds
         limit = MAX_SAVED * earned + (0.0 if self._step_s == inf else self._step_s)
         self._allowance_s = min(self._allowance_s + earned, limit)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from beside the learner's own state; JSON-able."""
+        return {"off": self.off, "allowance_s": self._allowance_s}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state."""
+        self.off, self._allowance_s = state["off"], state["allowance_s"]
 
 
 def token_counts(groups: Sequence[Group], vocab_size: int) -> torch.Tensor:

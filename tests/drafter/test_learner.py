@@ -333,6 +333,63 @@ def test_a_resumed_drafter_is_the_saved_one_bit_for_bit(tmp_path: Path) -> None:
         small.load(tmp_path / "drafter")
 
 
+def test_a_resumed_drafter_goes_back_to_the_last_good_head_as_the_saved_one_would(tmp_path: Path) -> None:
+    toy, other = Toy(), Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(40))
+    learner.settle(0)
+    good = checksum(toy.served.state)
+    bad = EagleHead(SHAPE, seed=3).state_dict()
+    learner._publisher.propose(bad)
+    learner._publisher.follow("published")  # judged on features that did not tell
+    learner._unjudged = True
+    learner.save(tmp_path / "drafter")
+    learner.saved()
+    resumed = other.learner(head=EagleHead(SHAPE, seed=9))
+    resumed.load(tmp_path / "drafter")
+    assert checksum(other.served.state) == checksum(bad)
+    with torch.no_grad():
+        for each in (learner, resumed):
+            each._trainer.head.load_state_dict(bad)
+    saved, again = learner.settle(0), resumed.settle(0)
+    assert saved.outcome == again.outcome == "rolled back" and again.version == saved.version == 3
+    assert checksum(other.served.state) == checksum(toy.served.state) == good
+
+
+@pytest.mark.parametrize("failures", [MAX_FAILURES - 1, MAX_FAILURES])
+def test_a_resumed_drafter_remembers_its_failures_and_why_it_is_off(tmp_path: Path, failures: int) -> None:
+    toy, other = Toy(), Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(20))
+    learner.settle(0)
+    toy.embedding[:] = torch.nan
+    for _ in range(failures):
+        learner.learn(budget_s=60, until=steps(2))
+    learner.save(tmp_path / "drafter")
+    learner.saved()
+    resumed = other.learner(head=EagleHead(SHAPE, seed=9))
+    resumed.load(tmp_path / "drafter")
+    assert resumed.off == learner.off and bool(resumed.off) == (failures == MAX_FAILURES)
+    assert same(other.served.state, toy.served.state), "what was served drafts on"
+    other.embedding[:] = torch.nan
+    resumed.learn(budget_s=60, until=steps(2))
+    assert "not finite" in resumed.off, "the next failure in a row is the last"
+    assert resumed.settle(0).off == resumed.off
+
+
+def test_what_is_turned_off_by_the_options_learns_again_when_they_say_so(tmp_path: Path) -> None:
+    toy, other = Toy(), Toy()
+    learner = toy.learner(replace(CONFIG, init="somewhere", train=False))
+    assert learner.off == "drafter.train=false"
+    learner.save(tmp_path / "drafter")
+    learner.saved()
+    resumed = other.learner()
+    resumed.load(tmp_path / "drafter")
+    assert not resumed.off and resumed.learn(budget_s=60, until=steps(2)).num_steps == 2
+
+
 def test_a_given_drafter_is_served_at_once_and_may_be_left_untrained() -> None:
     toy = Toy()
     head = EagleHead(SHAPE, seed=4)

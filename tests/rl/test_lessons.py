@@ -1,6 +1,7 @@
 """When the drafter learns: never for longer than it may, and never so that others wait."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable
 from math import inf, nan
@@ -151,6 +152,17 @@ def test_steps_too_long_to_be_called_away_from_never_run_while_rewards_are_await
 
     asyncio.run(asyncio.wait_for(run(), 30))
     assert inf not in learner.budgets
+
+
+def test_a_resumed_run_goes_on_with_what_was_saved_up_and_does_not_tell_again_why_it_is_off() -> None:
+    learner = FakeLearner(0.01)
+    before, after = lessons(learner), lessons(learner)
+    before.earn(2.0)
+    before.off = "3 failures in a row"
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert after.off == before.off
+    after.take([group([1])], version=0)
+    assert learner.budgets == [pytest.approx(0.2)]
 
 
 def test_a_record_holds_what_was_measured_and_why_the_drafter_is_off() -> None:

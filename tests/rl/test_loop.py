@@ -46,10 +46,31 @@ class Quiet:
 
 
 class Lessons:
-    """Counts how often there was time to learn."""
+    """Counts how often there was time to learn. It is its own learner."""
 
     off = ""
     awaited = 0
+    loaded: object = None
+
+    @property
+    def learner(self) -> "Lessons":
+        return self
+
+    def save(self, folder: Path) -> float:
+        folder.mkdir()
+        return 0.001
+
+    def saved(self) -> None:
+        pass
+
+    def load(self, folder: Path) -> None:
+        assert folder.is_dir()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"off": "3 failures"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state
 
     async def while_awaited(self, scores: Sequence[asyncio.Future[Any]]) -> None:
         self.awaited += 1
@@ -90,3 +111,13 @@ def test_the_drafter_learns_while_rewards_are_awaited_and_never_in_an_evaluation
     assert lessons.awaited == 1
     engine: Any = loop.engine
     assert engine.temperatures == [0.0, 0.0, 1.0]
+
+
+def test_a_resumed_loop_hands_its_lessons_what_they_saved(loop: Loop) -> None:
+    lessons: Any = loop.lessons
+    with loop.run:
+        loop.save({})
+        saved = loop.store.latest()
+        assert saved is not None
+        loop.restore(saved)
+    assert lessons.loaded == lessons.state_dict()
