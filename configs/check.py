@@ -18,6 +18,9 @@ class Problem:
 
 _AT_LEAST: dict[str, float] = {
     "run.seed": 0,
+    "run.max_recoveries": 0,
+    "run.silence_s": 1,
+    "run.collective_s": 1,
     "compute.workers": 1,
     "data.size": 1,
     "data.max_prompt_tokens": 1,

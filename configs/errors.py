@@ -37,6 +37,12 @@ class StorageError(PacelineError):
     exit_code = 6
 
 
+class RecoveryError(PacelineError):
+    """Workers were lost more often than the run may start them again."""
+
+    exit_code = 7
+
+
 class DataError(PacelineError):
     """The reward or data policy was broken: bad rows, an empty data set, a reward that fails."""
 

@@ -11,6 +11,9 @@ class RunConfig:
     name: str = "run"
     dir: str = ""  # "" means runs/NAME-TIME
     seed: int = 0
+    max_recoveries: int = 3  # times that lost workers are started again from the newest checkpoint, then exit code 7
+    silence_s: float = 300.0  # without a sign of life a worker counts as lost; writing tens of GB shows none meanwhile
+    collective_s: float = 1800.0  # that ranks wait for one another: for the slowest one's share of a step
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from configs import faults
 from configs.errors import PreflightError, ResourceError
 from configs.schema import Config
 from drafter.learner import DrafterReport, Learner, LearnStats
@@ -25,18 +26,22 @@ from drafter.publish import Judgement
 from launch.adapters import RayEngine, RayLearner, RayMember, RayTrainer, gather
 from launch.fleet import Fleet
 from launch.idle import Decide, decide
+from launch.noted import noting
 from launch.pace import Key
+from launch.pulse import GROUP, Life, Pulse, life
 from rl.types import Batch, StepStats, Trainer
 from rollout.engine import NativeEngine
 from rollout.types import Activity, Engine, Partial, Prompt, Rollout, Sampling
 
 PLACEMENT_TIMEOUT_S = 120.0
+SILENCE_S = 60.0  # of workers that write no checkpoint
 BUILD_S = 3600.0  # for a worker's process to start, and for the largest policy to come from slow storage
 
 # What a worker is made of. Without a trainer it only samples; without a learner there is no drafter to train.
 Parts = tuple[Engine, Trainer | None, Learner | None]
 
 
+@noting
 class Worker:
     """Actor body: one rank. Methods mirror those of engine, trainer and learner; generate streams.
 
@@ -44,10 +49,17 @@ class Worker:
     a generate: whoever gives the worker something to sample calls it away first.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, planned: str = "", recovery: int = 0) -> None:
+        """planned: faults, as PACELINE_FAULT has them at the driver; recovery: how many came before this worker."""
+        faults.arm(planned, process=str(rank), recovery=recovery)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
         self.generating = asyncio.Lock()
         self.away_from = 0  # the last turn of learning that is over
+
+    @ray.method(concurrency_group=GROUP)
+    def alive(self) -> Life:
+        """Who this is; answered by a thread of its own, whatever the other is at."""
+        return life()
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port: where the ranks of rank 0's group meet."""
@@ -58,6 +70,7 @@ class Worker:
     def build(self, make: Callable[[], Parts], meet: tuple[str, int]) -> bool:
         """Load the policy and join the other ranks; whether there is a drafter to train."""
         os.environ |= {"MASTER_ADDR": meet[0], "MASTER_PORT": str(meet[1])}
+        faults.hit("worker.build")
         engine, trainer, learner = make()
         assert isinstance(engine, NativeEngine)  # configs.check lets no other engine run under Ray
         self.engine = engine
@@ -167,24 +180,37 @@ class Worker:
 
 @contextmanager
 def start_workers(
-    config: Config, path: Path, *, device: str, dtype: str
+    config: Config, path: Path, *, device: str, dtype: str, recovery: int = 0
 ) -> Iterator[tuple[RayEngine, RayTrainer, RayLearner | None]]:
-    """A run's engine, its trainer and, if it has one, its learner: one actor a worker, until the end of the block."""
+    """A run's engine, its trainer and, if it has one, its learner: one actor a worker, until the end of the block.
+
+    recovery: how many times they have been started again. All are ranks of the trainer, so all end with one.
+    """
     from launch.cluster import build_worker
 
     make = partial(build_worker, config, path, device=device, dtype=dtype)
     count, slots = config.compute.workers, config.rollout.max_running
-    with start_actors(make, count=count, device=device, slots=slots) as parts:
+    silence_s = config.run.silence_s
+    with start_actors(make, count=count, device=device, slots=slots, silence_s=silence_s, recovery=recovery) as parts:
+        parts[0].fleet.needs_all = True
         yield parts
 
 
 @contextmanager
 def start_actors(
-    make: Callable[[], Parts], *, count: int, device: str, slots: int, decide: Decide = decide
+    make: Callable[[], Parts],
+    *,
+    count: int,
+    device: str,
+    slots: int,
+    decide: Decide = decide,
+    silence_s: float = SILENCE_S,
+    recovery: int = 0,
 ) -> Iterator[tuple[RayEngine, RayTrainer, RayLearner | None]]:
     """Start one actor a worker, on the cluster RAY_ADDRESS names or on a local one, and stop them at the end.
 
     make: called in each worker, after the variables by which ranks find one another are set. slots, decide: as Fleet's.
+    silence_s: as Pulse's. recovery: as Worker's.
     """
     address = os.environ.get("RAY_ADDRESS")
     try:
@@ -194,6 +220,8 @@ def start_actors(
             f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it, or unset it"
         ) from error
     bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
+    pulse: Pulse | None = None
+    planned = os.environ.get(faults.VARIABLE, "")
     group = placement_group([bundle] * count, strategy="PACK")
     try:
         if not group.wait(PLACEMENT_TIMEOUT_S):
@@ -201,15 +229,16 @@ def start_actors(
                 f"compute.workers={count} need {bundle} each; the cluster has {ray.available_resources()} free; "
                 "lower compute.workers or add nodes"
             )
-        actor = ray.remote(Worker)
+        actor = ray.remote(concurrency_groups={GROUP: 1})(Worker)
         workers = [
             actor.options(
                 num_cpus=1,
                 num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-            ).remote(rank, count)
+            ).remote(rank, count, planned, recovery)
             for rank in range(count)
         ]
+        pulse = Pulse(workers, silence_s=silence_s)
         (meet,) = gather({0: workers[0].address.remote()}, "address", limit_s=BUILD_S)
         refs = {rank: worker.build.remote(make, meet) for rank, worker in enumerate(workers)}
         learns = all(gather(refs, "build", limit_s=BUILD_S))
@@ -217,5 +246,7 @@ def start_actors(
         learner = RayLearner(workers, fleet) if learns else None
         yield RayEngine(workers, fleet), RayTrainer(workers, fleet), learner
     finally:
+        if pulse is not None:
+            pulse.stop()
         remove_placement_group(group)
         ray.shutdown()

@@ -17,12 +17,15 @@ import torch
 from drafter.learner import DrafterReport, LearnStats
 from drafter.publish import pooled
 from launch.fleet import Fleet, WorkerLostError, silent
+from launch.noted import earliest, note, one_line, waiting_for
 from launch.pace import Key
+from launch.pulse import silence, who
 from launch.shift import DISMISS_S, sample
 from rl.types import Batch, StepStats
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling
 
 POLL_S = 0.02  # how soon learning ends after it was told to
+GRACE_S = 5.0  # after a worker's error, for others to end too: the first heard is not always the first cause
 
 # Limits, in seconds, of calls whose worker shows no life meanwhile; past them it counts as lost. What launch.shift asks
 # of a worker has limits there, and a generate none: its worker is asked how far it is.
@@ -104,7 +107,7 @@ class RayEngine:
 
     def figures(self) -> dict[str, Any]:
         """What became of workers' time between the end of their own rollouts and the end of all."""
-        return {"idle": asdict(self.fleet.report)}
+        return self.fleet.report.figures()
 
     def update(self, version: int) -> None:
         """Every worker's engine forgets what it computed with the old weights."""
@@ -252,15 +255,53 @@ def on_all(workers: Sequence[Any], fleet: Fleet, method: str, *args: Any, limit_
 
 
 def gather(refs: Mapping[int, Any], method: str, *, limit_s: float) -> list[Any]:
-    """Results of a method by worker. Raises the first error at once, and WorkerLostError where one takes too long."""
+    """Results of a method by worker. Raises the first cause soon after an error, and WorkerLostError where one takes
+    too long."""
     deadline_s = time.monotonic() + limit_s
     waiting = list(refs.values())
     while waiting:
         done, waiting = ray.wait(waiting, timeout=max(0.0, deadline_s - time.monotonic()))
         if not done:
             raise silent([number for number, ref in refs.items() if ref in waiting], method, limit_s)
-        get(done)
+        try:
+            get(done)
+        except Exception as error:
+            raise first_of(refs, waiting) from error
     return [get(ref) for ref in refs.values()]
+
+
+def first_of(refs: Mapping[int, Any], waiting: Sequence[Any]) -> BaseException:
+    """The first cause among the errors of workers, one of which has ended with one."""
+    if waiting:
+        ray.wait(list(waiting), num_returns=len(waiting), timeout=GRACE_S)
+    errors: dict[int, BaseException] = {}
+    for number, ref in refs.items():
+        if ray.wait([ref], timeout=0)[0]:
+            try:
+                get(ref)
+            except Exception as error:
+                errors[number] = error
+    absent = [number for number, ref in refs.items() if number not in errors and not ray.wait([ref], timeout=0)[0]]
+    if all(is_collective(error) for error in errors.values()):
+        return lost_touch(errors, absent)
+    return earliest(errors, lambda error: isinstance(error, WorkerLostError))
+
+
+def is_collective(error: BaseException) -> bool:
+    """Whether a rank says no more than that another one did not take part."""
+    # gloo raises plain RuntimeErrors, which name its source files
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def lost_touch(errors: Mapping[int, BaseException], absent: Sequence[int]) -> WorkerLostError:
+    """What is said where ranks waited in vain for those that are absent, or for one another."""
+    first = earliest(errors, lambda error: False)
+    whom = ", ".join(f"worker {number}" for number in absent) or "one another"
+    waited = ", ".join(f"worker {number}" for number in errors)
+    gone = WorkerLostError(f"{waited} waited in vain for {whom} ({one_line(first)}); resume the run")
+    gone.__cause__ = first
+    waiting_for(gone, whom)
+    return gone
 
 
 def on_alive(workers: Sequence[Any], fleet: Fleet, method: str, *args: Any, limit_s: float) -> dict[int, Any]:
@@ -294,12 +335,24 @@ def get(refs: Any) -> Any:
         raise first_cause(error) from error
 
 
+def lost(error: Any) -> WorkerLostError:
+    """What is said of an actor that is gone."""
+    name, life = who(error.actor_id)
+    said = str(error).strip().splitlines()[-1].partition(" Worker exit type")[0].rstrip(".")
+    reason = silence(error.actor_id) or f"died ({said}); it may have run out of memory"
+    gone = WorkerLostError(f"{name} (process {life.pid} on {life.host}) {reason}; resume the run")
+    note(gone, process=name, host=life.host, pid=life.pid)
+    waiting_for(gone, name)
+    return gone
+
+
 def first_cause(error: Exception) -> Exception:
     """What went wrong in a worker, as itself instead of wrapped in Ray's error."""
     match error:
         case ray.exceptions.RayTaskError():
             return error.cause
         case ray.exceptions.RayActorError():
-            reason = str(error).strip().splitlines()[0]
-            return WorkerLostError(f"a worker died ({reason}); it may have run out of memory; resume the run")
+            return lost(error)
+        case ray.exceptions.WorkerCrashedError() | ray.exceptions.ObjectLostError() | ray.exceptions.NodeDiedError():
+            return WorkerLostError(f"a worker or its node died ({one_line(error)}); resume the run")
     return error

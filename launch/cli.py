@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
+from configs import faults
 from configs.errors import ConfigError
 from launch import bench, drafter
 from launch.exits import TERMINATED, recorded, run_command
@@ -145,12 +146,14 @@ def status(run: Run) -> None:
 
 def _resume(path: Path, recipe: str | None, overrides: list[str]) -> None:
     from configs.load import load
-    from rl.rundir import RunDir, require_run
+    from launch.crash import post_mortem
+    from rl.rundir import RunDir, read_status
 
-    require_run(path)
+    before = read_status(path)
     config = load(Path(recipe) if recipe else path / "config" / "resolved.yaml", overrides)
     plan = _plan(config)
     with RunDir.open(path) as run:
+        post_mortem(run, before)
         _train(config, plan, run, resumed=True)
 
 
@@ -158,13 +161,15 @@ def _train(config: "Config", plan: "Plan", run: "RunDir", *, resumed: bool) -> N
     """Train in a run directory; logs, display and exit record around it."""
     from dataclasses import asdict
 
+    from launch.crash import Phases
     from launch.logs import log_run
     from launch.monitor.terminal import make_progress
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    with recorded(run):
+    progress = make_progress(config.train.steps)
+    phases = Phases(progress)
+    with recorded(run, phases):
         run.write_plan(asdict(plan))
-        progress = make_progress(config.train.steps)
         try:
             log_run(run.logs / "run.log", show=progress.message)
             progress.message(f"run directory {run.path}")
@@ -173,7 +178,7 @@ def _train(config: "Config", plan: "Plan", run: "RunDir", *, resumed: bool) -> N
 
             from launch.cluster import train_run
 
-            train_run(config, run, resume=resumed, progress=progress)
+            train_run(config, run, resume=resumed, progress=phases)
         finally:
             progress.close()
     print(f"done; `paceline export {run.path} --policy OUT` writes the policy")
@@ -191,6 +196,7 @@ def _plan(config: "Config") -> "Plan":
 
 def _prepare() -> None:
     """What comes before the first heavy import."""
+    faults.arm()
     from launch.logs import check_kernels, quiet_libraries
 
     check_kernels()

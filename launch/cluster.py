@@ -12,15 +12,16 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from configs.errors import ConfigError, PreflightError
+from configs.errors import ConfigError, PreemptedError, PreflightError
 from configs.schema import Config
 from drafter.learner import Learner as WorkerLearner
+from launch.crash import Phases
 from launch.drafting import make_drafting
+from launch.recovery import with_recoveries
 from rl.checkpoint import CheckpointStore
 from rl.data import DataSet, load_data
 from rl.lessons import Lessons
 from rl.loop import Loop
-from rl.metrics import Progress
 from rl.reward import check_rewards
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
@@ -34,8 +35,11 @@ from rollout.strategy import make_chooser
 from rollout.types import Engine
 
 
-def train_run(config: Config, run: RunDir, *, resume: bool, progress: Progress) -> None:
-    """Train to the last step, in a new run directory or from the newest intact checkpoint of an old one."""
+def train_run(config: Config, run: RunDir, *, resume: bool, progress: Phases) -> None:
+    """Train to the last step, in a new run directory or from the newest intact checkpoint of an old one.
+
+    Goes on by itself where workers are lost. Raises RecoveryError once they are lost too often.
+    """
     device, dtype = resolve_compute(config.compute)
     path = resolve(config.model).absolute()  # workers start elsewhere
     tokenizer = load_tokenizer(path)
@@ -52,47 +56,56 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Progress) 
     check_counts(config, data)
     store = CheckpointStore(run.path / "checkpoints", keep=config.checkpoint.keep)
     store.clean()
-    checkpoint = store.latest() if resume else None
-    if resume and checkpoint is None:
-        progress.message("no intact checkpoint yet: starting from step 0")
-    engine: Engine
-    trainer: Trainer
-    learner: Learner | None = None
-    with ExitStack() as stack:
-        if config.compute.backend == "ray":
-            protect_local_ray()
-            from launch.actors import start_workers  # Ray takes a second to import; one process does not need it
+    stop = threading.Event()
 
-            engine, trainer, learner = stack.enter_context(start_workers(config, path, device=device, dtype=dtype))
-        else:
-            engine, trainer, learner = build_worker(config, path, device=device, dtype=dtype)
-        asyncio.run(
-            run_loop(
-                config,
-                run,
-                checkpoint,
-                data=data,
-                engine=engine,
-                trainer=trainer,
-                lessons=make_lessons(config, learner, path),
-                tokenizer=tokenizer,
-                stop_token_ids=stop_token_ids(path, tokenizer),
-                store=store,
-                progress=progress,
+    def attempt(recovery: int) -> None:
+        if stop.is_set():
+            raise PreemptedError("asked to stop, and a worker was lost before the state was saved")
+        checkpoint = store.latest() if resume or recovery else None
+        if checkpoint is None and (resume or recovery):
+            progress.message("no intact checkpoint yet: starting from step 0")
+        engine: Engine
+        trainer: Trainer
+        learner: Learner | None = None
+        with ExitStack() as stack:
+            if config.compute.backend == "ray":
+                protect_local_ray()
+                from launch.actors import start_workers  # Ray takes a second to import; one process does not need it
+
+                workers = start_workers(config, path, device=device, dtype=dtype, recovery=recovery)
+                engine, trainer, learner = stack.enter_context(workers)
+            else:
+                engine, trainer, learner = build_worker(config, path, device=device, dtype=dtype)
+            asyncio.run(
+                run_loop(
+                    config,
+                    run,
+                    checkpoint,
+                    data=data,
+                    engine=engine,
+                    trainer=trainer,
+                    lessons=make_lessons(config, learner, path),
+                    tokenizer=tokenizer,
+                    stop_token_ids=stop_token_ids(path, tokenizer),
+                    store=store,
+                    progress=progress,
+                    stop_requested=stop,
+                )
             )
-        )
+
+    with_recoveries(attempt, run=run, budget=config.run.max_recoveries, phases=progress)
 
 
 async def run_loop(config: Config, run: RunDir, checkpoint: Path | None, **parts: Any) -> None:
     """Start the reward workers, take up the checkpoint, train; SIGTERM asks the loop to stop."""
     async with RewardPool(config.reward) as rewards:
-        stop = threading.Event()
-        loop = Loop(config=config, run=run, rewards=rewards, stop_requested=stop, **parts)
+        loop = Loop(config=config, run=run, rewards=rewards, **parts)
         if checkpoint is not None:
             loop.restore(checkpoint)
         run.truncate_after(None if checkpoint is None else loop.step)
         run.write_config(config)  # once what it asks for has been taken up
-        with on_sigterm(stop):
+        run.write_status(step=loop.step)
+        with on_sigterm(loop.stop_requested):
             await loop.train()
 
 
@@ -108,6 +121,7 @@ def build_worker(
         total_steps=config.train.steps,
         temperature=config.rollout.temperature,
         device=device,
+        collective_s=config.run.collective_s,
     )
     if config.rollout.backend == "vllm":
         return make_vllm_engine(config, policy, path), trainer, None

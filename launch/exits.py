@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import typer
 
 from configs.errors import PacelineError, PreemptedError, ResourceError, StorageError
-from rl.rundir import RunDir
+from launch import crash
+from rl.rundir import RunDir, read_status
 
 BUG, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 _SIGNALS = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
@@ -42,19 +43,20 @@ def run_command(command: Callable[[], object]) -> int:
 
 
 @contextmanager
-def recorded(run: RunDir) -> Iterator[None]:
-    """Write EXIT.json however the block ends; a bug's traceback goes to the attempt's crash.log. Raises EndedError."""
+def recorded(run: RunDir, phases: crash.Phases) -> Iterator[None]:
+    """Write EXIT.json however the block ends, and a crash report where it was not meant to. Raises EndedError."""
     try:
         yield
     except BaseException as error:
         code, reason = outcome(error)
         try:
-            if code == BUG:
-                crash = run.logs / "crash.log"
-                reason += f"; the traceback is in {crash}"
-                crash.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-            elif code in _RESUMABLE:
+            if code in _RESUMABLE:
                 reason += f"; `paceline resume {run.path}` goes on"
+            else:
+                step = read_status(run.path).get("step")
+                report = crash.write_report(run, error, code=code, reason=reason, phase=phases.name, step=step)
+                if code == BUG:
+                    reason += f"; the traceback is in {report.with_name(crash.LOG)}"
             run.write_exit(code, reason)
         except (OSError, StorageError) as second:
             reason += f"\n{second}"

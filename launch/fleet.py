@@ -11,6 +11,7 @@ from typing import Protocol
 
 from configs.errors import ResourceError
 from launch.idle import Decide, decide
+from launch.noted import waiting_for
 from launch.pace import Key, Pace
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling, Span
 
@@ -24,7 +25,9 @@ class WorkerLostError(ResourceError):
 def silent(numbers: Sequence[int], call: str, limit_s: float) -> WorkerLostError:
     """What is said of workers that are alive, as far as anyone knows, and do not answer a call."""
     who = f"worker {numbers[0]} has" if len(numbers) == 1 else f"workers {', '.join(map(str, numbers))} have"
-    return WorkerLostError(f"{who} not answered {call} for {limit_s:g} s; resume the run")
+    error = WorkerLostError(f"{who} not answered {call} for {limit_s:g} s; resume the run")
+    waiting_for(error, f"{', '.join(f'worker {number}' for number in numbers)} for {call}")
+    return error
 
 
 class Member(Protocol):
@@ -73,6 +76,15 @@ class IdleReport:
         """Share of the idle time that was put to use; 1 where there was none."""
         return (self.sampled_s + self.learned_s) / self.idle_s if self.idle_s else 1.0
 
+    def figures(self) -> dict[str, float]:
+        """For a step's record."""
+        return {
+            "idle_seconds": self.idle_s,
+            "idle_used_share": self.used,
+            "sequences_moved": self.num_moved,
+            "learned_seconds": self.learned_s,
+        }
+
 
 class Fleet:
     """Workers, who of them is lost, and how fast they are.
@@ -87,6 +99,7 @@ class Fleet:
         self.warm: set[int] = set()  # those that have finished a rollout, hence have compiled what sampling takes
         self.pace = Pace(slots=slots)
         self.learns = learns
+        self.needs_all = False  # whether a call ends as soon as one worker is lost: it trains with the others
         self.decide = decide
         self.report = IdleReport()  # of the last call
         self.num_turns = 0  # of learning

@@ -124,7 +124,7 @@ class Shift:
                     self.fleet.warm.add(number)
                     self._arrive(rollout)
         except WorkerLostError as error:
-            self.fleet.lose(number, error)
+            self._lose(number, error)
         except Exception as error:
             self.arrived.put_nowait(error)
         finally:
@@ -347,8 +347,10 @@ class Shift:
     def _lose(self, number: int, error: WorkerLostError) -> None:
         """Give a worker up, and its stream with it: that of one that hangs would never end."""
         self.fleet.lose(number, error)
+        if self.fleet.needs_all:
+            self.arrived.put_nowait(error)
         stream = self._streams.pop(number, None)
-        if stream is not None:
+        if stream is not None and stream is not asyncio.current_task():
             stream.cancel()
         self._changed.set()
 

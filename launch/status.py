@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from launch.crash import read, where
 from launch.monitor.terminal import facts
 
 
@@ -20,6 +21,12 @@ def describe(status: Mapping[str, Any], path: Path) -> Table:
     if "step" in status:
         view.add_row("step", f"{status['step']} of {status.get('total_steps', '?')}")
     view.add_row("updated", f"{age(status['updated'])} ago, attempt {status['attempt']}")
+    if (report := read(path, status["attempt"])) is not None:
+        view.add_row("first cause", report["first"]["error"])
+        view.add_row("where", where(report))
+        if report["waited_for"]:
+            view.add_row("waited for", report["waited_for"])
+        view.add_row("next", report["following"] or "\n".join(report["next"]))
     for name, value in facts(status.get("record") or {}):
         if value:
             view.add_row(name, value)

@@ -44,13 +44,9 @@ class RunDir:
             for name in ("config", "logs", "metrics", "samples", "checkpoints"):
                 (path / name).mkdir(exist_ok=True)
             attempts = [int(log.name.removeprefix("attempt_")) for log in (path / "logs").glob("attempt_*")]
-            self.attempt = max(attempts, default=0) + 1
-            self.logs.mkdir()
-            (path / "EXIT.json").unlink(missing_ok=True)
+            self.attempt = max(attempts, default=0)
         _write_json(path / "env.json", {"time": now()} | environment())
-        begun = {"state": "starting", "pid": os.getpid(), "host": socket.gethostname(), "attempt": self.attempt}
-        _write_json(path / "STATUS.json", begun | {"updated": now()})  # nothing of an earlier attempt's end
-        self.append_event("attempt")
+        self.begin_attempt()
 
     @classmethod
     def create(cls, config: Config, input_yaml: str) -> "RunDir":
@@ -82,6 +78,16 @@ class RunDir:
     def logs(self) -> Path:
         """This attempt's log folder."""
         return self.path / "logs" / f"attempt_{self.attempt}"
+
+    def begin_attempt(self) -> None:
+        """Number a new attempt, with logs of its own; nothing says any more how the one before ended."""
+        with storing(self.path):
+            self.attempt += 1
+            self.logs.mkdir()
+            (self.path / "EXIT.json").unlink(missing_ok=True)
+        begun = {"state": "starting", "pid": os.getpid(), "host": socket.gethostname(), "attempt": self.attempt}
+        _write_json(self.path / "STATUS.json", begun | {"updated": now()})
+        self.append_event("attempt")
 
     def close(self) -> None:
         """Give the lock up."""

@@ -156,7 +156,7 @@ def test_failed_run_reports_code_and_reason(
     assert capsys.readouterr().err.startswith(f"error: {said}")
     assert exit_record()["code"] == code
     assert exit_record()["reason"].startswith(said)
-    assert not Path("run/logs/attempt_1/crash.log").exists()
+    assert Path("run/logs/attempt_1/crash.json").exists() == (code not in (75, 130, 143))
 
 
 def test_bug_leaves_its_traceback_in_the_run(
