@@ -138,7 +138,7 @@ class Engine(Protocol):
         """What every worker does, as far as is known now; never waits for one. [] where there is nothing to tell."""
 
     def figures(self) -> dict[str, Any]:
-        """What the last generate measured beside what rollouts tell, for a step's record: "idle" of a fleet, or {}."""
+        """What the last generate measured beside what rollouts tell, for a step's record: of a fleet, its idle time."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to roll out at the same speed (the drafter's state): JSON-able with default=list."""

@@ -552,4 +552,11 @@ def test_every_rollout_arrives_once_whatever_happens(seed: int) -> None:
 
 def test_no_idle_time_is_all_used() -> None:
     assert IdleReport().used == 1
-    assert IdleReport(idle_s=10, sampled_s=3, learned_s=5).used == 0.8
+    report = IdleReport(seconds=20, idle_s=10, sampled_s=3, learned_s=5, num_moved=2)
+    assert report.used == 0.8
+    assert report.figures() == {
+        "idle_seconds": 10,
+        "idle_used_share": 0.8,
+        "sequences_moved": 2,
+        "learned_seconds": 5,
+    }

@@ -75,4 +75,6 @@ def test_workers_agree_on_one_drafter(recipe: Path, tmp_path: Path, paceline: Pa
     assert result.returncode == 0, result.stderr
     steps = records(tmp_path / "run")
     assert steps[-1]["drafter_version"] > 0 and not any("drafter_off" in record for record in steps)
+    assert all(0 <= record["idle_used_share"] <= 1 and record["idle_seconds"] >= 0 for record in steps)
+    assert all(record["sequences_moved"] >= 0 and record["learned_seconds"] >= 0 for record in steps)
     assert "different drafters" not in result.stderr + result.stdout
