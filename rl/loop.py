@@ -26,6 +26,7 @@ from rl.batch import pack
 from rl.checkpoint import CheckpointStore, step_of
 from rl.data import DataSet
 from rl.drift import LEVELS, DriftAlarm
+from rl.invariants import check_step
 from rl.lessons import Lessons
 from rl.metrics import Progress, Stopwatch, rollout_record, sample_rows, step_record
 from rl.recorder import Recorder
@@ -109,6 +110,7 @@ class Loop:
         stream = self.until_stopped(self.sample(prompts, self.sampling(self.step)))
         total = len(prompts) * config.rollout.group_size
         groups = await self.collect(prompts, stream, watch, total=total, lessons=self.lessons)
+        check_step(groups, prompts, num_samples=config.rollout.group_size, version=self.step)
         drafter = self.teach(groups, watch)
         self.progress.phase("train")
         with watch.phase("train"):
