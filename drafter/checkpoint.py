@@ -26,6 +26,7 @@ from drafter.sealed import STAGING, fsync, is_sound, seal, storage_error, write_
 
 RECORD = "drafter.json"
 SUFFIX = ".safetensors"
+WRITE_S = 1800.0  # a head of 2 GB at 1 MB/s: a disk that is slower does not answer
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -62,7 +63,9 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Until what was begun is on the disk. Raises StorageError where it could not be written."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(WRITE_S)
+            if self._thread.is_alive():
+                raise StorageError(f"the disk has not taken the drafter's checkpoint for {WRITE_S:g} s; see to run.dir")
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
