@@ -45,6 +45,7 @@ POINTS: Mapping[str, str] = {
 
 ACTIONS: Mapping[str, str] = {
     "kill": "the process kills itself (SIGKILL)",
+    "term": "the process is asked to end (SIGTERM)",
     "stop": "the process stops and shows no sign of life (SIGSTOP)",
     "node": "the process kills its parent, of a Ray worker its node's raylet",
     "raise": "a RuntimeError is raised",
@@ -130,6 +131,8 @@ def _happen(action: str, where: str) -> Literal["nan"] | None:
     match action:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        case "term":
+            os.kill(os.getpid(), signal.SIGTERM)
         case "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         case "node":
