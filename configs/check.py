@@ -64,6 +64,7 @@ _AT_LEAST: dict[str, float] = {
 }
 _ABOVE_ZERO = ("reward.timeout_s", "rollout.top_p", "rollout.temperature", "drafter.lr", "train.lr", "warmstart.lr")
 _AT_MOST: dict[str, float] = {
+    "monitor.port": 0,
     "rollout.top_p": 1,
     "data.max_bad_fraction": 1,
     "drafter.budget": 1,
@@ -73,6 +74,7 @@ _AT_MOST: dict[str, float] = {
 }
 _BELOW: dict[str, float] = {"rollout.min_p": 1}
 _REWARDS = ("task", "math", "format")
+    "monitor.port": 65535,
 
 
 def check(config: Config) -> list[Problem]:

@@ -178,6 +178,11 @@ def _convert(value: Any, hint: Any, key: str, problems: list[Problem], *, defaul
                 return value
         problems.append(Problem(key, f"{key}={_show(value)}: expected one of {', '.join(map(str, arguments))}"))
         return default
+    if origin is tuple and arguments[-1] is ...:
+        if not isinstance(value, list):
+            return reject("a list")
+        kept = [_convert(item, arguments[0], f"{key}[{i}]", problems, default=None) for i, item in enumerate(value)]
+        return tuple(kept)
     if origin is tuple:
         if not isinstance(value, list) or len(value) != len(arguments):
             return reject(f"a list of {len(arguments)}")

@@ -13,6 +13,8 @@ from configs import faults
 from configs.errors import ConfigError
 from launch import bench, drafter
 from launch.exits import TERMINATED, recorded, run_command
+from launch.monitor.command import monitor
+from launch.monitor.sinks import require_sinks
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -65,6 +67,7 @@ def train(
         raise ConfigError("train needs a CONFIG before any a.b=c, as in `paceline train configs/smoke.yaml`")
     text = read_recipe(Path(config))
     parsed = parse(text, given, origin=config)
+    require_sinks(parsed.monitor.sinks)
     plan = _plan(parsed)  # a model that is not there is found out before anything is written
 
     from rl.rundir import RunDir
@@ -151,6 +154,7 @@ def _resume(path: Path, recipe: str | None, overrides: list[str]) -> None:
 
     before = read_status(path)
     config = load(Path(recipe) if recipe else path / "config" / "resolved.yaml", overrides)
+    require_sinks(config.monitor.sinks)
     plan = _plan(config)
     with RunDir.open(path) as run:
         post_mortem(run, before)
@@ -163,12 +167,14 @@ def _train(config: "Config", plan: "Plan", run: "RunDir", *, resumed: bool) -> N
 
     from launch.crash import Phases
     from launch.logs import log_run
+    from launch.monitor.beside import watched
     from launch.monitor.terminal import make_progress
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     progress = make_progress(config.train.steps)
     phases = Phases(progress)
-    with recorded(run, phases):
+    beside = watched(run.path, config.monitor, log=run.logs / "monitor.log")
+    with beside, recorded(run, phases):
         run.write_plan(asdict(plan))
         try:
             log_run(run.logs / "run.log", show=progress.message)
@@ -203,6 +209,7 @@ def _prepare() -> None:
     quiet_libraries()
 
 
+app.command()(monitor)
 app.add_typer(bench.app, name="bench")
 app.add_typer(drafter.app, name="drafter")
 

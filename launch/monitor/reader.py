@@ -1,0 +1,153 @@
+"""A run as its files tell it: the same reading of one that is going on and of one that has ended."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from configs.errors import PacelineError
+from launch.monitor.tail import Line, Record, StepIndex, Tail
+from rl.rundir import read_status, require_run
+
+ALIVE_EVERY_S = 2.0  # to learn whether a run is alive its lock is touched, which a resume must not meet too often
+
+
+class RunReader:
+    """What is known of a run directory; poll takes in what was added since.
+
+    steps, evals, warmstart, events: the records of their files, in order. status: STATUS.json and "alive". config:
+    config/resolved.yaml. latest: the last line of the curve. updated: when the run last wrote, Unix time.
+    Lines of the curve and of the lanes stay in their files, and are read by step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises PreflightError where there is no run directory."""
+        require_run(path)
+        self.path = path
+        self.steps: list[Record] = []
+        self.evals: list[Record] = []
+        self.warmstart: list[Record] = []
+        self.events: list[Record] = []
+        self.status: Record = {}
+        self.config: Record = {}
+        self.latest: Record = {}
+        self.activity_seconds: Counter[str] = Counter()
+        self.updated = 0.0
+        metrics = path / "metrics"
+        self._curve = StepIndex(metrics / "curve.jsonl")
+        self._lanes = StepIndex(metrics / "lanes.jsonl")
+        self._tails: dict[str, tuple[Tail, Callable[[Line], None], Callable[[], None]]] = {
+            "steps": (Tail(metrics / "steps.jsonl"), *_into(self.steps)),
+            "evals": (Tail(metrics / "eval.jsonl"), *_into(self.evals)),
+            "warmstart": (Tail(metrics / "warmstart.jsonl"), *_into(self.warmstart)),
+            "events": (Tail(path / "events.jsonl"), *_into(self.events)),
+            "curve": (Tail(self._curve.path), self._add_curve, self._forget_curve),
+            "lanes": (Tail(self._lanes.path), self._add_lane, self._forget_lanes),
+        }
+        self._files: dict[str, tuple[int, int]] = {}
+        self._asked_alive = 0.0
+
+    def poll(self) -> tuple[set[str], bool]:
+        """Take in what was added. Returns: which of steps, evals, warmstart, events, curve, lanes, status and config
+        changed; whether any was cut, so that what was read of it before holds no more."""
+        changed, cut = set(), False
+        for name, (tail, add, forget) in self._tails.items():
+            restarted, lines = tail.look()
+            if restarted:
+                forget()
+                changed.add(name)
+                cut = True
+            for line in lines:
+                add(line)
+                changed.add(name)
+        if self._is_new(self.path / "config" / "resolved.yaml"):
+            self.config = _yaml(self.path / "config" / "resolved.yaml")
+            changed.add("config")
+        now = time.monotonic()
+        if self._is_new(self.path / "STATUS.json") or now - self._asked_alive > ALIVE_EVERY_S:
+            self._asked_alive = now
+            if (status := self._read_status()) != self.status:
+                self.status = status
+                changed.add("status")
+        if changed:
+            self.updated = self._last_written()
+        return changed, cut
+
+    def curve(self, step: int) -> list[Record]:
+        """The lines of metrics/curve.jsonl while this step's rollouts were sampled."""
+        return [record for record in self._curve.read(step) if not record.get("eval")]
+
+    def lanes(self, step: int) -> list[Record]:
+        """The spans of metrics/lanes.jsonl in this step."""
+        return self._lanes.read(step)
+
+    def record(self, step: int) -> Record | None:
+        """The step's record; None before it is finished."""
+        # steps are written in order, each once: the place is known unless a file was mended by hand
+        if 0 < step <= len(self.steps) and self.steps[step - 1].get("step") == step:
+            return self.steps[step - 1]
+        return next((record for record in self.steps if record.get("step") == step), None)
+
+    def samples(self, step: int) -> Path | None:
+        """The step's samples/step_N.parquet, if it is there."""
+        path = self.path / "samples" / f"step_{step:d}.parquet"
+        return path if path.is_file() else None
+
+    @property
+    def drawn_steps(self) -> list[int]:
+        """Steps with a curve or lanes, in order; the last may be under way."""
+        return sorted(step for step in self._curve.ranges.keys() | self._lanes.ranges.keys() if step > 0)
+
+    def _add_curve(self, line: Line) -> None:
+        self.latest = line.record
+        if isinstance(step := line.record.get("step"), int) and not line.record.get("eval"):
+            self._curve.add(step, line)
+
+    def _forget_curve(self) -> None:
+        self._curve.ranges.clear()
+        self.latest = {}
+
+    def _add_lane(self, line: Line) -> None:
+        record = line.record
+        if isinstance(step := record.get("step"), int):
+            self._lanes.add(step, line)
+        if record["worker"] >= 0:
+            self.activity_seconds[record["kind"]] += record["end"] - record["begin"]
+
+    def _forget_lanes(self) -> None:
+        self._lanes.ranges.clear()
+        self.activity_seconds.clear()
+
+    def _is_new(self, path: Path) -> bool:
+        """Whether the file was replaced since it was last asked about."""
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            return False
+        mark = (stat.st_ino, stat.st_mtime_ns)
+        if self._files.get(path.name) == mark:
+            return False
+        self._files[path.name] = mark
+        return True
+
+    def _read_status(self) -> Record:
+        try:
+            return read_status(self.path)
+        except PacelineError:  # the run directory is being written, moved or removed: what was known stands
+            return self.status
+
+    def _last_written(self) -> float:
+        files: Iterable[Path] = (self.path / "STATUS.json", *(tail.path for tail, *_ in self._tails.values()))
+        return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
+
+
+def _into(records: list[Record]) -> tuple[Callable[[Line], None], Callable[[], None]]:
+    return (lambda line: records.append(line.record)), records.clear
+
+
+def _yaml(path: Path) -> Record:
+    value: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return value if isinstance(value, dict) else {}
