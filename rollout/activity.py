@@ -70,7 +70,10 @@ class Tally:
 
         preempted: by the present scheduler.
         """
-        spans = tuple(self._spans)
+        over = self._growing
+        if is_generating and over:
+            is_short = over[-1].end - over[-1].begin < SHORT_S
+            over = over[: -2 if is_short else -1]
         return Activity(
             step=self.step,
             running=running,
@@ -79,7 +82,7 @@ class Tally:
             strategy=label(self._strategy) if running else "off",
             cycles=dict(self._cycles),
             preempted=self.preempted + preempted,
-            spans=spans if is_generating else (*spans, *map(_over, self._growing)),
+            spans=(*self._spans, *map(_over, over)),
         )
 
 
