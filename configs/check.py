@@ -61,20 +61,20 @@ _AT_LEAST: dict[str, float] = {
     "warmstart.examples_per_step": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
+    "monitor.port": 0,
 }
 _ABOVE_ZERO = ("reward.timeout_s", "rollout.top_p", "rollout.temperature", "drafter.lr", "train.lr", "warmstart.lr")
 _AT_MOST: dict[str, float] = {
-    "monitor.port": 0,
     "rollout.top_p": 1,
     "data.max_bad_fraction": 1,
     "drafter.budget": 1,
     "train.clip_low": 1,
     "spec.num_verify": 63,  # a node's ancestors are the bits of a word
     "spec.depth": 63,
+    "monitor.port": 65535,
 }
 _BELOW: dict[str, float] = {"rollout.min_p": 1}
 _REWARDS = ("task", "math", "format")
-    "monitor.port": 65535,
 
 
 def check(config: Config) -> list[Problem]:

@@ -161,6 +161,14 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MonitorConfig:
+    """Who watches the run from beside it, in a process of its own that reads its files."""
+
+    port: int = 0  # of the page and /metrics, on this machine alone (127.0.0.1); 0 means none
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where steps are shown besides; extras of their names
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """One run."""
 
@@ -171,14 +179,6 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     spec: SpecConfig = field(default_factory=SpecConfig)
-@dataclass(frozen=True, slots=True)
-class MonitorConfig:
-    """Who watches the run from beside it, in a process of its own that reads its files."""
-
-    port: int = 0  # of the page and /metrics, on this machine alone (127.0.0.1); 0 means none
-    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()  # where steps are shown besides; extras of their names
-
-
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
