@@ -43,6 +43,9 @@ class LearnStats:
     step_s: float
 
 
+Standing = tuple[int, str]  # version and checksum of the head served
+
+
 @dataclass(frozen=True, slots=True)
 class DrafterReport:
     """How the drafter stands. Means over the steps since the report before; NaN where there were none.
@@ -62,6 +65,24 @@ class DrafterReport:
     buffer_tokens: int
     seconds: float
     off: str
+
+    @property
+    def standing(self) -> Standing:
+        """What is served."""
+        return self.version, self.checksum
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """What another worker needs to draft and to learn on as this one does, on the host.
+
+    version: 0 where no head is served. served, last_good: {} where there is none. weights: of the trained copy.
+    """
+
+    version: int
+    served: dict[str, torch.Tensor]
+    last_good: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]
 
 
 class Learner:
@@ -101,7 +122,7 @@ class Learner:
         self._given_up = ""  # why
         self._num_without = 0  # steps in a row without held-out features
         if self.ready:
-            self._publisher.restore(head.state_dict(), 1)
+            self._publisher.restore(head.state_dict(), 1, last_good={})
             self._agree()
 
     @property
@@ -228,6 +249,36 @@ class Learner:
             if learned:
                 value += torch.stack([delta[name] for delta in learned]).mean(dim=0).to(value.device)
 
+    def replica(self) -> Replica:
+        """What is served here, and the trained copy."""
+
+        def on_host(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+        publisher = self._publisher
+        return Replica(
+            publisher.version,
+            on_host(publisher.served),
+            on_host(publisher.last_good),
+            on_host(self._trainer.head.state_dict()),
+        )
+
+    def become(self, replica: Replica) -> Standing:
+        """Draft with, and learn on from, what another worker does; what is served then, which tells whether it went."""
+        try:
+            self._serve(replica.version, replica.served, replica.last_good)
+            self._trainer.head.load_state_dict(replica.weights)
+            self._agree()
+        except Exception:
+            log.warning("taking up another worker's drafter failed", exc_info=True)
+        return self._publisher.version, self._publisher.checksum
+
+    def give_up(self, reason: str) -> Standing:
+        """Learn no more and draft no more."""
+        self._given_up = reason
+        self._publisher.withdraw()
+        return self._publisher.version, self._publisher.checksum
+
     def save(self, folder: Path) -> float:
         """Begin to write a checkpoint into this folder, beside what follows; the seconds that took. See saved."""
         files: dict[str, dict[str, torch.Tensor]] = {TRAINING: self._trainer.state_dict()}
@@ -263,9 +314,15 @@ class Learner:
         self.ready, self._unjudged, self._num_without = record["ready"], record["unjudged"], record["num_without"]
         self._given_up, self._failures = record["off"], record["failures"]
         self._trained_s, self._judged_s = record["trained_s"], record["judged_s"]
-        if record["version"]:
-            self._publisher.restore(files[SERVED], record["version"], last_good=files.get(LAST_GOOD))
+        self._serve(record["version"], files.get(SERVED, {}), files.get(LAST_GOOD, {}))
         self._agree()
+
+    def _serve(self, version: int, served: Mapping[str, torch.Tensor], last_good: Mapping[str, torch.Tensor]) -> None:
+        """Serve this head from now on, or none for version 0."""
+        if version:
+            self._publisher.restore(served, version, last_good=last_good)
+        else:
+            self._publisher.withdraw()
 
     def _follow(self, verdict: Outcome) -> Outcome:
         """Do as judged; where that fails, the head served stays."""

@@ -32,6 +32,9 @@ class Serves(Protocol):
     def publish(self, state: dict[str, torch.Tensor], version: int) -> None:
         """Draft with these weights, copied, from now on."""
 
+    def withdraw(self) -> None:
+        """Propose nothing until weights are published again."""
+
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
@@ -135,14 +138,19 @@ class Publisher:
                 pass
 
     def restore(
-        self, state: Mapping[str, torch.Tensor], version: int, *, last_good: Mapping[str, torch.Tensor] | None = None
+        self, state: Mapping[str, torch.Tensor], version: int, *, last_good: Mapping[str, torch.Tensor]
     ) -> None:
-        """Serve what a checkpoint holds, or another worker serves. last_good: the head to go back to, if there is."""
+        """Serve what a checkpoint holds, or another worker serves. last_good: the head to go back to, {} for none."""
         self._served.load_state_dict(state)
-        if last_good is not None:
+        if last_good:
             self._last_good.load_state_dict(last_good)
-        self._has_last_good = last_good is not None
+        self._has_last_good = bool(last_good)
         self._serve(self._served, version)
+
+    def withdraw(self) -> None:
+        """Serve nothing."""
+        self._drafter.withdraw()
+        self.version, self.checksum, self._has_last_good = 0, "", False
 
     @property
     def served(self) -> dict[str, torch.Tensor]:

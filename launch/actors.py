@@ -21,11 +21,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from configs import faults
 from configs.errors import PreflightError, ResourceError
 from configs.schema import Config
-from drafter.learner import DrafterReport, Learner, LearnStats
+from drafter.learner import DrafterReport, Learner, LearnStats, Replica, Standing
 from drafter.publish import Judgement
-from launch.adapters import RayEngine, RayLearner, RayMember, RayTrainer, gather
+from launch.adapters import RayEngine, RayMember, RayTrainer, gather
 from launch.fleet import Fleet
 from launch.idle import Decide, decide
+from launch.learners import RayLearner
 from launch.noted import noting
 from launch.pace import Key
 from launch.pulse import GROUP, Life, Pulse, life
@@ -164,6 +165,18 @@ class Worker:
     def conclude(self, judgement: Judgement | None) -> DrafterReport:
         """Learner.conclude."""
         return self.learner.conclude(judgement)
+
+    def replica(self) -> Replica:
+        """Learner.replica."""
+        return self.learner.replica()
+
+    def become(self, replica: Replica) -> Standing:
+        """Learner.become."""
+        return self.learner.become(replica)
+
+    def give_up(self, reason: str) -> Standing:
+        """Learner.give_up."""
+        return self.learner.give_up(reason)
 
     def save_drafter(self, folder: Path) -> float:
         """Learner.save."""

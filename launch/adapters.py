@@ -1,21 +1,19 @@
-"""The loop's objects over Ray actors, one adapter for each protocol: engine, trainer and learner of all workers.
+"""The loop's objects over Ray actors, one adapter for each protocol: engine and trainer of all workers.
 
-A worker that is lost takes no part any more: the engine and the learner do without it, the trainer cannot.
+A worker that is lost takes no part any more: the engine does without it, as launch/learners.py does; the trainer
+cannot.
 """
 
-import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from drafter.learner import DrafterReport, LearnStats
-from drafter.publish import pooled
+from drafter.learner import LearnStats
 from launch.fleet import Fleet, WorkerLostError, silent
 from launch.noted import earliest, note, one_line, waiting_for
 from launch.pace import Key
@@ -24,15 +22,12 @@ from launch.shift import DISMISS_S, sample
 from rl.types import Batch, StepStats
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling
 
-POLL_S = 0.02  # how soon learning ends after it was told to
 GRACE_S = 5.0  # after a worker's error, for others to end too: the first heard is not always the first cause
 
 # Limits, in seconds, of calls whose worker shows no life meanwhile; past them it counts as lost. What launch.shift asks
 # of a worker has limits there, and a generate none: its worker is asked how far it is.
 LESSON_S = 600.0  # one part of a lesson: compiling the drafter, judging it, moving deltas between nodes
 TRAIN_S = 7200.0  # a step on the longest batch, a checkpoint on slow storage; ranks wait for one another in it
-
-log = logging.getLogger(__name__)
 
 
 class RayMember:
@@ -149,98 +144,6 @@ class RayTrainer:
     def load(self, folder: Path) -> None:
         """All ranks read the same folder."""
         on_all(self.workers, self.fleet, "load", folder.absolute(), limit_s=TRAIN_S)
-
-
-class RayLearner:
-    """A Learner over every worker's: each trains its own copy of the drafter, and they agree on the mean of what they
-    learned. What a lost worker had learned since they agreed last is not in it; nothing here ends a run.
-    """
-
-    def __init__(self, workers: Sequence[Any], fleet: Fleet) -> None:
-        self.workers = workers
-        self.fleet = fleet
-
-    def begin(self, counts: torch.Tensor) -> None:
-        """Learner.begin: all choose the same vocabulary."""
-        on_alive(self.workers, self.fleet, "begin_learning", counts, limit_s=LESSON_S)
-
-    def learn(self, *, budget_s: float, until: Callable[[], bool]) -> LearnStats:
-        """Learner.learn on all workers at once: the steps of all, the time of the longest.
-
-        They are called away DISMISS_S after the budget at the latest, when a worker that hangs is found out.
-        """
-        self.fleet.num_turns += 1
-        turn = self.fleet.num_turns
-        refs = {number: self.workers[number].learn.remote(turn, budget_s) for number in self.fleet.alive}
-        waiting = list(refs.values())
-        deadline_s = time.monotonic() + budget_s + DISMISS_S
-        while waiting and not until() and time.monotonic() < deadline_s:
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
-        on_alive(self.workers, self.fleet, "call_away", turn, limit_s=DISMISS_S)
-        stats: list[LearnStats] = list(survivors(refs, self.fleet, "learn", limit_s=LESSON_S).values())
-        return LearnStats(
-            num_steps=sum(each.num_steps for each in stats),
-            seconds=max((each.seconds for each in stats), default=0.0),
-            step_s=max((each.step_s for each in stats), default=0.0),
-        )
-
-    def settle(self, version: int) -> DrafterReport:
-        """Agree on the mean of what was learned; judge it on all workers' features; publish it on all, or on none."""
-        self.agree()
-        judged = on_alive(self.workers, self.fleet, "judge", version, limit_s=LESSON_S)
-        judgements = [each for each in judged.values() if each is not None]
-        judgement = pooled(judgements) if judgements else None
-        reports = list(on_alive(self.workers, self.fleet, "conclude", judgement, limit_s=LESSON_S).values())
-        if not reports:
-            raise self.fleet.nobody()
-        return merged(reports)
-
-    def agree(self) -> None:
-        """Put the mean of what workers learned since the last time into all of them."""
-        deltas = {}
-        learned = {}
-        for number in self.fleet.alive:
-            # what was learned stays in the object store: the driver only hears whether there is anything
-            learned[number], deltas[number] = self.workers[number].delta.options(num_returns=2).remote()
-        told = survivors(learned, self.fleet, "delta", limit_s=LESSON_S)
-        given = [deltas[number] for number, any_ in told.items() if any_]
-        if given:
-            on_alive(self.workers, self.fleet, "apply_deltas", *given, limit_s=LESSON_S)
-
-    def save(self, folder: Path) -> float:
-        """Learner.save of the first worker, on storage that its node shares with the driver."""
-        ref = self.workers[0].save_drafter.remote(folder.absolute())
-        return float(gather({0: ref}, "save_drafter", limit_s=TRAIN_S)[0])
-
-    def saved(self) -> None:
-        """Learner.saved."""
-        gather({0: self.workers[0].drafter_saved.remote()}, "drafter_saved", limit_s=TRAIN_S)
-
-    def load(self, folder: Path) -> None:
-        """Learner.load on all workers, from the same folder."""
-        on_all(self.workers, self.fleet, "load_drafter", folder.absolute(), limit_s=TRAIN_S)
-
-
-def merged(reports: Sequence[DrafterReport]) -> DrafterReport:
-    """Workers' reports as one: steps, tokens and seconds in all, losses by steps; they serve the same head."""
-    first = reports[0]
-    if len({each.checksum for each in reports}) > 1:
-        log.warning("workers serve different drafters: %s", [f"{each.version} {each.checksum}" for each in reports])
-    learned = [each for each in reports if each.num_steps]
-    steps = sum(each.num_steps for each in learned)
-    return replace(
-        first,
-        num_steps=steps,
-        loss=sum(each.loss * each.num_steps for each in learned) / steps if steps else first.loss,
-        train_accept_length=(
-            sum(each.train_accept_length * each.num_steps for each in learned) / steps
-            if steps
-            else first.train_accept_length
-        ),
-        buffer_tokens=sum(each.buffer_tokens for each in reports),
-        seconds=sum(each.seconds for each in reports),
-        off=first.off if all(each.off for each in reports) else "",
-    )
 
 
 def on_all(workers: Sequence[Any], fleet: Fleet, method: str, *args: Any, limit_s: float) -> list[Any]:

@@ -42,6 +42,11 @@ class Announced:
         self.drafter.publish(state, version)
         self.chooser.drafter_changed("eagle")
 
+    def withdraw(self) -> None:
+        """As EagleDrafter.withdraw."""
+        self.drafter.withdraw()
+        self.chooser.drafter_changed("eagle")
+
 
 def make_drafting(config: Config, policy: PreTrainedModel, chooser: Chooser) -> Drafting:
     """The drafting that spec.source names, on the policy's device; its parameters must have found their place.

@@ -36,6 +36,9 @@ class Served:
         self.versions.append(version)
         self.state = {name: tensor.clone() for name, tensor in state.items()}
 
+    def withdraw(self) -> None:
+        self.state = {}
+
 
 class Toy:
     """A policy whose next token depends on the last alone, with features of its texts in a buffer."""
@@ -258,6 +261,58 @@ def test_replicas_agree_after_a_publish_though_each_learned_from_its_own_feature
         assert len({checksum(toy.served.state) for toy in toys}) == 1
         assert same(weights_of(learners[0]), weights_of(learners[1]))
     assert reports[0].version > 0
+
+
+def test_a_worker_that_became_another_goes_on_as_that_one_does() -> None:
+    toys = [Toy(), Toy()]
+    one, other = learners = [toy.learner() for toy in toys]
+    for learner in learners:
+        learner.begin(COUNTS)
+        learner.learn(budget_s=60, until=steps(30))
+    one.settle(0)
+    one.learn(budget_s=60, until=steps(30))
+    one.settle(0)
+    before = other.delta()
+    assert before and toys[1].served.versions == []
+    version = one._publisher.version
+    assert other.become(one.replica()) == (version, checksum(toys[0].served.state))
+    assert same(toys[1].served.state, toys[0].served.state) and toys[1].served.versions == [version]
+    assert same(weights_of(other), weights_of(one))
+    assert same(other._publisher.last_good, one._publisher.last_good)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in one._publisher.served.values()}
+    assert not storages & {tensor.untyped_storage().data_ptr() for tensor in other._publisher.served.values()}
+
+
+def test_a_worker_that_refuses_another_ones_head_tells_by_what_it_serves() -> None:
+    toys = [Toy(), Toy()]
+    one, other = (toy.learner() for toy in toys)
+    one.begin(COUNTS)
+    one.learn(budget_s=60, until=steps(30))
+    one.settle(0)
+
+    def refuse(state: dict[str, torch.Tensor], version: int) -> None:
+        raise RuntimeError("out of memory")
+
+    toys[1].served.publish = refuse  # type: ignore[method-assign]
+    assert other.become(one.replica()) == (0, "")
+
+
+def test_a_drafter_that_is_given_up_drafts_no_more_and_learns_no_more(tmp_path: Path) -> None:
+    toy, other = Toy(), Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=60, until=steps(30))
+    learner.settle(0)
+    assert learner.give_up("workers differ") == (0, "")
+    assert toy.served.state == {} and learner.learn(budget_s=60, until=lambda: False).num_steps == 0
+    report = learner.settle(0)
+    assert (report.version, report.off, report.outcome) == (0, "workers differ", "kept")
+    learner.save(tmp_path / "drafter")
+    learner.saved()
+    resumed = other.learner(replace(CONFIG, init="somewhere"))
+    assert other.served.versions == [1], "what it was given"
+    resumed.load(tmp_path / "drafter")
+    assert other.served.state == {} and resumed.off == "workers differ"
 
 
 def test_pooled_judgements_weigh_by_positions() -> None:

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from drafter.learner import DrafterReport, LearnStats
-from launch import adapters
-from launch.adapters import RayLearner, merged, on_all
+from drafter.learner import DrafterReport, LearnStats, Replica
+from launch import learners
+from launch.adapters import on_all
 from launch.fleet import Fleet, WorkerLostError
+from launch.learners import RayLearner, merged
 
 REPORT = DrafterReport(
     num_steps=2,
@@ -48,11 +50,6 @@ def test_learning_is_off_only_where_it_is_off_everywhere() -> None:
     assert merged([off, off]).off == "three failures"
 
 
-def test_workers_that_serve_different_drafters_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
-    merged([REPORT, replace(REPORT, checksum="other")])
-    assert "different drafters" in caplog.text
-
-
 def test_what_takes_all_workers_says_at_once_that_one_is_lost() -> None:
     fleet = Fleet([], slots=1, learns=False)
     fleet.lose(1, WorkerLostError("it died"))
@@ -87,9 +84,11 @@ class Method:
     def options(self, *, num_returns: int) -> "Method":
         return self
 
-    def remote(self, *_: Any) -> Any:
+    def remote(self, *args: Any) -> Any:
         self.handle.called.append(self.name)
         answer = self.handle.answers.get(self.name)
+        if callable(answer):
+            answer = answer(*args)
         return (Ref(answer), Ref({})) if self.name == "delta" else Ref(answer)
 
 
@@ -105,7 +104,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ray, "wait", wait)
     monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr(adapters, "DISMISS_S", 0.02)
+    monkeypatch.setattr(learners, "DISMISS_S", 0.02)
 
 
 def learner(*handles: Handle) -> RayLearner:
@@ -120,7 +119,7 @@ def test_workers_settle_without_one_that_hangs(silent: str) -> None:
     well, hung = Handle(**answers), Handle(**(answers | {silent: None}))
     both = learner(well, hung)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapters, "pooled", lambda judgements: judgements[0])
+        patch.setattr(learners, "pooled", lambda judgements: judgements[0])
         assert both.settle(0) == REPORT
     assert list(both.fleet.lost) == [1]
     assert str(both.fleet.lost[1]).startswith(f"worker 1 has not answered {silent} for 600 s")
@@ -141,3 +140,52 @@ def test_what_takes_all_workers_names_those_that_hang() -> None:
     fleet = Fleet([None for _ in workers], slots=1, learns=False)  # type: ignore[misc]
     with pytest.raises(WorkerLostError, match="workers 0, 2 have not answered step for 7 s"):
         on_all(workers, fleet, "step", limit_s=7)
+
+
+REPLICA = Replica(3, {}, {}, {})
+
+
+def serving(checksum: str, *, becomes: str | None = None, version: int = 3) -> Handle:
+    """A worker that serves this head, and another one once it is given a replica."""
+    report = replace(REPORT, version=version, checksum=checksum)
+    return Handle(
+        delta=False,
+        judge="judged",
+        conclude=report,
+        replica=REPLICA,
+        become=lambda replica: (3, becomes or checksum),
+        give_up=lambda reason: (0, ""),
+        save_drafter=0.001,
+    )
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_serves_another_head_is_given_the_one_of_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learners, "pooled", lambda judgements: judgements[0])
+    odd = serving("odd", becomes="same", version=2)
+    both = learner(odd, serving("same"), serving("same"))
+    assert both.settle(0) == replace(REPORT, num_steps=6, buffer_tokens=300, seconds=12.0)
+    assert odd.called[-1] == "become"
+    assert "replica" in both.workers[1].called and "replica" not in both.workers[0].called + both.workers[2].called
+    assert not any("give_up" in worker.called for worker in both.workers)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_workers_that_cannot_serve_one_head_draft_with_none_and_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learners, "pooled", lambda judgements: judgements[0])
+    both = learner(serving("one"), serving("other"))
+    report = both.settle(0)
+    assert (report.version, report.checksum) == (0, "")
+    assert "worker 0: v3 one, worker 1: v3 other" in report.off and "after they were given worker 0's" in report.off
+    assert all(worker.called[-1] == "give_up" for worker in both.workers)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_still_learns_is_the_one_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learners, "pooled", lambda judgements: judgements[0])
+    off = serving("same")
+    off.answers["conclude"] = replace(REPORT, off="3 failures")
+    both = learner(off, serving("same"))
+    assert both.settle(0).off == ""
+    both.save(tmp_path)
+    assert both.workers[1].called[-1] == "save_drafter" and "save_drafter" not in off.called
