@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from drafter.types import Drafts, FollowsTemperature, ResidentDrafter, Rows, Strategy, Texts
+from drafter.types import Begun, Drafts, FollowsTemperature, ResidentDrafter, Rows, Strategy, Texts
 
 
 class CombinedDrafter:
@@ -18,12 +18,17 @@ class CombinedDrafter:
         for drafter in self._drafters.values():
             drafter.attach(texts)
 
-    def begin(self, text: int, group: int, prompt_id: str, prompt_ids: Sequence[int], free_texts: Sequence[int]) -> int:
-        """A sequence starts to write a text; each drafter may take free texts that those before it left."""
-        taken = 0
+    def begin(self, begun: Sequence[Begun], free_texts: Sequence[int]) -> list[list[int]]:
+        """Sequences start to write texts; each drafter may take free texts that those before it left."""
+        taken: list[list[int]] = [[] for _ in begun]
         for drafter in self._drafters.values():
-            taken += drafter.begin(text, group, prompt_id, prompt_ids, free_texts[taken:])
+            for texts, more in zip(taken, drafter.begin(begun, free_texts[sum(map(len, taken)) :]), strict=True):
+                texts += more
         return taken
+
+    def refresh(self, strategy: Strategy, *, grown: int) -> None:
+        """Let the strategy's source make ready to propose."""
+        self._drafters[strategy.source].refresh(strategy, grown=grown)
 
     def propose(self, texts: Texts, rows: Rows, strategy: Strategy, out: Drafts) -> None:
         """Let the strategy's source write a draft for each of the first B rows."""

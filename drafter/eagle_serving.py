@@ -8,7 +8,7 @@ import torch
 
 from drafter.eagle import EagleConfig
 from drafter.rings import MIN_POSITIONS, FeatureRings
-from drafter.types import Drafts, Rows, Strategy, Texts
+from drafter.types import Begun, Drafts, Rows, Strategy, Texts
 from kernels.attention import paged_attention, paged_sequences
 from kernels.cache import rope_and_write
 from kernels.cycle import MAX_NODES
@@ -143,10 +143,14 @@ class EagleDrafter:
                 self._cos, self._sin = _rotary(self.config, num_positions, self._embedding)
         self._kv.begun.zero_()
 
-    def begin(self, text: int, group: int, prompt_id: str, prompt_ids: Sequence[int], free_texts: Sequence[int]) -> int:
-        """A sequence starts to write a text; what the head knows of it comes with the first verification."""
-        self._features.name(text, prompt_id)
-        return 0
+    def begin(self, begun: Sequence[Begun], free_texts: Sequence[int]) -> list[list[int]]:
+        """Sequences start to write texts; what the head knows of them comes with the first verification."""
+        for each in begun:
+            self._features.name(each.text, each.prompt_id)
+        return [[] for _ in begun]
+
+    def refresh(self, strategy: Strategy, *, grown: int) -> None:
+        """Nothing: the head reads what verification leaves, in its own graph."""
 
     def propose(self, texts: Texts, rows: Rows, strategy: Strategy, out: Drafts) -> None:
         """Write a draft for each of the first B rows. Captured in a CUDA graph: no host synchronisation."""

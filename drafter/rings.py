@@ -9,6 +9,7 @@ import torch
 from drafter.buffer import OCTAVE, FeatureBuffer, FeatureWindow
 from drafter.types import CycleFeatures, Rows, Texts
 from kernels.features import NUM_AUX, Rings, keep_features
+from kernels.upload import upload
 
 MIN_POSITIONS = 32  # that a ring keeps: what a head catches up with at once
 
@@ -99,19 +100,28 @@ class FeatureRings:
         """The prompt that a text is about to answer, before or after begin."""
         self._prompt_of[text] = prompt_id
 
-    def begin(self, text: int, length: int) -> None:
-        """A sequence of so many tokens begins, or goes on after an eviction, to write this text."""
-        assert text not in self._running, f"text {text} is already written"
-        slot = self._free.pop()
-        self._num_begun += 1
-        self._running[text] = slot
-        self._lengths[text] = length
-        self._go_on_from(text, length - 1)
+    def begin(self, texts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Sequences of so many tokens begin, or go on after an eviction, to write these texts."""
+        slots = [self._free.pop() for _ in texts]
+        for text, slot, length in zip(texts, slots, lengths, strict=True):
+            assert text not in self._running, f"text {text} is already written"
+            self._running[text] = slot
+            self._lengths[text] = length
+            self._go_on_from(text, length - 1)
+        numbers = self._num_begun + 1 + np.arange(len(texts), dtype=np.int32)
+        self._num_begun += len(texts)
         rings = self.rings
-        # not by assignment, which waits for the device to copy a number
-        rings.slot_of[text : text + 1].fill_(slot)
-        rings.starts[slot : slot + 1].fill_(length - 1)
-        rings.begun[slot : slot + 1].fill_(self._num_begun)
+        of_texts, of_slots, first, number, slot_of = upload(
+            self._device,
+            np.array(texts, dtype=np.int64),
+            np.array(slots, dtype=np.int64),
+            np.array(lengths, dtype=np.int32) - np.int32(1),
+            numbers,
+            np.array(slots, dtype=np.int32),
+        )
+        rings.slot_of.index_copy_(0, of_texts, slot_of)
+        rings.starts.index_copy_(0, of_slots, first)
+        rings.begun.index_copy_(0, of_slots, number)
 
     def observe(self, texts: Texts, rows: Rows, features: CycleFeatures) -> None:
         """Keep what was committed. Called after commit, inside the target's CUDA graph: no host synchronisation."""
@@ -140,14 +150,12 @@ class FeatureRings:
         for text in texts[lengths >= self._due[texts]].tolist():
             while self._lengths[text] >= self._due[text]:
                 self._hand_on(text, int(self._due[text]) - 1)
-        for text in texts[finished].tolist():
-            self._end(text)
+        self._end(texts[finished].tolist())
 
     def release(self, texts: Sequence[int]) -> None:
         """These texts are no longer written."""
+        self._end([text for text in texts if text in self._running])
         for text in texts:
-            if text in self._running:
-                self._end(text)
             self._prompt_of.pop(text, None)
 
     def _measure(self, lengths: np.ndarray, counts: np.ndarray) -> list[float]:
@@ -163,10 +171,14 @@ class FeatureRings:
         self._firsts[text] = first
         self._due[text] = first + self._window + 1 if self._hands_on else NEVER
 
-    def _end(self, text: int) -> None:
-        self._hand_on_rest(text)
-        self.rings.slot_of[text : text + 1].fill_(self.num_slots)
-        self._free.append(self._running.pop(text))
+    def _end(self, texts: Sequence[int]) -> None:
+        if not texts:
+            return
+        for text in texts:
+            self._hand_on_rest(text)
+            self._free.append(self._running.pop(text))
+        (ended,) = upload(self._device, np.array(texts, dtype=np.int64))
+        self.rings.slot_of.index_fill_(0, ended, self.num_slots)
 
     def _hand_on_rest(self, text: int) -> None:
         if self._lengths[text] - 1 > self._firsts[text]:

@@ -76,18 +76,39 @@ class Drafter(Protocol):
         """Take up a saved state, replacing the present one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A sequence that starts to write a text of a group: its prompt, and the text's length so far, prompt included."""
+
+    text: int
+    group: int
+    prompt_id: str
+    prompt_ids: Sequence[int]
+    length: int
+
+
 @runtime_checkable
 class ResidentDrafter(Protocol):
-    """Proposes from and into tensors on the device, so that a cycle needs no word from the host."""
+    """Proposes from and into tensors on the device, so that a cycle needs no word from the host.
+
+    begin, finish and release are the host's bookkeeping: what of them the device must know is told by refresh, so that
+    sequences that come and go cost no launches where nothing is drafted, and as few for many as for one elsewhere.
+    """
 
     def attach(self, texts: Texts) -> None:
         """Draft from these texts from now on; all of them are free."""
 
-    def begin(self, text: int, group: int, prompt_id: str, prompt_ids: Sequence[int], free_texts: Sequence[int]) -> int:
-        """A sequence starts to write a text, whose tokens, length and group are set already.
+    def begin(self, begun: Sequence[Begun], free_texts: Sequence[int]) -> list[list[int]]:
+        """Sequences start to write texts, whose tokens, lengths and groups are set already.
 
-        free_texts: texts the drafter may take for what it remembers of the prompt; returns how many it took, from the
-        front. It fills in their tokens, length and group.
+        free_texts: texts the drafter may take for what it remembers of the prompts; returns those it took for each of
+        begun, in all the first of free_texts. It fills in their tokens, lengths and groups.
+        """
+
+    def refresh(self, strategy: Strategy, *, grown: int) -> None:
+        """Before propose, and outside of its graph: let the device know what begin, finish and release have told.
+
+        grown: tokens at most that a text has got since the strategy's source proposed last, or since it was begun.
         """
 
     def propose(self, texts: Texts, rows: Rows, strategy: Strategy, out: Drafts) -> None:
@@ -145,9 +166,9 @@ class FeatureReader(Protocol):
     def attach(self, texts: Texts, *, num_rows: int) -> None:
         """Read about these texts from now on, of which num_rows at most are written at a time; all of them are free."""
 
-    def begin(self, text: int, length: int) -> None:
-        """A sequence of so many tokens begins, or goes on after an eviction, to write this text: features up to its
-        pending token, the last, are unknown."""
+    def begin(self, texts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Sequences of so many tokens begin, or go on after an eviction, to write these texts: features up to their
+        pending tokens, the last, are unknown."""
 
     def observe(self, texts: Texts, rows: Rows, features: CycleFeatures) -> None:
         """Keep what was committed. Called after commit, inside the target's CUDA graph: no host synchronisation.

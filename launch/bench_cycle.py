@@ -60,7 +60,8 @@ class Hopeless:
 
     def __init__(self, inner: ResidentDrafter) -> None:
         self._inner = inner
-        self.attach, self.begin, self.finish, self.release = inner.attach, inner.begin, inner.finish, inner.release
+        self.attach, self.begin, self.refresh = inner.attach, inner.begin, inner.refresh
+        self.finish, self.release = inner.finish, inner.release
         self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict
         self._trees: dict[tuple[Strategy, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
 

@@ -2,11 +2,13 @@
 
 from collections import abc
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
 
-from drafter.types import Drafts, FeatureReader, ResidentDrafter, Rows, Texts
+from drafter.types import Begun, Drafts, FeatureReader, ResidentDrafter, Rows, Strategy, Texts
+from kernels.upload import upload
 from rollout.sequence import Sequence
 
 
@@ -24,7 +26,8 @@ class Residency:
 
     Row i of the device is the i-th running sequence: a vacated row is filled by the last one, so that a cycle over B
     rows takes the first B. Finished texts stay, for siblings to quote, until their prompt is done or room is needed.
-    Everything the host writes is enqueued behind the cycles already launched.
+    Everything the host writes is enqueued behind the cycles already launched, in as many launches for many sequences
+    as for one: each takes the host some microseconds, and a small batch's cycle takes the device a few hundred.
     drafter and reader are attached to the texts, and hear of every sequence that comes and goes.
     """
 
@@ -57,17 +60,22 @@ class Residency:
         )
         self.texts.lengths[nobody] = 1
         self.texts.groups.fill_(-1)
+        # side by side, so that they move in one launch, each on a multiple of 16 bytes
+        self._fields = zeros(3, -(-num_rows // 4) * 4)[:, :num_rows]
+        self._nobodys = torch.tensor([[nobody], [0], [0]], dtype=torch.int32, device=device)
+        self._fields.copy_(self._nobodys.expand_as(self._fields))
         self.rows = Rows(
-            text=torch.full((num_rows,), nobody, dtype=torch.int32, device=device),
+            text=self._fields[0],
             keys=zeros(num_rows, dtype=torch.int64),
-            max_lengths=zeros(num_rows),
-            active=zeros(num_rows),
+            max_lengths=self._fields[1],
+            active=self._fields[2],
             block_tables=torch.full((num_rows, table_width), dummy_block, dtype=torch.int32, device=device),
         )
         self._draft_ids = zeros(num_rows * max_nodes)
         self._draft_parents = zeros(num_rows * max_nodes)
         self._num_nodes = zeros(num_rows)
-        self._nobody = nobody
+        self._grown = 0  # tokens at most that a text has got in all cycles so far
+        self._grown_before: dict[str, int] = {}  # by source: those before it proposed last
         self._free_texts = list(range(num_texts - 1, -1, -1))
         self._finished_texts: dict[int, Group] = {}  # in the order of finishing
         self._groups: dict[str, Group] = {}
@@ -141,62 +149,59 @@ class Residency:
         self._vacate(on_rows)
         for sequence in on_rows:
             self._quote(sequence)
-        for sequence in gone:
-            self._count_off(sequence)
+        self._free([text for sequence in gone for text in self._count_off(sequence)])
 
     def enter(self, sequences: abc.Sequence[Sequence]) -> None:
         """Give each sequence a row and a text that holds its present tokens."""
         if not sequences:
             return
-        texts = [self._take_text(sequence) for sequence in sequences]
-        self._write_texts(sequences, texts)
+        texts = self._take_texts(sequences)
         first = len(self.sequences)
         self.sequences += sequences
         self._uploaded += [0] * len(sequences)
         at = slice(first, len(self.sequences))
         self._row_texts[at] = texts
-        fields = torch.tensor(
-            [[text, s.noise_key, s.max_length] for text, s in zip(texts, sequences, strict=True)], dtype=torch.int64
-        ).to(self.device, non_blocking=True)
-        self.rows.text[at] = fields[:, 0].int()
-        self.rows.keys[at] = fields[:, 1]
-        self.rows.max_lengths[at] = fields[:, 2].int()
-        self.rows.active[at] = 1
+        self._write(at, sequences, texts)
         if self.reader is not None:
-            for text, sequence in zip(texts, sequences, strict=True):
-                self.reader.begin(text, len(sequence.tokens))
-        if self.drafter is None:
-            return
-        for text, sequence in zip(texts, sequences, strict=True):
-            group = self._groups[sequence.prompt.id]
-            # rows still to be taken find a text in any case
-            spare = max(0, len(self._free_texts) - (self.num_rows - len(self.sequences)))
-            offered = self._free_texts[::-1][:spare]
-            count = self.drafter.begin(text, group.number, sequence.prompt.id, sequence.prompt.token_ids, offered)
-            group.texts += offered[:count]
-            del self._free_texts[len(self._free_texts) - count :]
+            self.reader.begin(texts, [len(sequence.tokens) for sequence in sequences])
+        if self.drafter is not None:
+            self._begin(self.drafter, sequences, texts)
 
     def upload_blocks(self) -> None:
         """Tell the device which blocks the sequences hold by now."""
-        where: list[tuple[int, int, int]] = []
+        places: list[int] = []
+        blocks: list[int] = []
+        width = self.rows.block_tables.shape[1]
         for row, sequence in enumerate(self.sequences):
             known = self._uploaded[row]
             if sequence.num_blocks > known:
-                where += [(row, index, int(sequence.block_table[index])) for index in range(known, sequence.num_blocks)]
+                places += range(row * width + known, row * width + sequence.num_blocks)
+                blocks += sequence.block_table[known : sequence.num_blocks].tolist()
                 self._uploaded[row] = sequence.num_blocks
-        if where:
-            news = torch.tensor(where, dtype=torch.int64).to(self.device, non_blocking=True)
-            self.rows.block_tables[news[:, 0], news[:, 1]] = news[:, 2].int()
+        if places:
+            at, values = upload(self.device, np.array(places, dtype=np.int64), np.array(blocks, dtype=np.int32))
+            self.rows.block_tables.view(-1).index_copy_(0, at, values)
+
+    def refresh(self, strategy: Strategy) -> None:
+        """A cycle of this strategy is about to be launched: let whoever proposes in it know all that has come to be."""
+        if strategy.num_verify:
+            assert self.drafter is not None
+            grown = self._grown - self._grown_before.get(strategy.source, 0)
+            self.drafter.refresh(strategy, grown=grown)
+            self._grown_before[strategy.source] = self._grown
+        self._grown += 1 + strategy.num_verify
 
     def leave(self, gone: abc.Collection[Sequence]) -> None:
         """Vacate the rows of sequences that finished, or that lost their blocks and will enter again."""
         self._vacate(gone)
+        freed: list[int] = []
         for sequence in gone:
             if sequence.finish is None:  # it will write another text
-                self._free([self._text_of.pop(sequence)])
+                freed.append(self._text_of.pop(sequence))
             else:
                 self._quote(sequence)
-                self._count_off(sequence)
+                freed += self._count_off(sequence)
+        self._free(freed)
 
     def clear(self) -> None:
         """Vacate everything: no sequence will come back."""
@@ -208,8 +213,7 @@ class Residency:
         texts = [text for group in self._groups.values() for text in group.texts]
         self._groups.clear()
         self._finished_texts.clear()
-        if texts:
-            self._free(texts)
+        self._free(texts)
 
     def _vacate(self, gone: abc.Collection[Sequence]) -> None:
         """Free the rows of these sequences, which write their texts no more."""
@@ -231,35 +235,59 @@ class Residency:
         del self._uploaded[len(kept) :]
         rows = self.rows
         if holes:
-            moves = torch.tensor([holes, movers], dtype=torch.int64).to(self.device, non_blocking=True)
-            for values in (rows.text, rows.keys, rows.max_lengths, rows.active, rows.block_tables):
-                values[moves[0]] = values[moves[1]]
-        rows.active[len(kept) : count] = 0
-        rows.text[len(kept) : count] = self._nobody
+            to, of = upload(self.device, np.array(holes, dtype=np.int64), np.array(movers, dtype=np.int64))
+            self._fields.index_copy_(1, to, self._fields.index_select(1, of))
+            for values in (rows.keys, rows.block_tables):
+                values.index_copy_(0, to, values.index_select(0, of))
+        self._fields[:, len(kept) : count] = self._nobodys
 
-    def _take_text(self, sequence: Sequence) -> int:
-        if not self._free_texts:  # the text that was finished first is the one least worth quoting
-            text, group = next(iter(self._finished_texts.items()))
-            del self._finished_texts[text]
-            group.texts.remove(text)
-            self._free([text])
-        text = self._free_texts.pop()
-        self._text_of[sequence] = text
-        return text
+    def _take_texts(self, sequences: abc.Sequence[Sequence]) -> list[int]:
+        """A text for each of these to write; the texts that were finished first are those least worth quoting."""
+        lacking = max(0, len(sequences) - len(self._free_texts))
+        evicted = list(islice(self._finished_texts, lacking))
+        for text in evicted:
+            self._finished_texts.pop(text).texts.remove(text)
+        self._free(evicted)
+        texts = [self._free_texts.pop() for _ in sequences]
+        self._text_of.update(zip(sequences, texts, strict=True))
+        return texts
 
-    def _write_texts(self, sequences: abc.Sequence[Sequence], texts: abc.Sequence[int]) -> None:
-        longest = max(len(sequence.tokens) for sequence in sequences)
-        tokens = np.zeros((len(sequences), longest), dtype=np.int32)
+    def _write(self, at: slice, sequences: abc.Sequence[Sequence], texts: abc.Sequence[int]) -> None:
+        """What these sequences have said, into their texts; whose rows these are, into the rows."""
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        tokens = np.zeros((len(sequences), max(lengths)), dtype=np.int32)
         for line, sequence in zip(tokens, sequences, strict=True):
             line[: len(sequence.tokens)] = sequence.tokens
-        fields = torch.tensor(
-            [[t, len(s.tokens), self._groups[s.prompt.id].number] for t, s in zip(texts, sequences, strict=True)],
-            dtype=torch.int64,
-        ).to(self.device, non_blocking=True)
-        at = fields[:, 0]
-        self.texts.tokens[at, :longest] = torch.from_numpy(tokens).to(self.device, non_blocking=True)
-        self.texts.lengths[at] = fields[:, 1].int()
-        self.texts.groups[at] = fields[:, 2].int()
+        groups = [self._groups[sequence.prompt.id].number for sequence in sequences]
+        ends = [sequence.max_length for sequence in sequences]
+        of_texts, keys, says, length, group, fields = upload(
+            self.device,
+            np.array(texts, dtype=np.int64),
+            np.array([sequence.noise_key for sequence in sequences], dtype=np.int64),
+            tokens,
+            np.array(lengths, dtype=np.int32),
+            np.array(groups, dtype=np.int32),
+            np.array([texts, ends, [1] * len(texts)], dtype=np.int32),
+        )
+        self.texts.tokens[:, : tokens.shape[1]].index_copy_(0, of_texts, says)
+        self.texts.lengths.index_copy_(0, of_texts, length)
+        self.texts.groups.index_copy_(0, of_texts, group)
+        self.rows.keys[at] = keys
+        self._fields[:, at] = fields
+
+    def _begin(self, drafter: ResidentDrafter, sequences: abc.Sequence[Sequence], texts: abc.Sequence[int]) -> None:
+        """Tell the drafter of sequences that begin; it may take texts for what it remembers of their prompts."""
+        groups = [self._groups[sequence.prompt.id] for sequence in sequences]
+        begun = [
+            Begun(text, group.number, sequence.prompt.id, sequence.prompt.token_ids, len(sequence.tokens))
+            for text, group, sequence in zip(texts, groups, sequences, strict=True)
+        ]
+        # rows still to be taken find a text in any case
+        spare = max(0, len(self._free_texts) - (self.num_rows - len(self.sequences)))
+        taken = drafter.begin(begun, self._free_texts[::-1][:spare])
+        for group, more in zip(groups, taken, strict=True):
+            group.texts += more
+        del self._free_texts[len(self._free_texts) - sum(map(len, taken)) :]
 
     def _quote(self, sequence: Sequence) -> None:
         """Keep the text of a sequence that has left for good, for its siblings."""
@@ -271,19 +299,21 @@ class Residency:
             response = sequence.tokens[len(sequence.prompt.token_ids) :]
             self.drafter.finish(text, sequence.prompt.id, response)
 
-    def _count_off(self, sequence: Sequence) -> None:
-        """One sequence less is expected; the last of a prompt frees all texts of it."""
+    def _count_off(self, sequence: Sequence) -> list[int]:
+        """One sequence less is expected; with the last of a prompt all texts of it are to be freed: these."""
         group = self._groups[sequence.prompt.id]
         group.remaining -= 1
-        if group.remaining == 0:
-            for text in group.texts:
-                self._finished_texts.pop(text, None)
-            if group.texts:
-                self._free(group.texts)
-            del self._groups[sequence.prompt.id]
+        if group.remaining:
+            return []
+        for text in group.texts:
+            self._finished_texts.pop(text, None)
+        del self._groups[sequence.prompt.id]
+        return group.texts
 
     def _free(self, texts: abc.Sequence[int]) -> None:
-        at = torch.tensor(texts, dtype=torch.int64).to(self.device, non_blocking=True)
+        if not texts:
+            return
+        (at,) = upload(self.device, np.array(texts, dtype=np.int64))
         self.texts.groups.index_fill_(0, at, -1)  # not by assignment, which waits for the device to copy the -1
         self._free_texts += texts
         if self.drafter is not None:

@@ -170,6 +170,7 @@ class ResidentCycles:
         context = _mean_tokens(residency.sequences)
         begun = self._last_done or self._now()
         timed = True
+        residency.refresh(strategy)
         if num_nodes:
             drafter, drafts = residency.drafter, residency.drafts(num_rows, num_nodes)
             assert drafter is not None

@@ -2,8 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 settings.register_profile("paceline", deadline=None)  # on a shared machine time says nothing
@@ -82,6 +84,32 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class _Launches(TorchDispatchMode):
+    """Counts torch operations that compute or copy: what would be a launch on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        if not func.is_view and not func.overloadpacket.__name__.startswith(("empty", "new_empty", "_unsafe_view")):
+            self.count += 1
+        return returned
+
+
+@pytest.fixture
+def launches() -> Callable[[Callable[[], object]], int]:
+    """How many torch operations a call makes that would each be a launch on a GPU."""
+
+    def count(call: Callable[[], object]) -> int:
+        with _Launches() as counted:
+            call()
+        return counted.count
+
+    return count
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from drafter.combined import CombinedDrafter
 from drafter.ngram import NgramDrafter
-from drafter.types import Drafts, ResidentDrafter, Rows, Strategy, Texts
+from drafter.types import Begun, Drafts, ResidentDrafter, Rows, Strategy, Texts
 
 SUFFIX, EAGLE = (Strategy(source, depth=2, top_k=1, num_verify=2) for source in ("suffix", "eagle"))
 
@@ -25,9 +25,12 @@ class Noted:
     def attach(self, texts: Texts) -> None:
         self.heard.append(("attach",))
 
-    def begin(self, text: int, group: int, prompt_id: str, prompt_ids: Sequence[int], free_texts: Sequence[int]) -> int:
-        self.heard.append(("begin", text, list(free_texts)))
-        return min(self.wants, len(free_texts))
+    def begin(self, begun: Sequence[Begun], free_texts: Sequence[int]) -> list[list[int]]:
+        self.heard.append(("begin", [each.text for each in begun], list(free_texts)))
+        return [list(free_texts[number * self.wants : (number + 1) * self.wants]) for number in range(len(begun))]
+
+    def refresh(self, strategy: Strategy, *, grown: int) -> None:
+        self.heard.append(("refresh", strategy, grown))
 
     def propose(self, texts: Texts, rows: Rows, strategy: Strategy, out: Drafts) -> None:
         self.heard.append(("propose", strategy))
@@ -67,14 +70,19 @@ def test_all_hear_of_every_sequence_and_one_is_asked() -> None:
     assert isinstance(combined, ResidentDrafter)
     texts, rows, drafts = some_texts()
     combined.attach(texts)
-    assert combined.begin(0, 0, "p", [1, 2], [5, 4, 3, 2]) == 3
+    begun = [Begun(text, 0, "p", [1, 2], 2) for text in (0, 1)]
+    assert combined.begin(begun, [9, 8, 7, 6, 5, 4, 3]) == [[9, 8, 5], [7, 6, 4]]
+    combined.refresh(EAGLE, grown=3)
     combined.propose(texts, rows, EAGLE, drafts)
+    combined.refresh(SUFFIX, grown=4)
     combined.propose(texts, rows, SUFFIX, drafts)
     combined.finish(0, "p", [7])
-    combined.release([0, 5, 4, 3])
-    told = [("finish", 0), ("release", [0, 5, 4, 3])]
-    assert drafters["suffix"].heard == [("attach",), ("begin", 0, [5, 4, 3, 2]), ("propose", SUFFIX), *told]
-    assert drafters["eagle"].heard == [("attach",), ("begin", 0, [3, 2]), ("propose", EAGLE), *told]
+    combined.release([0, 9, 8, 5])
+    told = [("finish", 0), ("release", [0, 9, 8, 5])]
+    suffix = [("begin", [0, 1], [9, 8, 7, 6, 5, 4, 3]), ("refresh", SUFFIX, 4), ("propose", SUFFIX)]
+    assert drafters["suffix"].heard == [("attach",), *suffix, *told]
+    eagle = [("begin", [0, 1], [5, 4, 3]), ("refresh", EAGLE, 3), ("propose", EAGLE)]
+    assert drafters["eagle"].heard == [("attach",), *eagle, *told]
 
 
 @pytest.mark.parametrize("first", ["suffix", "eagle"])
@@ -90,7 +98,8 @@ def test_earlier_rollouts_are_recalled_past_what_another_took(first: str) -> Non
         combined.finish(text, "p", response)
     texts.tokens[0, :2] = torch.tensor([1, 2])
     texts.lengths[0], texts.groups[0] = 2, 0
-    assert combined.begin(0, 0, "p", [1, 2], [5, 4, 3, 2]) == 3
+    assert len(combined.begin([Begun(0, 0, "p", [1, 2], 2)], [5, 4, 3, 2])[0]) == 3
+    combined.refresh(SUFFIX, grown=0)
     recalled = [5, 4] if first == "suffix" else [4, 3]
     assert [texts.tokens[text, : texts.lengths[text]].tolist() for text in recalled] == [[1, 2, 6, 7], [1, 2, 3, 4, 5]]
     assert texts.groups[recalled].tolist() == [0, 0]

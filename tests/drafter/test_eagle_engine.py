@@ -29,6 +29,8 @@ TREE = Strategy(source="eagle", depth=3, top_k=3, num_verify=8)
 class Shelf:
     """A sink that keeps everything."""
 
+    temperature = SAMPLING.temperature
+
     def __init__(self) -> None:
         self.windows: list[FeatureWindow] = []
 

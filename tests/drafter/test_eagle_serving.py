@@ -14,7 +14,7 @@ import drafter.eagle_serving
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.eagle_serving import MIN_CATCH_UP, EagleDrafter, positions_caught_up
 from drafter.rings import FeatureRings
-from drafter.types import CycleFeatures, Drafts, ResidentDrafter, Rows, Strategy, Texts
+from drafter.types import Begun, CycleFeatures, Drafts, ResidentDrafter, Rows, Strategy, Texts
 from kernels.sample import gumbel_noise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,8 +105,8 @@ class Bench:
         self.texts.lengths[text] = length
         self.rows.text[row] = text
         self.rows.active[row] = 1
-        self.drafter.begin(text, 0, "p", [], [])
-        self.rings.begin(text, length)
+        self.drafter.begin([Begun(text, 0, "p", [], length)], [])
+        self.rings.begin([text], [length])
         self.aux[text] = {}
         self.origins.pop(text, None)
 

@@ -3,14 +3,15 @@
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
 
 from drafter.ngram import NgramDrafter
 from drafter.suffix import SuffixDrafter
-from drafter.types import Draft, Drafts, DraftState, ResidentDrafter, Rows, Strategy, Texts
+from drafter.types import Begun, Draft, Drafts, DraftState, ResidentDrafter, Rows, Strategy, Texts
 from rollout.speculate import verify
 
 CHAIN = Strategy(source="suffix", depth=6, top_k=1, num_verify=6)
@@ -47,7 +48,24 @@ def write(texts: Texts, text: int, token_ids: list[int], *, group: int) -> None:
     texts.groups[text] = group
 
 
-def draft_for(drafter: NgramDrafter, texts: Texts, numbers: list[int], strategy: Strategy) -> list[Draft]:
+def begin(
+    drafter: NgramDrafter,
+    texts: Texts,
+    text: int,
+    group: int,
+    prompt: list[int],
+    free_texts: Sequence[int] = (),
+    *,
+    prompt_id: str = "a",
+) -> list[int]:
+    """Let one sequence begin; the texts taken for it."""
+    return drafter.begin([Begun(text, group, prompt_id, prompt, int(texts.lengths[text]))], free_texts)[0]
+
+
+def draft_for(
+    drafter: NgramDrafter, texts: Texts, numbers: list[int], strategy: Strategy, *, grown: int = 16
+) -> list[Draft]:
+    drafter.refresh(strategy, grown=grown)
     num_rows, num_nodes = len(numbers), strategy.num_verify
     out = Drafts(
         token_ids=torch.full((num_rows, num_nodes), -9, dtype=torch.int32),
@@ -122,8 +140,8 @@ def replay_ngram(responses: list[list[int]], earlier: list[list[int]], strategy:
     free = list(range(count, count + len(earlier)))
     for text in range(count):
         write(texts, text, PROMPT, group=0)
-        taken = drafter.begin(text, 0, "a", PROMPT, free)
-        assert taken == (len(earlier) if text == 0 else 0)
+        taken = begin(drafter, texts, text, 0, PROMPT, free)
+        assert taken == (free if text == 0 else [])
 
     def commit(row: int, new: list[int]) -> None:
         length = int(texts.lengths[row])
@@ -155,7 +173,7 @@ def test_the_prompt_is_looked_up_by_all_that_share_it() -> None:
     prompt = [5, 6, 7, 8, 5, 6]
     for text in (0, 1):
         write(texts, text, prompt, group=3)
-        assert drafter.begin(text, 3, "a", prompt, []) == 0
+        assert begin(drafter, texts, text, 3, prompt) == []
     assert [draft.token_ids for draft in draft_for(drafter, texts, [0, 1], CHAIN)] == [[7, 8, 5, 6, 7, 8], [7, 8, 5, 6]]
 
 
@@ -165,11 +183,11 @@ def test_the_prompt_survives_the_sequence_that_brought_it() -> None:
     prompt = [5, 6, 7, 8, 5, 6]
     for text in (0, 1):
         write(texts, text, prompt, group=3)
-        drafter.begin(text, 3, "a", prompt, [])
+        begin(drafter, texts, text, 3, prompt)
     texts.groups[0] = -1
     drafter.release([0])
     write(texts, 2, prompt, group=3)
-    drafter.begin(2, 3, "a", prompt, [])
+    begin(drafter, texts, 2, 3, prompt)
     for draft in draft_for(drafter, texts, [1, 2], CHAIN):
         assert draft.token_ids[:2] == [7, 8]
 
@@ -180,15 +198,16 @@ def test_earlier_rollouts_are_recalled_once_newest_first_into_the_texts_that_are
     for last in (7, 8, 9):
         drafter.finish(0, "a", [5, 6, last])
     write(texts, 0, [1, 5, 6], group=0)
-    assert drafter.begin(0, 0, "a", [1], [4, 2]) == 2
+    assert begin(drafter, texts, 0, 0, [1], [4, 2]) == [4, 2]
+    drafter.refresh(TREE, grown=0)
     assert texts.tokens[4, :4].tolist() == [1, 5, 6, 9] and texts.tokens[2, :4].tolist() == [1, 5, 6, 8]
     assert texts.lengths[[4, 2]].tolist() == [4, 4] and texts.groups[[4, 2]].tolist() == [0, 0]
     tree = draft_for(drafter, texts, [0], TREE)[0]
     assert sorted(tree.token_ids) == [8, 9]
     write(texts, 1, [1], group=0)
-    assert drafter.begin(1, 0, "a", [1], [5]) == 0
+    assert begin(drafter, texts, 1, 0, [1], [5]) == []
     write(texts, 3, [1], group=1)
-    assert drafter.begin(3, 1, "b", [1], [5]) == 0
+    assert begin(drafter, texts, 3, 1, [1], [5], prompt_id="b") == []
 
 
 def test_a_recalled_rollout_is_cut_to_the_length_of_a_text() -> None:
@@ -196,7 +215,8 @@ def test_a_recalled_rollout_is_cut_to_the_length_of_a_text() -> None:
     drafter.attach(texts)
     drafter.finish(0, "a", list(range(10, 10 + MAX_LENGTH)))
     write(texts, 0, PROMPT, group=0)
-    assert drafter.begin(0, 0, "a", PROMPT, [1]) == 1
+    assert begin(drafter, texts, 0, 0, PROMPT, [1]) == [1]
+    drafter.refresh(TREE, grown=0)
     assert int(texts.lengths[1]) == MAX_LENGTH
 
 
@@ -204,16 +224,71 @@ def test_a_text_that_is_free_again_is_not_quoted_and_may_be_written_anew() -> No
     drafter, texts = NgramDrafter(min_match=2), empty_texts(3)
     drafter.attach(texts)
     write(texts, 0, [1, 5, 6, 7, 8], group=0)
-    drafter.begin(0, 0, "a", [1], [])
+    begin(drafter, texts, 0, 0, [1])
     write(texts, 1, [1, 5, 6], group=0)
-    drafter.begin(1, 0, "a", [1], [])
+    begin(drafter, texts, 1, 0, [1])
     assert draft_for(drafter, texts, [0, 1], CHAIN)[1].token_ids == [7, 8]
     texts.groups[0] = -1
     drafter.release([0])
     assert draft_for(drafter, texts, [1], CHAIN)[0].token_ids == []
     write(texts, 0, [1, 5, 6, 9], group=0)
-    drafter.begin(0, 0, "a", [1], [])
+    begin(drafter, texts, 0, 0, [1])
     assert draft_for(drafter, texts, [0, 1], CHAIN)[1].token_ids == [9]
+
+
+def test_what_was_said_while_nothing_was_drafted_here_is_quoted_from_the_first_draft_on() -> None:
+    said = random.Random(0).sample(range(10, 1000), 100)
+    drafter, texts = NgramDrafter(min_match=2), empty_texts(3)
+    drafter.attach(texts)
+    for text in (0, 1):
+        write(texts, text, PROMPT, group=0)
+        begin(drafter, texts, text, 0, PROMPT)
+    assert draft_for(drafter, texts, [0, 1], CHAIN)[1].token_ids == []
+    write(texts, 0, PROMPT + said, group=0)
+    write(texts, 1, PROMPT + said[:92], group=0)
+    assert draft_for(drafter, texts, [1], CHAIN, grown=100)[0].token_ids == said[92:98]
+
+
+def test_a_sequence_that_goes_on_is_quoted_by_its_siblings_at_once() -> None:
+    said = random.Random(0).sample(range(10, 1000), 100)
+    drafter, texts = NgramDrafter(min_match=2), empty_texts(3)
+    drafter.attach(texts)
+    write(texts, 1, PROMPT + said[90:92], group=0)
+    write(texts, 0, PROMPT + said, group=0)
+    for text in (1, 0):
+        begin(drafter, texts, text, 0, PROMPT)
+    assert draft_for(drafter, texts, [1], CHAIN, grown=0)[0].token_ids == said[92:98]
+
+
+def test_sequences_that_come_and_go_between_two_drafts_leave_nothing_to_do() -> None:
+    drafter, texts = NgramDrafter(min_match=2), empty_texts(3)
+    drafter.attach(texts)
+    drafter.finish(0, "a", [5, 6, 7])
+    write(texts, 0, PROMPT, group=0)
+    assert begin(drafter, texts, 0, 0, PROMPT, [2]) == [2]
+    texts.groups[0] = -1
+    drafter.release([0, 2])
+    drafter.refresh(CHAIN, grown=200)
+    assert int(texts.groups[2]) == -1 and not texts.tokens[2].any()
+
+
+def test_as_many_launches_for_one_sequence_as_for_many(launches: Callable[[Callable[[], object]], int]) -> None:
+    def count(num_groups: int, grown: int) -> int:
+        drafter, texts = NgramDrafter(min_match=2), empty_texts(6 * num_groups)
+        drafter.attach(texts)
+        begun = []
+        for group in range(num_groups):
+            for _ in range(3):
+                drafter.finish(0, f"p{group}", [5, 6, 7])
+            for text in (6 * group, 6 * group + 1):
+                write(texts, text, PROMPT, group=group)
+                begun.append(Begun(text, group, f"p{group}", PROMPT, len(PROMPT)))
+        free = [text for text in range(6 * num_groups) if text % 6 > 1]
+        assert launches(partial(drafter.begin, begun, free)) == 0
+        return launches(partial(drafter.refresh, CHAIN, grown=grown))
+
+    for grown in (1, 1000):
+        assert count(1, grown) == count(20, grown)
 
 
 def test_a_saved_state_is_json_and_either_drafter_takes_it_up() -> None:

@@ -47,7 +47,7 @@ class Engine:
         self.texts.lengths[text] = self.lengths[text] = length
         self.rows.text[row] = text
         self.rings.name(text, prompt_id)
-        self.rings.begin(text, length)
+        self.rings.begin([text], [length])
 
     def said(self, text: int, length: int) -> torch.Tensor:
         return (1000 * text + torch.arange(length)).int().to(DEVICE)

@@ -18,7 +18,7 @@ from drafter.eagle import EagleConfig, EagleHead
 from drafter.eagle_serving import EagleDrafter
 from drafter.ngram import NgramDrafter
 from drafter.rings import FeatureRings
-from drafter.types import OFF, Draft, Drafter, Drafts, DraftState, ResidentDrafter, Rows, Strategy, Texts
+from drafter.types import OFF, Begun, Draft, Drafter, Drafts, DraftState, ResidentDrafter, Rows, Strategy, Texts
 from rollout.engine import NativeEngine
 from rollout.model import load_policy
 from rollout.sequence import Sequence as RolloutSequence
@@ -107,17 +107,26 @@ class ResidentScripted:
     vocab_size: int
     prompts: dict[int, tuple[str, int]] = field(default_factory=dict)  # text: prompt id and length
     num_finished: int = 0
+    num_refreshed: int = 0
 
     def attach(self, texts: Texts) -> None:
         assert (texts.groups == -1).all()
 
-    def begin(self, text: int, group: int, prompt_id: str, prompt_ids: Sequence[int], free_texts: Sequence[int]) -> int:
-        assert text not in self.prompts, "a text in use is given away"
-        assert text not in free_texts
-        self.prompts[text] = (prompt_id, len(prompt_ids))
-        return 0
+    def begin(self, begun: Sequence[Begun], free_texts: Sequence[int]) -> list[list[int]]:
+        for each in begun:
+            assert each.text not in self.prompts, "a text in use is given away"
+            assert each.text not in free_texts
+            assert each.length >= len(each.prompt_ids)
+            self.prompts[each.text] = (each.prompt_id, len(each.prompt_ids))
+        return [[] for _ in begun]
+
+    def refresh(self, strategy: Strategy, *, grown: int) -> None:
+        assert strategy.num_verify and grown >= 0
+        self.num_refreshed += 1
 
     def propose(self, texts: Texts, rows: Rows, strategy: Strategy, out: Drafts) -> None:
+        assert self.num_refreshed, "it is told before it proposes"
+        self.num_refreshed = 0
         for row in range(out.token_ids.shape[0]):
             text = int(rows.text[row])
             draft = Draft([], [])

@@ -44,12 +44,13 @@ class Recorder:
         assert not self.known
         self.texts, self.num_rows = texts, num_rows
 
-    def begin(self, text: int, length: int) -> None:
+    def begin(self, texts: Sequence[int], lengths: Sequence[int]) -> None:
         assert self.texts is not None
-        assert text not in self.known
-        assert int(self.texts.lengths[text]) == length
-        self.known[text], self.lengths[text] = {}, length
-        self.num_begun += 1
+        for text, length in zip(texts, lengths, strict=True):
+            assert text not in self.known
+            assert int(self.texts.lengths[text]) == length
+            self.known[text], self.lengths[text] = {}, length
+        self.num_begun += len(texts)
         assert len(self.known) <= self.num_rows
 
     def observe(self, texts: Texts, rows: Rows, features: CycleFeatures) -> None:
@@ -204,6 +205,7 @@ class Windows:
     """What rings hand on."""
 
     found: list[FeatureWindow] = field(default_factory=list)
+    temperature: float = SAMPLING.temperature
 
     def add(self, window: FeatureWindow) -> None:
         self.found.append(window)
