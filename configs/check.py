@@ -1,10 +1,11 @@
 """What a configuration's values must satisfy beyond their types."""
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from configs.redact import holds_secret, is_secret, redact
 from configs.schema import Config
 
 
@@ -87,7 +88,8 @@ def check(config: Config) -> list[Problem]:
     problems += [(key, f"must be at most {limit}") for key, limit in _AT_MOST.items() if value_of(config, key) > limit]
     problems += [(key, f"must be below {limit}") for key, limit in _BELOW.items() if value_of(config, key) >= limit]
     problems += [*_run_and_data(config), *_reward(config), *_rollout(config), *_train(config)]
-    return [Problem(key, f"{key}={value_of(config, key)!r}: {remedy}") for key, remedy in problems]
+    problems += _secrets(config)
+    return [Problem(key, redact(f"{key}={value_of(config, key)!r}: {remedy}")) for key, remedy in problems]
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -96,6 +98,17 @@ def value_of(config: Config, key: str) -> Any:
     for name in key.split("."):
         value = getattr(value, name)
     return value
+
+
+def _secrets(config: Any, section: str = "") -> Iterator[tuple[str, str]]:
+    """What must not stand in a run directory, where the configuration is kept."""
+    for field in fields(config):
+        name, value = f"{section}{field.name}", getattr(config, field.name)
+        if is_dataclass(value):
+            yield from _secrets(value, f"{name}.")
+        named = value if isinstance(value, Mapping) else {field.name: value}
+        if any(isinstance(item, str) and (is_secret(key, item) or holds_secret(item)) for key, item in named.items()):
+            yield name, "holds a secret, and a run directory keeps its configuration; set it in the environment instead"
 
 
 def _run_and_data(config: Config) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.errors import StorageError
+from configs.redact import redacted
 from launch.noted import Trace, followed, trace, trace_of, waited_for
 from rl.rundir import RunDir, now, storing
 
@@ -84,7 +85,7 @@ def write_report(
 
 def write(folder: Path, report: Mapping[str, Any]) -> Path:
     """The two files of a report, and the path of the first. Raises StorageError."""
-    path = folder / REPORT
+    path, report = folder / REPORT, redacted(report)
     with storing(path):
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (folder / LOG).write_text("\n".join(lines(report)) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from configs.errors import PreflightError
+from configs.redact import redact
 
 OURS = ("configs", "kernels", "drafter", "rollout", "rl", "launch")
 QUIET = {
@@ -34,7 +35,7 @@ def log_run(path: Path, *, show: Callable[[str], None]) -> None:
     """Log everything from INFO up into the file; warnings of ours are shown as well."""
     logging.raiseExceptions = False  # a full disk is reported by what needs it, not by every log line
     to_file = logging.FileHandler(path, encoding="utf-8")
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_file.setFormatter(_Redacting("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.handlers = [to_file, _Shown(show)]
@@ -55,6 +56,14 @@ def check_kernels() -> None:
             f"Hugging Face's package `kernels` ({found}) shadows Paceline's; "
             "run `pip uninstall -y kernels`, then install Paceline again"
         )
+
+
+class _Redacting(logging.Formatter):
+    """Lines without secrets, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record."""
+        return redact(super().format(record))
 
 
 class _Shown(logging.Handler):

@@ -2,13 +2,14 @@
 
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from configs.redact import redact
 
 _PACKAGES = ("paceline", "torch", "transformers", "deepspeed", "ray", "triton", "numpy", "reasoning-gym", "math-verify")
 
@@ -31,11 +32,6 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "commit": _commit(),
     }
-
-
-def redact(argument: str) -> str:
-    """The argument, without the value of anything called a token, key, secret or password."""
-    return re.sub(r"(?i)((?:token|secret|password|api_?key)=).+", r"\1***", argument)
 
 
 def _commit() -> str | None:

@@ -23,6 +23,7 @@ from typing import Any
 from configs.errors import PreflightError, StorageError
 from configs.faults import hit
 from configs.load import dump
+from configs.redact import redact, redacted
 from configs.schema import Config
 from rl.environment import environment
 
@@ -55,7 +56,7 @@ class RunDir:
         lock = _take_lock(path)
         try:
             run = cls(path, lock)
-            _write(path / "config" / "input.yaml", input_yaml.encode())
+            _write(path / "config" / "input.yaml", redact(input_yaml).encode())
             run.write_config(config)
         except StorageError:
             shutil.rmtree(path, ignore_errors=True)  # it was empty, and half a run directory is of no use
@@ -111,7 +112,8 @@ class RunDir:
 
     def append_event(self, kind: str, **fields: Any) -> None:
         """Add a line to events.jsonl; events of all attempts stay."""
-        _append(self.path / "events.jsonl", {"time": now(), "attempt": self.attempt, "event": kind, **fields})
+        event = {"time": now(), "attempt": self.attempt, "event": kind, **redacted(fields)}
+        _append(self.path / "events.jsonl", event)
 
     def append_metrics(self, name: str, record: Mapping[str, Any]) -> None:
         """Add a line to metrics/NAME.jsonl. The record holds "step"; numbers that are not finite become null."""
@@ -269,7 +271,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _write(path, (json.dumps(_finite(value), indent=2) + "\n").encode())
+    _write(path, (json.dumps(_finite(redacted(value)), indent=2) + "\n").encode())
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:

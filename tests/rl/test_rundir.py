@@ -15,7 +15,6 @@ import pytest
 from configs.errors import PreflightError, StorageError
 from configs.load import parse
 from configs.schema import Config
-from rl.environment import redact
 from rl.rundir import RunDir, read_status
 
 HOLD = """
@@ -231,8 +230,3 @@ def test_failed_write_names_path_and_reason(run: RunDir, monkeypatch: pytest.Mon
     with pytest.raises(StorageError, match=r"cannot write .*STATUS\.json: Input/output error"):
         run.write_status(step=1)
     assert read_status(run.path)["state"] == "starting"
-
-
-def test_command_line_secrets_are_redacted() -> None:
-    assert redact("data.options.hf_token=hf_abc") == "data.options.hf_token=***"
-    assert redact("data.max_prompt_tokens=128") == "data.max_prompt_tokens=128"
