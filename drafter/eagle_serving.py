@@ -1,64 +1,24 @@
 """Drafting with a trained EAGLE head on the device, from what verification left behind."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from drafter.eagle import EagleConfig
 from drafter.rings import MIN_POSITIONS, FeatureRings
+from drafter.served_head import ServedHead
 from drafter.types import Begun, Drafts, Rows, Strategy, Texts
 from kernels.attention import paged_attention, paged_sequences
 from kernels.cache import rope_and_write
 from kernels.cycle import MAX_NODES
 from kernels.eagle import LOG2_E, Candidates, CatchUp, KvRings, catch_up, grow, join_inputs, num_candidates, rank
-from kernels.linear import Norm, gated_linear, linear
+from kernels.linear import gated_linear, linear
 
 BLOCK_SIZE = 16  # tokens in a block of the head's own cache
 # Positions caught up with by a call: what other cycles commit in between, up to here, costs the head no context. A
 # product of 128 tokens costs about what reading its weights does, so few rows can afford more.
 CATCH_UP_TOKENS, MIN_CATCH_UP = 128, 8
-
-
-@dataclass(frozen=True, slots=True)
-class ServedHead:
-    """The head's weights as serving reads them: q, k, v in one tensor, gate and up in another.
-
-    fc [H, 3H]; qkv [(Hq + 2 Hkv) D, 2H]; output [H, Hq D]; gate_up [2 I, H]; down [H, I]; lm_head [V', H]; vocabulary
-    [V'] int32: the target's tokens; published [1] int32: 0 while these say nothing.
-    """
-
-    fc: torch.Tensor
-    embed_norm: Norm
-    state_norm: Norm
-    qkv: torch.Tensor
-    output: torch.Tensor
-    mlp_norm: Norm
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    norm: Norm
-    lm_head: torch.Tensor
-    vocabulary: torch.Tensor
-    published: torch.Tensor
-
-    def by_name(self, config: EagleConfig) -> dict[str, torch.Tensor]:
-        """Where each of EagleHead's parameters is served from."""
-        query, pair = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        parts = zip(("q_proj", "k_proj", "v_proj"), self.qkv.split([query, pair, pair]), strict=True)
-        return {
-            "fc.weight": self.fc,
-            "midlayer.input_layernorm.weight": self.embed_norm.weight,
-            "midlayer.hidden_norm.weight": self.state_norm.weight,
-            **{f"midlayer.self_attn.{name}.weight": part for name, part in parts},
-            "midlayer.self_attn.o_proj.weight": self.output,
-            "midlayer.post_attention_layernorm.weight": self.mlp_norm.weight,
-            "midlayer.mlp.gate_proj.weight": self.gate_up[: config.intermediate_size],
-            "midlayer.mlp.up_proj.weight": self.gate_up[config.intermediate_size :],
-            "midlayer.mlp.down_proj.weight": self.down,
-            "norm.weight": self.norm.weight,
-            "lm_head.weight": self.lm_head,
-        }
 
 
 class EagleDrafter:
@@ -86,7 +46,7 @@ class EagleDrafter:
         self._features = rings
         self._device = device
         with torch.inference_mode(False):
-            self._head = _empty_head(config, embedding.dtype, device)
+            self._head = ServedHead.empty(config, embedding.dtype, device)
             self._transform = torch.empty(2, dtype=torch.float32, device=device)
         self.set_temperature(temperature)
         self._texts: Texts | None = None
@@ -105,19 +65,7 @@ class EagleDrafter:
         To be called between cycles, on their stream. Raises ValueError for missing, unknown or misshapen tensors,
         with the weights before still served.
         """
-        served = self._head.by_name(self.config)
-        wanted = {name: tuple(tensor.shape) for name, tensor in served.items()}
-        wanted |= {"d2t": (self.config.draft_vocab,), "t2d": (self.config.vocab_size,)}
-        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if given != wanted:
-            name = sorted(name for name in given.keys() | wanted.keys() if given.get(name) != wanted.get(name))[0]
-            raise ValueError(f"the drafter's {name} has shape {given.get(name)}, and {wanted.get(name)} is served")
-        with torch.no_grad():
-            for name, tensor in served.items():
-                tensor.copy_(state[name])
-            offsets = state["d2t"].to(self._device)
-            self._head.vocabulary.copy_(offsets + torch.arange(len(offsets), device=self._device))
-            self._head.published.fill_(1)
+        self._head.load(state, self.config)
         self.version = version
 
     def withdraw(self) -> None:
@@ -335,32 +283,6 @@ class EagleDrafter:
 def positions_caught_up(num_rows: int, levels: int) -> int:
     """How many known positions a call steps in each row: more than a draft of so many levels can have committed."""
     return max(levels + 1, MIN_CATCH_UP, min(MIN_POSITIONS, CATCH_UP_TOKENS // num_rows))
-
-
-def _empty_head(config: EagleConfig, dtype: torch.dtype, device: torch.device) -> ServedHead:
-    """Room for weights: zeros, so that all is finite before the first are published."""
-    size, query = config.hidden_size, config.num_heads * config.head_dim
-
-    def zeros(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    def norm() -> Norm:
-        return Norm(zeros(size), config.rms_norm_eps)
-
-    return ServedHead(
-        fc=zeros(size, 3 * size),
-        embed_norm=norm(),
-        state_norm=norm(),
-        qkv=zeros(query + 2 * config.num_kv_heads * config.head_dim, 2 * size),
-        output=zeros(size, query),
-        mlp_norm=norm(),
-        gate_up=zeros(2 * config.intermediate_size, size),
-        down=zeros(size, config.intermediate_size),
-        norm=norm(),
-        lm_head=zeros(config.draft_vocab, size),
-        vocabulary=torch.arange(config.draft_vocab, dtype=torch.int32, device=device),
-        published=torch.zeros(1, dtype=torch.int32, device=device),
-    )
 
 
 def _rotary(config: EagleConfig, num_positions: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
