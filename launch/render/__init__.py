@@ -1,0 +1,1 @@
+"""One typed plan of a run on a cluster, and what each target is told of it."""
