@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -27,9 +27,10 @@ from rl.checkpoint import write_tensors
 from rl.loss import RECORD, clipped_policy_loss, importance_weights, k3_divergence, step_stats
 from rl.schedule import learning_rate
 from rl.types import Batch, StepStats
-from rl.zero import deepspeed_config, start_deepspeed
+from rl.zero import MOMENTS, Shares, deepspeed_config, start_deepspeed
 from rollout.model import forward_packed
 from rollout.projections import grouped_parameters
+from rollout.transfer import layout, trainable
 
 PARAMS, OPTIMIZER, REFERENCE, STATE = (
     "params.safetensors",
@@ -37,7 +38,7 @@ PARAMS, OPTIMIZER, REFERENCE, STATE = (
     "reference.safetensors",
     "state.json",
 )
-MOMENTS = ("exp_avg", "exp_avg_sq")
+SAVED_BYTES = 1 << 30  # of parameters gathered at a time on their way to a checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +76,12 @@ Objective = Callable[[Round, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class DeepSpeedTrainer:
-    """rl.types.Trainer on DeepSpeed's ZeRO 0, 1 and 2.
+    """rl.types.Trainer on DeepSpeed's ZeRO 0 to 3.
 
     Every rank is given the same whole batch and takes its share of it, so that all know every denominator. Parameters
-    keep their storage from here on. In bfloat16 the optimiser works on float32 masters and gradients add up in
-    float32; ZeRO 0, for which DeepSpeed has no float32 accumulator, then runs as ZeRO 1: equal results, less memory.
+    keep their storage from here on, but under ZeRO 3, where a rank holds a share of each and whole_parameters puts them
+    together. In bfloat16 the optimiser works on float32 masters and gradients add up in float32; ZeRO 0, for which
+    DeepSpeed has no float32 accumulator, then runs as ZeRO 1: equal results, less memory.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class DeepSpeedTrainer:
         self.temperature = temperature
         self.device = torch.device(device)
         self.steps = 0  # reinforcement steps done; the schedule's position
-        self.params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+        self.changes = 0  # of the parameters, by whatever means
+        self.params = trainable(model)
+        self.shapes = {name: param.shape for name, param in self.params.items()}
         (self.dtype,) = {param.dtype for param in self.params.values()}
         assert self.dtype in (torch.float32, torch.bfloat16), self.dtype
         self.stage = 1 if config.zero_stage == 0 and self.dtype == torch.bfloat16 else config.zero_stage
@@ -115,7 +119,6 @@ class DeepSpeedTrainer:
             ordered, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
         deepspeed = start_deepspeed(self.device, collective_s)
-        self.fragments = deepspeed.utils
         num_params = sum(param.numel() for param in self.params.values())
         with redirect_stdout(StringIO()) as chatter:  # its bfloat16 optimiser prints memory reports
             self.engine, *_ = deepspeed.initialize(
@@ -126,7 +129,8 @@ class DeepSpeedTrainer:
             )
         log.debug("%s", chatter.getvalue())
         self.engine.eval()
-        self._prime_adam()
+        self.shares = Shares(deepspeed, self.engine, self.adam, self.params, self.shapes, stage=self.stage)
+        self.shares.prime()
 
     def step(self, batch: Batch) -> StepStats:
         """One pass over the batch in updates_per_step updates, each of as many passes as its tokens need.
@@ -178,6 +182,7 @@ class DeepSpeedTrainer:
         scale = dist.get_world_size() / int(batch.loss_mask.sum())
         for group in self.adam.param_groups:
             group["lr"] = lr
+        self.changes += 1
         self.engine.train(self.config.gradient_checkpointing)
         kept = [torch.zeros(len(RECORD), 0, device=self.device)]
         for index, each in enumerate(rounds):
@@ -238,16 +243,6 @@ class DeepSpeedTrainer:
         zero = torch.zeros_like(logprobs)
         return torch.stack([-logprobs, entropy.detach(), zero, zero, torch.ones_like(zero), zero, zero])
 
-    def _prime_adam(self) -> None:
-        """Give Adam its state before the first step, so that loading never depends on what ran before."""
-        for group in self.adam.param_groups:
-            for param in group["params"]:  # under ZeRO, this rank's flat float32 share
-                self.adam.state[param] = {"step": torch.zeros((), device=param.device)}
-                self.adam.state[param] |= {key: torch.zeros_like(param) for key in MOMENTS}
-        if self.stage > 0:
-            # DeepSpeed does this after the first step; until then its accessors do not find the moments
-            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-
     def save(self, folder: Path) -> None:
         """Write whole parameters and optimiser state, by parameter name; every rank takes part, rank 0 writes.
 
@@ -256,38 +251,38 @@ class DeepSpeedTrainer:
         Raises OSError.
         """
         writes = dist.get_rank() == 0
+        params: dict[str, torch.Tensor] = {}
         optimizer: dict[str, torch.Tensor] = {}
-        for name, param in self.params.items():
-            whole = {f"{key}.{name}": self._moment(param, key) for key in MOMENTS}
+        for name, param in self.shares.whole(at_a_time=SAVED_BYTES):
+            if writes:
+                params[name] = param.cpu()
+        for name in self.params:
+            whole = {f"{key}.{name}": self.shares.moment(name, key) for key in MOMENTS}
             if self.dtype == torch.bfloat16:
-                whole[f"master.{name}"] = self.fragments.safe_get_full_fp32_param(param)
+                whole[f"master.{name}"] = self.shares.master(name)
             if writes:
                 optimizer |= {key: tensor.cpu() for key, tensor in whole.items()}
         if not writes:
             return
-        write_tensors(folder / PARAMS, {name: param.detach() for name, param in self.params.items()})
+        write_tensors(folder / PARAMS, params)
         write_tensors(folder / OPTIMIZER, optimizer)
         if self.reference is not None:
             write_tensors(folder / REFERENCE, self.reference)
         adam_steps = int(next(iter(self.adam.state.values()))["step"])
         state = {"steps": self.steps, "adam_steps": adam_steps, "dtype": str(self.dtype).removeprefix("torch.")}
-        hit("checkpoint.file")
         (folder / STATE).write_text(json.dumps(state) + "\n")
 
-    @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Restore what save wrote, whatever number of ranks and ZeRO stage wrote it. Raises StorageError."""
         state = json.loads((folder / STATE).read_text())
         saved = load_file(folder / PARAMS)
         self._check_fits(folder, state["dtype"], {name: list(tensor.shape) for name, tensor in saved.items()})
+        self.changes += 1
         with safe_open(folder / OPTIMIZER, "pt") as optimizer:
-            for name, param in self.params.items():
-                param.copy_(saved[name])
-                if self.stage > 0:
-                    master = saved[name] if self.dtype == torch.float32 else optimizer.get_tensor(f"master.{name}")
-                    self.fragments.safe_set_full_fp32_param(param, master.to(self.device))
-                for key in MOMENTS:
-                    self._set_moment(param, key, optimizer.get_tensor(f"{key}.{name}").to(self.device))
+            for name, param in saved.items():
+                master = param if self.dtype == torch.float32 else optimizer.get_tensor(f"master.{name}")
+                moments = {key: optimizer.get_tensor(f"{key}.{name}").to(self.device) for key in MOMENTS}
+                self.shares.write(name, param.to(self.device), master.to(self.device), moments)
         for each in self.adam.state.values():
             each["step"].fill_(state["adam_steps"])
         self.steps = state["steps"]
@@ -296,18 +291,17 @@ class DeepSpeedTrainer:
                 raise StorageError(f"{folder} holds no reference policy: its run had train.kl_coef=0; keep it at 0")
             self.reference = load_file(folder / REFERENCE, device=str(self.device))
 
-    def _moment(self, param: nn.Parameter, key: str) -> torch.Tensor:
-        """One of Adam's moments of a parameter, whole, float32; a collective under ZeRO."""
-        if self.stage == 0:
-            return self.adam.state[param][key]
-        return self.fragments.safe_get_full_optimizer_state(param, key)
+    @property
+    def layout(self) -> str:
+        """As ReceivedWeights.layout, of what whole_parameters yields."""
+        return layout((name, shape, self.dtype) for name, shape in self.shapes.items())
 
-    def _set_moment(self, param: nn.Parameter, key: str, value: torch.Tensor) -> None:
-        """Put a whole moment where this rank keeps its share of it."""
-        if self.stage == 0:
-            self.adam.state[param][key].copy_(value)
-        else:
-            self.fragments.safe_set_full_optimizer_state(param, value, key)
+    def whole_parameters(self, *, at_a_time: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter, valid until the next is asked for; all ranks go through them at the same time.
+
+        at_a_time: bytes that are gathered at once, where ranks hold shares (ZeRO 3).
+        """
+        return self.shares.whole(at_a_time=at_a_time)
 
     def _check_fits(self, folder: Path, dtype: str, shapes: dict[str, list[int]]) -> None:
         """Refuse the checkpoint of another model or dtype. Raises StorageError."""
@@ -316,8 +310,8 @@ class DeepSpeedTrainer:
             raise StorageError(
                 f"{folder} holds {dtype} parameters, this run trains in {own}; set compute.dtype={dtype}"
             )
-        for name in shapes.keys() | self.params.keys():
-            saved, wanted = shapes.get(name), list(self.params[name].shape) if name in self.params else None
+        for name in shapes.keys() | self.shapes.keys():
+            saved, wanted = shapes.get(name), list(self.shapes[name]) if name in self.shapes else None
             if saved != wanted:
                 raise StorageError(f"{folder} has {name} as {saved}, the model as {wanted}; resume with the same model")
 

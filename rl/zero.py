@@ -1,16 +1,20 @@
-"""DeepSpeed as the trainer uses it: how it starts, and with which options."""
+"""DeepSpeed as the trainer uses it: how it starts, with which options, and who holds what of each parameter."""
 
 import atexit
 import logging
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from configs.schema import TrainConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def start_deepspeed(device: torch.device, collective_s: float) -> Any:
@@ -80,3 +84,102 @@ def deepspeed_config(config: TrainConfig, stage: int, dtype: torch.dtype, num_pa
         options["bf16"] = {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": True}
         options["data_types"] = {"grad_accum_dtype": "fp32"}
     return options
+
+
+class Shares:
+    """A policy's parameters, their float32 masters and Adam's moments, by name and whole, under any ZeRO stage.
+
+    What is asked of one rank is asked of all, in the same order: they put together what each holds a share of.
+    deepspeed: the module. engine: of initialize, with adam. shapes: of the parameters before it.
+    """
+
+    def __init__(
+        self,
+        deepspeed: Any,
+        engine: Any,
+        adam: torch.optim.Optimizer,
+        params: Mapping[str, nn.Parameter],
+        shapes: Mapping[str, torch.Size],
+        *,
+        stage: int,
+    ) -> None:
+        self._deepspeed = deepspeed
+        self._zero = engine.optimizer
+        self._adam = adam
+        self._params = params
+        self._shapes = shapes
+        self._stage = stage
+
+    def prime(self) -> None:
+        """Give Adam its state before the first step, so that loading never depends on what ran before."""
+        if self._stage == 3:
+            flat = self._zero.fp32_partitioned_groups_flat  # this rank's shares; Adam is shown them while it steps
+        else:
+            flat = [param for group in self._adam.param_groups for param in group["params"]]
+        for param in flat:
+            self._adam.state[param] = {"step": torch.zeros((), device=param.device)}
+            self._adam.state[param] |= {key: torch.zeros_like(param) for key in MOMENTS}
+        if self._stage in (1, 2):
+            # DeepSpeed does this after the first step; until then its accessors do not find the moments
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def whole(self, *, at_a_time: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter, valid until the next is asked for. ZeRO 3 gathers so many bytes at a time, or one."""
+        if self._stage < 3:
+            yield from ((name, param.detach()) for name, param in self._params.items())
+            return
+        for names in self._portions(at_a_time):
+            with self._deepspeed.zero.GatheredParameters([self._params[name] for name in names]):
+                yield from ((name, self._params[name].detach()) for name in names)
+
+    def _portions(self, at_a_time: int) -> list[list[str]]:
+        portions: list[list[str]] = []
+        room = 0
+        for name, shape in self._shapes.items():
+            size = shape.numel() * self._params[name].element_size()
+            if not portions or size > room:
+                portions.append([])
+                room = at_a_time
+            portions[-1].append(name)
+            room -= size
+        return portions
+
+    def master(self, name: str) -> torch.Tensor:
+        """The float32 master of a bfloat16 parameter."""
+        master: torch.Tensor = self._deepspeed.utils.safe_get_full_fp32_param(self._params[name])
+        return master
+
+    def moment(self, name: str, key: str) -> torch.Tensor:
+        """One of Adam's moments of a parameter, float32."""
+        param = self._params[name]
+        if self._stage == 0:
+            return self._adam.state[param][key]
+        moment: torch.Tensor = self._deepspeed.utils.safe_get_full_optimizer_state(param, key)
+        return moment
+
+    @torch.no_grad()
+    def write(self, name: str, value: torch.Tensor, master: torch.Tensor, moments: Mapping[str, torch.Tensor]) -> None:
+        """Put in a parameter, its master and its moments, the same on every rank."""
+        param, utils = self._params[name], self._deepspeed.utils
+        if self._stage == 3:
+            with self._deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                param.copy_(value)
+            utils.safe_set_local_fp32_param(param, self._own(param, master))
+            for key in MOMENTS:
+                utils.safe_set_local_optimizer_state(param, self._own(param, moments[key]), key)
+            return
+        param.copy_(value)
+        if self._stage > 0:
+            utils.safe_set_full_fp32_param(param, master)
+        for key in MOMENTS:
+            if self._stage == 0:
+                self._adam.state[param][key].copy_(moments[key])
+            else:
+                utils.safe_set_full_optimizer_state(param, moments[key], key)
+
+    @staticmethod
+    def _own(param: Any, value: torch.Tensor) -> torch.Tensor:
+        """This rank's share under ZeRO 3; the last one is padded."""
+        share = param.ds_tensor.ds_numel
+        padded = nn.functional.pad(value.flatten(), (0, share * dist.get_world_size() - value.numel()))
+        return padded.narrow(0, share * dist.get_rank(), share)
