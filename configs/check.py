@@ -23,6 +23,8 @@ _AT_LEAST: dict[str, float] = {
     "run.silence_s": 1,
     "run.collective_s": 1,
     "compute.workers": 1,
+    "compute.rollout_workers": 1,
+    "compute.bucket_mb": 1,
     "data.size": 1,
     "data.max_prompt_tokens": 1,
     "data.max_bad_fraction": 0,
@@ -87,7 +89,7 @@ def check(config: Config) -> list[Problem]:
     problems += [(key, "must be greater than 0") for key in _ABOVE_ZERO if value_of(config, key) <= 0]
     problems += [(key, f"must be at most {limit}") for key, limit in _AT_MOST.items() if value_of(config, key) > limit]
     problems += [(key, f"must be below {limit}") for key, limit in _BELOW.items() if value_of(config, key) >= limit]
-    problems += [*_run_and_data(config), *_reward(config), *_rollout(config), *_train(config)]
+    problems += [*_run_and_data(config), *_reward(config), *_rollout(config), *_train(config), *_placement(config)]
     problems += _secrets(config)
     return [Problem(key, redact(f"{key}={value_of(config, key)!r}: {remedy}")) for key, remedy in problems]
 
@@ -126,6 +128,19 @@ def _run_and_data(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _reward(config: Config) -> Iterator[tuple[str, str]]:
+def _placement(config: Config) -> Iterator[tuple[str, str]]:
+    """What workers can share, and what they cannot."""
+    compute, train = config.compute, config.train
+    if compute.placement == "separate" and compute.backend == "inline":
+        yield "compute.placement", "compute.backend=inline is one process; set compute.backend=ray"
+    if compute.placement == "colocated" and compute.rollout_workers > 1:
+        yield "compute.rollout_workers", "colocated workers all sample; set compute.placement=separate"
+    if train.zero_stage == 3 and train.kl_coef > 0:
+        yield "train.kl_coef", "train.zero_stage=3 keeps no reference policy; set 0, or train.zero_stage=2"
+    if train.zero_stage == 3 and config.rollout.backend == "vllm":
+        yield "train.zero_stage", "rollout.backend=vllm samples from the weights that are trained; set 2, or native"
+
+
     reward = config.reward
     if not reward.functions:
         yield "reward.functions", "name at least one, as in reward.functions.task=1"

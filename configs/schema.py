@@ -22,6 +22,10 @@ class ComputeConfig:
 
     backend: Literal["inline", "ray"] = "inline"  # one process, or one Ray actor a worker
     workers: int = 1
+    # colocated: every worker trains and samples; separate: workers train, rollout_workers sample, each on its own GPU
+    placement: Literal["colocated", "separate"] = "colocated"
+    rollout_workers: int = 1  # separate only
+    bucket_mb: int = 256  # separate only: of weights sent at a time
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the processor has it fast
 
@@ -128,7 +132,8 @@ class TrainConfig:
     advantage: Literal["std", "mean"] = "std"  # centre by the group mean, and with "std" divide by its deviation
     updates_per_step: int = 1  # optimiser updates a batch is split into
     micro_tokens: int = 4096  # tokens packed into one forward and backward pass
-    zero_stage: Literal[0, 1, 2] = 1
+    # Ranks share optimiser states (1), gradients too (2), parameters too (3: rollouts then sample from a whole copy)
+    zero_stage: Literal[0, 1, 2, 3] = 1
     gradient_checkpointing: bool = False
 
 

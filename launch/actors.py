@@ -1,45 +1,37 @@
-"""The loop's objects behind Ray actors: one adapter for each protocol, the algorithm unchanged.
+"""The body of a Ray actor: one process of a run, which trains, samples, or both, exactly as a run of one process does.
 
-Every worker actor holds a policy with its trainer and its engine, exactly as one process does. The driver spreads
-prompts over the workers' engines and hands each batch to all trainers, which share it and reduce their gradients.
+launch/start.py puts them together. The driver spreads prompts over the workers' engines and hands each batch to all
+trainers, which share it and reduce their gradients.
 """
 
 import asyncio
 import os
 import socket
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
-from functools import partial
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.util.placement_group import placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from configs import faults
-from configs.errors import PreflightError, ResourceError
-from configs.schema import Config
 from drafter.learner import DrafterReport, Learner, LearnStats, Replica, Standing
 from drafter.publish import Judgement
-from launch.adapters import RayEngine, RayMember, RayTrainer, gather
-from launch.fleet import Fleet
-from launch.idle import Decide, decide
-from launch.learners import RayLearner
 from launch.noted import noting
 from launch.pace import Key
-from launch.pulse import GROUP, Life, Pulse, life
-from rl.types import Batch, StepStats, Trainer
+from launch.pulse import GROUP, Life, life
+from rl.trainer import DeepSpeedTrainer
+from rl.types import Batch, StepStats
 from rollout.engine import NativeEngine
+from rollout.transfer import Link, ReceivedWeights, Transfer, send
 from rollout.types import Activity, Engine, Partial, Prompt, Rollout, Sampling
 
-PLACEMENT_TIMEOUT_S = 120.0
-SILENCE_S = 60.0  # of workers that write no checkpoint
-BUILD_S = 3600.0  # for a worker's process to start, and for the largest policy to come from slow storage
-
-# What a worker is made of. Without a trainer it only samples; without a learner there is no drafter to train.
-Parts = tuple[Engine, Trainer | None, Learner | None]
+# What a worker is made of. Without a trainer it only samples, without an engine it only trains; without a learner there
+# is no drafter to train.
+Parts = tuple[Engine | None, DeepSpeedTrainer | None, Learner | None]
 
 
 @noting
@@ -51,11 +43,16 @@ class Worker:
     """
 
     def __init__(self, rank: int, world_size: int, planned: str = "", recovery: int = 0) -> None:
-        """planned: faults, as PACELINE_FAULT has them at the driver; recovery: how many came before this worker."""
+        """planned: faults, as PACELINE_FAULT has them at the driver; recovery: how many came before this worker.
+
+        rank: the worker's number; of those that train together, world_size in all, its rank too.
+        """
         faults.arm(planned, process=str(rank), recovery=recovery)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
         self.generating = asyncio.Lock()
         self.away_from = 0  # the last turn of learning that is over
+        self.receiver: ReceivedWeights | None = None
+        self.link: Link | None = None  # to those that weights are sent to, or come from
 
     @ray.method(concurrency_group=GROUP)
     def alive(self) -> Life:
@@ -73,8 +70,10 @@ class Worker:
         os.environ |= {"MASTER_ADDR": meet[0], "MASTER_PORT": str(meet[1])}
         faults.hit("worker.build")
         engine, trainer, learner = make()
-        assert isinstance(engine, NativeEngine)  # configs.check lets no other engine run under Ray
-        self.engine = engine
+        if engine is not None:
+            assert isinstance(engine, NativeEngine)  # configs.check lets no other engine run under Ray
+            self.engine = engine
+            self.receiver = engine.weights if isinstance(engine.weights, ReceivedWeights) else None
         if trainer is not None:
             self.trainer = trainer
         if learner is not None:
@@ -109,9 +108,9 @@ class Worker:
         """NativeEngine.activity."""
         return self.engine.activity()[0]
 
-    def update(self, version: int) -> None:
+    def update(self, version: int) -> int:
         """Engine.update."""
-        self.engine.update(version)
+        return self.engine.update(version)
 
     def engine_state(self) -> dict[str, Any]:
         """Engine.state_dict."""
@@ -136,6 +135,43 @@ class Worker:
     def load(self, folder: Path) -> None:
         """Trainer.load."""
         self.trainer.load(folder)
+
+    def layout(self) -> str:
+        """What parameters this worker sends, or receives."""
+        return self.trainer.layout if self.receiver is None else self.receiver.layout
+
+    def listen(self) -> tuple[str, int]:
+        """Where those that the first trainer sends to meet it."""
+        host = ray.util.get_node_ip_address()
+        listener = socket.create_server((host, 0))  # torch's own would listen to every network
+        port = listener.getsockname()[1]
+        self.store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        return host, port
+
+    def join(self, meet: tuple[str, int], rank: int, world: int, device: str, timeout_s: float) -> None:
+        """Become one of the group that weights are sent in; rank 0 sends."""
+        limit = timedelta(seconds=timeout_s)
+        store = self.store if rank == 0 else TCPStore(*meet, is_master=False, timeout=limit)
+        self.link = None  # an old one ends before
+        self.link = Link(store, rank=rank, world=world, device=device, timeout_s=timeout_s)
+
+    def send(self, version: int, bucket_bytes: int) -> Transfer | None:
+        """Send the policy to all engines; None of a rank that only helps to put it together."""
+        parameters = self.trainer.whole_parameters(at_a_time=bucket_bytes)
+        if self.link is None:
+            for _ in parameters:
+                pass
+            return None
+        try:
+            return send(parameters, self.link, version, bucket_bytes=bucket_bytes)
+        except Exception:
+            self.link = None  # engines that wait for more hear so now
+            raise
+
+    def receive(self, version: int, bucket_bytes: int) -> Transfer:
+        """ReceivedWeights.receive, between two generates."""
+        assert self.link is not None and self.receiver is not None and not self.engine.is_generating
+        return self.receiver.receive(self.link, version, bucket_bytes=bucket_bytes)
 
     def begin_learning(self, counts: torch.Tensor) -> None:
         """Learner.begin."""
@@ -189,77 +225,3 @@ class Worker:
     def load_drafter(self, folder: Path) -> None:
         """Learner.load."""
         self.learner.load(folder)
-
-
-@contextmanager
-def start_workers(
-    config: Config, path: Path, *, device: str, dtype: str, recovery: int = 0
-) -> Iterator[tuple[RayEngine, RayTrainer, RayLearner | None]]:
-    """A run's engine, its trainer and, if it has one, its learner: one actor a worker, until the end of the block.
-
-    recovery: how many times they have been started again. All are ranks of the trainer, so all end with one.
-    """
-    from launch.cluster import build_worker
-
-    make = partial(build_worker, config, path, device=device, dtype=dtype)
-    count, slots = config.compute.workers, config.rollout.max_running
-    silence_s = config.run.silence_s
-    with start_actors(make, count=count, device=device, slots=slots, silence_s=silence_s, recovery=recovery) as parts:
-        parts[0].fleet.needs_all = True
-        yield parts
-
-
-@contextmanager
-def start_actors(
-    make: Callable[[], Parts],
-    *,
-    count: int,
-    device: str,
-    slots: int,
-    decide: Decide = decide,
-    silence_s: float = SILENCE_S,
-    recovery: int = 0,
-) -> Iterator[tuple[RayEngine, RayTrainer, RayLearner | None]]:
-    """Start one actor a worker, on the cluster RAY_ADDRESS names or on a local one, and stop them at the end.
-
-    make: called in each worker, after the variables by which ranks find one another are set. slots, decide: as Fleet's.
-    silence_s: as Pulse's. recovery: as Worker's.
-    """
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    except ConnectionError as error:
-        raise PreflightError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it, or unset it"
-        ) from error
-    bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
-    pulse: Pulse | None = None
-    planned = os.environ.get(faults.VARIABLE, "")
-    group = placement_group([bundle] * count, strategy="PACK")
-    try:
-        if not group.wait(PLACEMENT_TIMEOUT_S):
-            raise ResourceError(
-                f"compute.workers={count} need {bundle} each; the cluster has {ray.available_resources()} free; "
-                "lower compute.workers or add nodes"
-            )
-        actor = ray.remote(concurrency_groups={GROUP: 1})(Worker)
-        workers = [
-            actor.options(
-                num_cpus=1,
-                num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-            ).remote(rank, count, planned, recovery)
-            for rank in range(count)
-        ]
-        pulse = Pulse(workers, silence_s=silence_s)
-        (meet,) = gather({0: workers[0].address.remote()}, "address", limit_s=BUILD_S)
-        refs = {rank: worker.build.remote(make, meet) for rank, worker in enumerate(workers)}
-        learns = all(gather(refs, "build", limit_s=BUILD_S))
-        fleet = Fleet([RayMember(worker) for worker in workers], slots=slots, learns=learns, decide=decide)
-        learner = RayLearner(workers, fleet) if learns else None
-        yield RayEngine(workers, fleet), RayTrainer(workers, fleet), learner
-    finally:
-        if pulse is not None:
-            pulse.stop()
-        remove_placement_group(group)
-        ray.shutdown()

@@ -6,7 +6,7 @@ cannot.
 
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from launch.fleet import Fleet, WorkerLostError, silent
 from launch.noted import earliest, note, one_line, waiting_for
 from launch.pace import Key
 from launch.pulse import silence, who
-from launch.shift import DISMISS_S, sample
+from launch.shift import sample
 from rl.types import Batch, StepStats
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling
 
@@ -26,7 +26,7 @@ GRACE_S = 5.0  # after a worker's error, for others to end too: the first heard 
 
 # Limits, in seconds, of calls whose worker shows no life meanwhile; past them it counts as lost. What launch.shift asks
 # of a worker has limits there, and a generate none: its worker is asked how far it is.
-LESSON_S = 600.0  # one part of a lesson: compiling the drafter, judging it, moving deltas between nodes
+LESSON_S = 600.0  # one part of a lesson: compiling the drafter, judging it, moving deltas; or copying the policy
 TRAIN_S = 7200.0  # a step on the longest batch, a checkpoint on slow storage; ranks wait for one another in it
 
 
@@ -86,11 +86,12 @@ class RayMember:
 
 
 class RayEngine:
-    """An Engine over every worker's engine."""
+    """An Engine over every worker's engine. bring: has a version of the policy reach them, where they do not train."""
 
-    def __init__(self, workers: Sequence[Any], fleet: Fleet) -> None:
+    def __init__(self, workers: Sequence[Any], fleet: Fleet, bring: Callable[[int], int] | None = None) -> None:
         self.workers = workers
         self.fleet = fleet
+        self._bring = bring
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
         """Merge the workers' streams as rollouts finish; whoever is done early takes over or learns."""
@@ -104,9 +105,10 @@ class RayEngine:
         """What became of workers' time between the end of their own rollouts and the end of all."""
         return self.fleet.report.figures()
 
-    def update(self, version: int) -> None:
-        """Every worker's engine forgets what it computed with the old weights."""
-        on_alive(self.workers, self.fleet, "update", version, limit_s=DISMISS_S)
+    def update(self, version: int) -> int:
+        """Every worker's engine is at this version, and forgets what it computed with the old weights."""
+        sent = 0 if self._bring is None else self._bring(version)
+        return sent + sum(on_alive(self.workers, self.fleet, "update", version, limit_s=LESSON_S).values())
 
     def state_dict(self) -> dict[str, Any]:
         """One state a worker, by rank. Raises ResourceError where one is lost."""
@@ -128,13 +130,16 @@ class RayTrainer:
     def __init__(self, workers: Sequence[Any], fleet: Fleet) -> None:
         self.workers = workers
         self.fleet = fleet
+        self.changes = 0  # of the policy
 
     def step(self, batch: Batch) -> StepStats:
         """Trainer.step on all ranks at once; the statistics are those of the whole batch."""
+        self.changes += 1
         return on_all(self.workers, self.fleet, "step", batch, limit_s=TRAIN_S)[0]
 
     def supervise(self, batch: Batch, lr: float) -> StepStats:
         """Trainer.supervise on all ranks at once."""
+        self.changes += 1
         return on_all(self.workers, self.fleet, "supervise", batch, lr, limit_s=TRAIN_S)[0]
 
     def save(self, folder: Path) -> None:
@@ -143,6 +148,7 @@ class RayTrainer:
 
     def load(self, folder: Path) -> None:
         """All ranks read the same folder."""
+        self.changes += 1
         on_all(self.workers, self.fleet, "load", folder.absolute(), limit_s=TRAIN_S)
 
 

@@ -20,7 +20,7 @@ from rich.console import Group
 from configs.errors import ConfigError, ResourceError
 from configs.schema import Config, DrafterConfig, RolloutConfig, SpecConfig
 from drafter.types import OFF
-from launch.actors import Parts, start_actors
+from launch.actors import Parts
 from launch.adapters import LESSON_S, RayEngine, on_alive
 from launch.bench_report import in_turns, plain_table, provenance, say, spread
 from launch.bench_rollout import random_prompts, sampling
@@ -30,6 +30,7 @@ from launch.geometry import Device, Dtype, Subject, geometry, placement
 from launch.idle import Costs, Decide, Learn, Load, Rest, Task, decide
 from launch.learners import RayLearner
 from launch.pace import Key
+from launch.start import start_actors
 from rollout.engine import NativeEngine
 from rollout.model import load_config
 from rollout.pretrained import resolve

@@ -23,10 +23,11 @@ from configs.schema import Config
 from drafter import sealed
 from drafter.export import read_drafter
 from launch.bench_report import provenance, say
-from launch.cluster import build_worker, check_counts, make_lessons, on_sigterm, stop_token_ids
+from launch.cluster import check_counts, make_lessons, on_sigterm, stop_token_ids
 from launch.longtail_drafter import begin_drafter, end_drafter, given_drafter
 from launch.longtail_report import WHAT, report, warmstart
 from launch.offline import drafter_shape
+from launch.parts import build_worker
 from rl.checkpoint import CheckpointStore, step_of
 from rl.data import DataSet, load_data
 from rl.export import require_free

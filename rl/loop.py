@@ -279,6 +279,8 @@ class Loop:
     def engines(self) -> str:
         """Which engines sample: their states belong to them alone."""
         compute = self.config.compute
+        if compute.placement == "separate":  # whoever trains has none
+            return f"compute.placement=separate compute.rollout_workers={compute.rollout_workers}"
         return f"compute.backend={compute.backend} compute.workers={compute.workers}"
 
     def save(self, engine_state: dict[str, Any]) -> None:

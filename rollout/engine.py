@@ -84,7 +84,7 @@ class NativeEngine:
         weights: Weights | None = None,
     ) -> None:
         self.version = 0
-        self._weights = weights
+        self.weights = weights
         self._model = model
         self._drafter = drafter
         self._chooser = chooser
@@ -119,8 +119,8 @@ class NativeEngine:
         assert self._scheduler is None, "one generate at a time"
         if not prompts and not partials:
             return
-        if self._weights is not None:
-            self._weights.require(self.version)
+        if self.weights is not None:
+            self.weights.require(self.version)
         check_prompts(prompts, sampling, context=context_length(self._model.config))
         sequences = self._taken_up(partials, sampling)
         sequences += [self._sequence(prompt, n, sampling) for prompt in prompts for n in range(sampling.num_samples)]
@@ -232,7 +232,7 @@ class NativeEngine:
 
         Returns the bytes moved for it. Raises StaleWeightsError where they are not to be had.
         """
-        num_bytes = 0 if self._weights is None else self._weights.take(version)
+        num_bytes = 0 if self.weights is None else self.weights.take(version)
         if self._scheduler is not None and self._running is not None:
             assert self._decoder is None or self._decoder.is_current(), "parameters moved away under running sequences"
             self._finished += self._running.drain()

@@ -4,7 +4,7 @@ A policy that trains elsewhere is received into the engine's parameters where th
 them stays valid. From the first byte until the last was checked the engine holds no version, and samples nothing.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
@@ -93,7 +93,7 @@ class ReceivedWeights:
     @property
     def layout(self) -> str:
         """Equal for two policies whose parameters can be sent to one another."""
-        return layout(self._parameters)
+        return layout((name, each.shape, each.dtype) for name, each in self._parameters.items())
 
     def take(self, version: int) -> int:
         """As Weights says: it must have been received."""
@@ -156,7 +156,7 @@ class ReceivedWeights:
 
 @torch.no_grad()
 def send(parameters: Named, channel: Channel, version: int, *, bucket_bytes: int) -> Transfer:
-    """Send a version to every engine that receives it. Raises RuntimeError where one is gone."""
+    """Send a version to every engine that receives it. Raises StaleWeightsError where one is gone."""
     begin = perf_counter()
     num_bytes = filled = 0
     bucket = checksum = None
@@ -172,16 +172,23 @@ def send(parameters: Named, channel: Channel, version: int, *, bucket_bytes: int
             bucket[filled : filled + size].copy_(rest[:size])
             rest, filled = rest[size:], filled + size
             if filled == bucket_bytes:
-                hit("transfer.bucket")
-                channel.broadcast(bucket)
+                _part_with(bucket, channel, version)
                 filled = 0
     assert bucket is not None and checksum is not None, "a policy has parameters"
     if filled:
-        hit("transfer.bucket")
-        channel.broadcast(bucket[:filled])
+        _part_with(bucket[:filled], channel, version)
     value = checksum.value()
-    channel.broadcast(torch.tensor([version, num_bytes, value], device=bucket.device))
+    _part_with(torch.tensor([version, num_bytes, value], device=bucket.device), channel, version)
     return Transfer(version, num_bytes, value, perf_counter() - begin)
+
+
+def _part_with(tensor: torch.Tensor, channel: Channel, version: int) -> None:
+    hit("transfer.bucket")
+    try:
+        channel.broadcast(tensor)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise StaleWeightsError(f"version {version} of the policy cannot be sent ({reason}); resume the run") from error
 
 
 class CopiedWeights:
@@ -256,9 +263,9 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def layout(parameters: Mapping[str, torch.Tensor]) -> str:
+def layout(parameters: Iterable[tuple[str, torch.Size, torch.dtype]]) -> str:
     """A digest of names, shapes and dtypes, in order."""
-    told = [(name, list(parameter.shape), str(parameter.dtype)) for name, parameter in parameters.items()]
+    told = [(name, list(shape), str(dtype)) for name, shape, dtype in parameters]
     return sha256(repr(told).encode()).hexdigest()[:16]
 
 

@@ -126,7 +126,7 @@ def test_unknown_key_names_the_closest_known_one(unknown: str, meant: str) -> No
         ("train=5", "train=5: expected a mapping"),
         ("run.name=12", "run.name=12: expected text (quote it)"),
         ("reward.functions.task=high", "reward.functions.task='high': expected a finite number"),
-        ("train.zero_stage=3", "train.zero_stage=3: expected one of 0, 1, 2"),
+        ("train.zero_stage=4", "train.zero_stage=4: expected one of 0, 1, 2, 3"),
         ("train.zero_stage=true", "train.zero_stage=true: expected one of 0, 1, 2"),
         ("compute.device=gpu", "compute.device='gpu': expected one of auto, cpu, cuda"),
         ("spec.choice=best", "spec.choice='best': expected one of auto, goodput, beg_mab, fixed"),

@@ -154,16 +154,18 @@ def test_checksums_tell_words_and_parameters_apart() -> None:
     assert of(one, two) == of(one.clone(), two.clone())
 
 
-def test_layouts_differ_by_name_shape_and_dtype() -> None:
-    base = {"a": torch.zeros(2, 3), "b": torch.zeros(1)}
-    others = [
-        {"b": base["b"], "a": base["a"]},
-        {"a": torch.zeros(3, 2), "b": base["b"]},
-        {"a": base["a"].bfloat16(), "b": base["b"]},
-        {"a": base["a"], "c": base["b"]},
+def test_layouts_differ_by_name_shape_dtype_and_order() -> None:
+    f32, one, two = torch.float32, torch.Size([2, 3]), torch.Size([3, 2])
+    layouts = [
+        [("a", one, f32), ("b", one, f32)],
+        [("b", one, f32), ("a", one, f32)],
+        [("a", two, f32), ("b", one, f32)],
+        [("a", one, torch.bfloat16), ("b", one, f32)],
+        [("a", one, f32), ("c", one, f32)],
+        [("a", one, f32)],
     ]
-    assert layout(base) == layout({name: tensor + 1 for name, tensor in base.items()})
-    assert len({layout(each) for each in [base, *others]}) == 5
+    assert len({layout(each) for each in layouts}) == len(layouts)
+    assert ReceivedWeights(Policy(1)).layout == ReceivedWeights(Policy(2)).layout
 
 
 def test_a_copy_follows_changes_and_is_whole_or_not_served() -> None:

@@ -11,11 +11,11 @@ from launch.cluster import protect_local_ray
 protect_local_ray()
 
 from launch import shift  # noqa: E402  # Ray reads its environment when it is imported
-from launch.actors import start_actors  # noqa: E402
 from launch.adapters import RayEngine  # noqa: E402
 from launch.bench_idle import Job, make_side  # noqa: E402
 from launch.bench_rollout import random_prompts  # noqa: E402
 from launch.idle import Costs, Load, Rest, TakeOver, Task  # noqa: E402
+from launch.start import start_actors  # noqa: E402
 from rollout.types import Engine, Prompt, Rollout, Sampling  # noqa: E402
 
 JOB = Job("tiny", None, running=4, prompt_len=20, new_tokens=200, batch_tokens=256, rounds=1, seed=5)

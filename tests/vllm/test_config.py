@@ -6,7 +6,7 @@ import pytest
 
 from configs.errors import ConfigError, PreflightError
 from configs.load import parse
-from launch.cluster import make_vllm_engine
+from launch.parts import make_vllm_engine
 
 BASE = "data: {name: chain_sum}\nrollout: {backend: vllm}\n"
 OFF = BASE + "spec: {source: off}\n"

