@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from drafter.eagle import EagleConfig
+from drafter.kv_rings import BLOCK_SIZE, empty_rings
 from drafter.rings import MIN_POSITIONS, FeatureRings
 from drafter.served_head import ServedHead
 from drafter.types import Begun, Drafts, Rows, Strategy, Texts
@@ -15,7 +16,6 @@ from kernels.cycle import MAX_NODES
 from kernels.eagle import LOG2_E, Candidates, CatchUp, KvRings, catch_up, grow, join_inputs, num_candidates, rank
 from kernels.linear import gated_linear, linear
 
-BLOCK_SIZE = 16  # tokens in a block of the head's own cache
 # Positions caught up with by a call: what other cycles commit in between, up to here, costs the head no context. A
 # product of 128 tokens costs about what reading its weights does, so few rows can afford more.
 CATCH_UP_TOKENS, MIN_CATCH_UP = 128, 8
@@ -81,7 +81,7 @@ class EagleDrafter:
         # written in inference mode and outside of it
         with torch.inference_mode(False):
             if self._kv is None or len(self._kv.origins) != num_slots + 1:
-                self._kv = self._empty_kv(num_slots)
+                self._kv = empty_rings(self.config, num_slots, self._embedding.dtype, self._device)
                 counts = torch.arange(MAX_NODES + 1, dtype=torch.int32, device=self._device)
                 self._multiples = counts[:, None] * torch.arange(num_slots + 2, dtype=torch.int32, device=self._device)
                 self._repeats = counts[:, None].repeat(1, num_slots + 2)
@@ -260,23 +260,6 @@ class EagleDrafter:
             keys=torch.empty(num_rows, count, dtype=torch.int64, device=self._device),
             token_ids=torch.empty(num_rows, count, dtype=torch.int32, device=self._device),
             parents=torch.empty(num_rows, count, dtype=torch.int32, device=self._device),
-        )
-
-    def _empty_kv(self, num_slots: int) -> KvRings:
-        config = self.config
-        # the window, or what is caught up with, from its block's beginning, and the nodes stepped below
-        blocks_each = 2 - (-(max(config.window, 1 + MAX_NODES) + MAX_NODES) // BLOCK_SIZE)
-
-        def zeros() -> torch.Tensor:
-            return torch.zeros(num_slots + 1, dtype=torch.int32, device=self._device)
-
-        shape = (2, (num_slots + 1) * blocks_each, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-        return KvRings(
-            storage=torch.zeros(shape, dtype=self._embedding.dtype, device=self._device),
-            origins=zeros(),
-            digested=zeros(),
-            begun=zeros(),
-            window=config.window,
         )
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from configs.errors import PreflightError, StorageError
@@ -51,15 +51,31 @@ def write_drafter(folder: Path, head: EagleHead, *, layout: Layout, dtype: torch
     (folder / ORIGIN).write_text(json.dumps({"layout": layout} | asdict(origin), indent=2) + "\n", encoding="utf-8")
 
 
-def read_drafter(folder: Path) -> EagleHead:
-    """The head in a folder of either layout, in float32. Raises PreflightError, naming what is wrong with it."""
+def read_shape(folder: Path) -> EagleConfig:
+    """The shape of the head in a folder of either layout, whose tensors' names and shapes alone are read and checked.
+
+    Raises PreflightError, naming what is wrong with it.
+    """
     try:
         described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config = head_config(described)
-        tensors = load_file(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise PreflightError(f"{folder} holds no drafter that can be read ({type(error).__name__}: {error})") from error
-    check_tensors(folder, config, tensors, layout=layout_of(described))
+    expected = exported_shapes(config, layout=layout_of(described))
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            wanted = f"expected {expected[name]}" if name in expected else "which no engine reads"
+            raise PreflightError(f"{folder}: {name} is {found.get(name, 'missing')}, {wanted}; export it again")
+    return config
+
+
+def read_drafter(folder: Path) -> EagleHead:
+    """The head in a folder of either layout, in float32. Raises PreflightError, naming what is wrong with it."""
+    config = read_shape(folder)
+    tensors = load_file(folder / WEIGHTS)
+    check_tensors(folder, config, tensors)
     head = EagleHead(config)
     state = {name.replace(THEIR_LAYER, OUR_LAYER): tensor for name, tensor in tensors.items()}
     head.load_state_dict(head.state_dict() | state)  # a head with all tokens is stored without maps
@@ -81,14 +97,8 @@ def exported_tensors(head: EagleHead, *, layout: Layout, dtype: torch.dtype) -> 
     return tensors
 
 
-def check_tensors(folder: Path, config: EagleConfig, tensors: Mapping[str, torch.Tensor], *, layout: Layout) -> None:
-    """Raise PreflightError unless these are a head's tensors: all names and shapes, finite weights, maps that agree."""
-    expected = exported_shapes(config, layout=layout)
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            wanted = f"expected {expected[name]}" if name in expected else "which no engine reads"
-            raise PreflightError(f"{folder}: {name} is {found.get(name, 'missing')}, {wanted}; export it again")
+def check_tensors(folder: Path, config: EagleConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise PreflightError unless a head's tensors hold what they should: finite weights, and maps that agree."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise PreflightError(f"{folder}: {name} holds values that are not finite; export an earlier checkpoint")

@@ -6,7 +6,7 @@ alone, with a reason, while the head served goes on drafting.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,11 +16,13 @@ import torch
 from configs.errors import ConfigError
 from configs.schema import DrafterConfig
 from drafter import checkpoint
+from drafter.allocation import is_out_of_memory
 from drafter.buffer import FeatureBuffer
 from drafter.checkpoint import CheckpointWriter
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.features import FeatureBatch
 from drafter.publish import Judgement, Outcome, Publisher, Serves
+from drafter.report import DrafterReport, LearnStats, Replica, Standing
 from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary
 
 MAX_FAILURES = 3  # in a row, before it is left alone
@@ -32,57 +34,6 @@ PATIENCE = 8  # steps without a held-out prompt before that is said
 TRAINING, SERVED, LAST_GOOD = "training", "served", "last_good"  # files of a checkpoint
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class LearnStats:
-    """What one turn of learning did. step_s: what one more step would take, 0 while none was taken."""
-
-    num_steps: int
-    seconds: float
-    step_s: float
-
-
-Standing = tuple[int, str]  # version and checksum of the head served
-
-
-@dataclass(frozen=True, slots=True)
-class DrafterReport:
-    """How the drafter stands. Means over the steps since the report before; NaN where there were none.
-
-    accept_length, served_accept_length: of the trained copy and of the head served, replayed on held-out features.
-    off: why it learns no more, "" while it does.
-    """
-
-    num_steps: int
-    loss: float
-    train_accept_length: float
-    accept_length: float
-    served_accept_length: float
-    version: int
-    checksum: str
-    outcome: Outcome
-    buffer_tokens: int
-    seconds: float
-    off: str
-
-    @property
-    def standing(self) -> Standing:
-        """What is served."""
-        return self.version, self.checksum
-
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """What another worker needs to draft and to learn on as this one does, on the host.
-
-    version: 0 where no head is served. served, last_good: {} where there is none. weights: of the trained copy.
-    """
-
-    version: int
-    served: dict[str, torch.Tensor]
-    last_good: dict[str, torch.Tensor]
-    weights: dict[str, torch.Tensor]
 
 
 class Learner:
@@ -157,7 +108,7 @@ class Learner:
             stats = self._trainer.train(self._next_batch, until=over)
         except Exception as error:  # whatever it is, rollouts go on without what it would have brought
             log.warning("training the drafter failed", exc_info=True)
-            self._fail(f"{type(error).__name__}: {error}", self._base)
+            self._fail(_reason(error), self._base)
         if stats:
             self._step_s = stats[-1].seconds
             if not any(step.applied for step in stats):
@@ -379,6 +330,13 @@ class Learner:
         else:
             self._given_up = f"{self._failures} failures in a row, the last: {reason}"
             log.warning("the drafter learns no more: %s", self.off)
+
+
+def _reason(error: Exception) -> str:
+    """Why training failed, in a line."""
+    if is_out_of_memory(error):
+        return "no memory to train it; lower drafter.batch_tokens or drafter.buffer_mb"
+    return f"{type(error).__name__}: {error}"
 
 
 def _served(judgement: Judgement, outcome: Outcome) -> float:

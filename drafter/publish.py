@@ -21,6 +21,7 @@ from drafter.trainer import evaluate
 
 MIN_GAIN = 0.02  # in accept length, relative: less is not worth that choosers measure a new version from the start
 CHUNK_WORDS = 1 << 22  # of a checksum's int64 temporaries: 32 MB
+NUM_HEADS = 3  # kept beside the trained copy: the candidate, the one served and the one before
 MIXER = 0x3C6EF362  # even, so that every word's factor is odd and no single change goes unseen; sums wrap at 2^64
 
 Outcome = Literal["kept", "published", "rolled back"]
@@ -104,7 +105,7 @@ class Publisher:
         self._lm_head = lm_head
         self._config = config
         self._candidate, self._served, self._last_good = (
-            copy.deepcopy(head).to(dtype).requires_grad_(False) for _ in range(3)
+            copy.deepcopy(head).to(dtype).requires_grad_(False) for _ in range(NUM_HEADS)
         )
         self._has_last_good = False
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from drafter.allocation import allocating
 from drafter.buffer import OCTAVE, FeatureBuffer, FeatureWindow
 from drafter.types import CycleFeatures, Rows, Texts
 from kernels.features import NUM_AUX, Rings, keep_features
@@ -52,7 +53,8 @@ class FeatureRings:
         self.num_slots = 0
         self._hidden_size = hidden_size
         self._window = window
-        self._ring_size = max(window + 2 * (1 + max_nodes), MIN_POSITIONS)
+        self._max_nodes = max_nodes
+        self._ring_size = ring_positions(window, max_nodes)
         self._dtype = dtype
         self._device = device
         self._sink = sink
@@ -191,8 +193,10 @@ class FeatureRings:
         if not self._hands_on or self._random.random() >= self._chances[(first // OCTAVE).bit_length()]:
             return
         assert self._sink is not None and self._texts is not None and self._version is not None
+        needed = (end - first) * position_bytes(self._hidden_size, self._dtype.itemsize)
+        remedy = "lower drafter.buffer_mb"
         # the copies are learned from, and what inference mode makes takes no part in that
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), allocating("features to learn from", needed, remedy):
             token_ids = self._texts.tokens[text, first : end + 1].clone()
             states = self._copy(self.rings.states[slot], first, end)
             alt_ids = self._copy(self.rings.alt_ids[slot], first, end)
@@ -220,8 +224,16 @@ class FeatureRings:
         return torch.cat([ring[begin:], ring[: begin + count - self._ring_size]])
 
     def _empty(self, num_texts: int, num_slots: int) -> Rings:
+        num_bytes = ring_bytes(
+            hidden_size=self._hidden_size,
+            window=self._window,
+            max_nodes=self._max_nodes,
+            num_slots=num_slots,
+            itemsize=self._dtype.itemsize,
+        )
+        remedy = "lower drafter.feature_window or rollout.max_running"
         # written in inference mode and outside of it
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), allocating("the drafter's rings of hidden states", num_bytes, remedy):
 
             def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
                 return torch.zeros(shape, dtype=dtype, device=self._device)
@@ -233,3 +245,18 @@ class FeatureRings:
                 states=zeros(num_slots + 1, self._ring_size, (NUM_AUX + 2) * self._hidden_size, dtype=self._dtype),
                 alt_ids=zeros(num_slots + 1, self._ring_size),
             )
+
+
+def ring_positions(window: int, max_nodes: int) -> int:
+    """Positions in a text's ring: a window, and what two cycles can add before it is copied out."""
+    return max(window + 2 * (1 + max_nodes), MIN_POSITIONS)
+
+
+def position_bytes(hidden_size: int, itemsize: int) -> int:
+    """What a position takes: aux, final and rejected hidden states, and a rejected token."""
+    return (NUM_AUX + 2) * hidden_size * itemsize + 4
+
+
+def ring_bytes(*, hidden_size: int, window: int, max_nodes: int, num_slots: int, itemsize: int) -> int:
+    """What the rings of so many texts, and of nobody, take on the device; a few bytes a text are left out."""
+    return (num_slots + 1) * ring_positions(window, max_nodes) * position_bytes(hidden_size, itemsize)

@@ -18,8 +18,9 @@ import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from configs import faults
-from drafter.learner import DrafterReport, Learner, LearnStats, Replica, Standing
+from drafter.learner import Learner
 from drafter.publish import Judgement
+from drafter.report import DrafterReport, LearnStats, Replica, Standing
 from launch.noted import noting
 from launch.pace import Key
 from launch.pulse import GROUP, Life, life

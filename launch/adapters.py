@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import torch
 
-from drafter.learner import LearnStats
+from drafter.report import LearnStats
 from launch.fleet import Fleet, WorkerLostError, silent
 from launch.noted import earliest, note, one_line, waiting_for
 from launch.pace import Key

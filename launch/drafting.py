@@ -8,12 +8,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import ConfigError
 from configs.schema import Config
+from drafter.allocation import allocating
 from drafter.buffer import FeatureBuffer
 from drafter.combined import CombinedDrafter
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.eagle_serving import EagleDrafter
-from drafter.export import read_drafter
+from drafter.export import read_drafter, read_shape
 from drafter.learner import Learner
+from drafter.memory import drafter_bytes
 from drafter.ngram import NgramDrafter
 from drafter.rings import FeatureRings
 from drafter.suffix import SuffixDrafter
@@ -60,7 +62,21 @@ def make_drafting(config: Config, policy: PreTrainedModel, chooser: Chooser) -> 
             hosted = policy.device.type == "cpu"
             return Drafting((SuffixDrafter if hosted else NgramDrafter)(min_match=config.spec.min_match))
     options = config.drafter
-    head = starting_head(config, policy.config).to(policy.device)
+    start = starting_head(config, policy.config)
+    needed = drafter_bytes(
+        start.config,
+        options,
+        num_rows=config.rollout.max_running,
+        max_nodes=max(1, chooser.max_num_verify),
+        itemsize=policy.dtype.itemsize,
+    )
+    with allocating("the drafter's weights", needed.weights, "lower drafter.draft_vocab"):
+        return _learned(config, policy, chooser, start.to(policy.device))
+
+
+def _learned(config: Config, policy: PreTrainedModel, chooser: Chooser, head: EagleHead) -> Drafting:
+    """Drafting with a learned head, which is on the policy's device."""
+    options = config.drafter
     buffer = FeatureBuffer(
         max_bytes=options.buffer_mb << 20, temperature=config.rollout.temperature, seed=config.run.seed
     )
@@ -100,15 +116,23 @@ def make_drafting(config: Config, policy: PreTrainedModel, chooser: Chooser) -> 
 
 def starting_head(config: Config, model_config: PretrainedConfig) -> EagleHead:
     """The head in drafter.init, or one with random weights; float32, on the CPU. Raises ConfigError, PreflightError."""
+    shape = starting_shape(config, model_config)
+    if not config.drafter.init:
+        return EagleHead(shape, seed=config.run.seed)
+    return read_drafter(Path(config.drafter.init).expanduser())
+
+
+def starting_shape(config: Config, model_config: PretrainedConfig) -> EagleConfig:
+    """The shape of that head. Of drafter.init no weight is read. Raises ConfigError, PreflightError."""
     options = config.drafter
     shape = EagleConfig.of(model_config, draft_vocab=options.draft_vocab, window=options.window)
     if not options.init:
-        return EagleHead(shape, seed=config.run.seed)
-    head = read_drafter(Path(options.init).expanduser())
+        return shape
+    given = read_shape(Path(options.init).expanduser())
     for name in ("hidden_size", "vocab_size", "aux_layers"):
-        if getattr(head.config, name) != getattr(shape, name):
+        if getattr(given, name) != getattr(shape, name):
             raise ConfigError(
-                f"drafter.init={options.init} drafts for a policy with {name}={getattr(head.config, name)}, and this"
+                f"drafter.init={options.init} drafts for a policy with {name}={getattr(given, name)}, and this"
                 f" one has {getattr(shape, name)}; take a drafter of this policy"
             )
-    return head
+    return given

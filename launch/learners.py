@@ -11,8 +11,8 @@ from typing import Any
 import ray
 import torch
 
-from drafter.learner import DrafterReport, LearnStats, Replica, Standing
 from drafter.publish import pooled
+from drafter.report import DrafterReport, LearnStats, Replica, Standing
 from launch.adapters import LESSON_S, TRAIN_S, gather, on_alive, on_all, survivors
 from launch.fleet import Fleet
 from launch.shift import DISMISS_S

@@ -9,9 +9,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from configs.schema import Config
+from drafter.memory import DrafterBytes, drafter_bytes
 from drafter.types import OFF
 from kernels.logprob import CHUNK_ELEMENTS
-from launch.drafting import starting_head
+from launch.drafting import starting_shape
 from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, resolve_compute
 from rollout.strategy import configured, make_chooser
@@ -48,6 +49,9 @@ class Plan:
     activation_bytes: int
     logits_bytes: int
     graph_bytes: int
+    drafter_bytes: int
+    drafter_kv_bytes: int
+    feature_bytes: int
     total_bytes: int
     available_bytes: int
     warnings: tuple[str, ...]
@@ -56,8 +60,7 @@ class Plan:
 def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     """Every size that follows from a configuration and its model on this machine. Raises PreflightError."""
     device, dtype = resolve_compute(config.compute)
-    if config.drafter.init and config.spec.source in ("eagle", "auto") and config.rollout.backend == "native":
-        starting_head(config, model_config)  # a drafter that cannot be read is found out before anything is written
+    drafter = _drafter_bytes(config, model_config, device, getattr(torch, dtype).itemsize)
     itemsize = getattr(torch, dtype).itemsize
     rollout, train, workers = config.rollout, config.train, config.compute.workers
     parameters = count_parameters(model_config)
@@ -81,16 +84,16 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     available = available_bytes(device) // (1 if device == "cuda" else workers)
 
     block_bytes = bytes_per_block(model_config, rollout.block_size, getattr(torch, dtype))
-    affordable = cache_budget(device, reserved=weights + optimizer + reference) // block_bytes
+    affordable = cache_budget(device, reserved=weights + optimizer + reference + drafter.weights) // block_bytes
     blocks_each = ceil(longest / rollout.block_size)
     kv_blocks = rollout.kv_tokens // rollout.block_size or min(running * blocks_each, affordable)
     kv_bytes = kv_blocks * block_bytes
-    total = weights + optimizer + reference + kv_bytes + gradients + activations + logits + graphs
+    total = weights + optimizer + reference + kv_bytes + gradients + activations + logits + graphs + drafter.total
     shares = train.updates_per_step * workers
     warnings = [
         *_context_warnings(longest, context_length(model_config)),
         *_kv_warnings(kv_blocks, blocks_each, running),
-        *_memory_warnings(total, available, device),
+        *_memory_warnings(total, available, device, drafts=drafter.total > 0),
     ]
     return Plan(
         model=config.model,
@@ -119,9 +122,25 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         activation_bytes=activations,
         logits_bytes=logits,
         graph_bytes=graphs,
+        drafter_bytes=drafter.weights + drafter.training,
+        drafter_kv_bytes=drafter.cache,
+        feature_bytes=drafter.rings + drafter.buffer,
         total_bytes=total,
         available_bytes=available,
         warnings=tuple(warnings),
+    )
+
+
+def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, itemsize: int) -> DrafterBytes:
+    """What a learned drafter takes. One that cannot be read is found out before anything is written."""
+    if config.spec.source not in ("eagle", "auto") or config.rollout.backend != "native":
+        return DrafterBytes(0, 0, 0, 0, 0)
+    return drafter_bytes(
+        starting_shape(config, model_config),
+        config.drafter,
+        num_rows=config.rollout.max_running,
+        max_nodes=max(1, make_chooser(config.spec, device=device, seed=config.run.seed).max_num_verify),
+        itemsize=itemsize,
     )
 
 
@@ -172,6 +191,9 @@ def table(plan: Plan) -> Table:
         "activations": (plan.activation_bytes, "of one pass"),
         "logits": (plan.logits_bytes, "peak"),
         "CUDA graphs": (plan.graph_bytes, "at most"),
+        "drafter": (plan.drafter_bytes, "its copies, gradients and optimiser"),
+        "drafter's cache": (plan.drafter_kv_bytes, "of sequences that run"),
+        "features": (plan.feature_bytes, "hidden states to draft from and learn from"),
     }
     section(*((name, _gigabytes(size), note) for name, (size, note) in parts.items() if size))
     available = f"estimate; {_gigabytes(plan.available_bytes)} available"
@@ -236,10 +258,12 @@ def _kv_warnings(kv_blocks: int, blocks_each: int, running: int) -> list[str]:
     return [f"the KV cache holds {fit} of {running} sequences at full length; the others wait or are computed again"]
 
 
-def _memory_warnings(total: int, available: int, device: str) -> list[str]:
+def _memory_warnings(total: int, available: int, device: str, *, drafts: bool) -> list[str]:
     if total <= available:
         return []
     remedy = "lower train.micro_tokens or rollout.kv_tokens, or set train.gradient_checkpointing=true"
+    if drafts:
+        remedy = f"lower drafter.buffer_mb, drafter.feature_window or drafter.draft_vocab; {remedy}"
     return [f"{_gigabytes(total)} may not fit in the {_gigabytes(available)} available on {device}; {remedy}"]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from configs.schema import DrafterConfig
-from drafter.learner import DrafterReport
+from drafter.report import DrafterReport
 from rl.types import Group, Learner
 
 PREEMPT_S = 0.05  # whoever waits for the hardware waits no longer: slower steps of learning are for the budget alone

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from drafter.learner import DrafterReport, LearnStats
+from drafter.report import DrafterReport, LearnStats
 from rollout.types import Prompt, Rollout
 
 Reward = Callable[[Prompt, Rollout], float]

@@ -177,6 +177,20 @@ def test_a_trainer_that_dies_costs_what_it_had_learned_and_no_more(monkeypatch: 
     assert learner.learn(budget_s=60, until=steps(10)).num_steps == 10, "it goes on"
 
 
+def test_training_that_finds_no_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+
+    def starves(trainer: DrafterTrainer, batch: FeatureBatch) -> DrafterStats:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(DrafterTrainer, "step", starves)
+    for _ in range(MAX_FAILURES):
+        learner.learn(budget_s=60, until=steps(1))
+    assert learner.off.endswith("no memory to train it; lower drafter.batch_tokens or drafter.buffer_mb")
+
+
 def test_a_ruined_copy_starts_again_from_the_last_good_weights() -> None:
     toy = Toy()
     learner = toy.learner()

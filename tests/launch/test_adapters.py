@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from drafter.learner import DrafterReport, LearnStats, Replica
+from drafter.report import DrafterReport, LearnStats, Replica
 from launch import learners
 from launch.adapters import on_all
 from launch.fleet import Fleet, WorkerLostError

@@ -5,12 +5,18 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+import drafter.export
 import launch.plan
 import rollout.memory
+from configs.errors import PreflightError
 from configs.load import parse
+from drafter.eagle import EagleConfig, EagleHead
+from drafter.export import write_drafter
+from drafter.layouts import Origin
 from launch.plan import Plan, count_parameters, derive, table
 from rl.rundir import RunDir
 
@@ -58,6 +64,43 @@ def test_workers_share_prompts_and_optimiser(model_config: PretrainedConfig) -> 
 def test_reference_is_counted_only_for_a_kl_term(model_config: PretrainedConfig) -> None:
     assert plan_for(model_config).reference_bytes == 0
     assert plan_for(model_config, "train.kl_coef=0.1").reference_bytes == plan_for(model_config).weight_bytes
+
+
+def test_a_learned_drafter_is_counted_and_what_it_could_give_up_is_named(
+    model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = plan_for(model_config, "spec.source=suffix", "spec.top_k=1")
+    assert (plain.drafter_bytes, plain.drafter_kv_bytes, plain.feature_bytes) == (0, 0, 0)
+    learned = plan_for(model_config, "spec.source=eagle", "spec.top_k=1", "drafter.buffer_mb=64")
+    assert learned.drafter_bytes > 0 and learned.drafter_kv_bytes > 0 and learned.feature_bytes > 64 << 20
+    added = learned.drafter_bytes + learned.drafter_kv_bytes + learned.feature_bytes
+    assert learned.total_bytes == plain.total_bytes + added
+    out = StringIO()
+    Console(file=out, width=80).print(table(learned))
+    assert "features" in out.getvalue() and "drafter's cache" in out.getvalue()
+    monkeypatch.setattr(launch.plan, "available_bytes", lambda device: 1_000_000)
+    (warning,) = plan_for(model_config, "spec.source=eagle", "spec.top_k=1").warnings
+    assert "lower drafter.buffer_mb, drafter.feature_window" in warning
+
+
+def test_planning_reads_no_weight_of_the_drafter_it_starts_from(
+    model_config: PretrainedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = Origin("policy", [], "0" * 64, 1, 3)
+    shape = replace(EagleConfig.of(model_config, draft_vocab=100, window=64), aux_layers=(0, 1, 2))
+    write_drafter(tmp_path, EagleHead(shape), layout="eagle3", dtype=torch.float32, origin=origin)
+
+    def reads(*_: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(drafter.export, "load_file", reads)
+    monkeypatch.setattr(EagleConfig, "of", lambda *_, **__: shape)
+    options = ["spec.source=eagle", "spec.top_k=1", f"drafter.init={tmp_path}"]
+    assert plan_for(model_config, *options).drafter_bytes > 0
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(PreflightError, match="holds no drafter that can be read"):
+        plan_for(model_config, *options)
 
 
 def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from configs.schema import DrafterConfig
-from drafter.learner import DrafterReport, LearnStats
+from drafter.report import DrafterReport, LearnStats
 from rl.lessons import MAX_SAVED, PREEMPT_S, Lessons, drafter_record
 from rl.types import Group
 from rollout.types import Prompt, Rollout, SpecStats
