@@ -103,7 +103,7 @@ def _placed(
 
     asked: by which options, for whoever asked for too many. Raises PreflightError and ResourceError.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS", "local")  # not any other that this machine runs
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
     except ConnectionError as error:
