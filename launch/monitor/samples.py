@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
@@ -25,7 +26,7 @@ def sample_page(path: Path, *, offset: int, limit: int, order: str) -> dict[str,
     if (direction := ORDERS[order]) is not None:
         rows = pc.sort_indices(table, sort_keys=[(_ORDERED_BY[order], direction)]).to_pylist()
     shown = rows[offset : offset + min(limit, LONGEST_PAGE)]
-    records = table.take(shown).to_pylist()
+    records = table.take(pa.array(shown, pa.int64())).to_pylist()
     for row, record in zip(shown, records, strict=True):
         record["row"] = row
         record["text"] = record["text"][:PREVIEW]

@@ -110,7 +110,8 @@ def main() -> None:
     if given.sink:
         from launch.monitor.sinks import feed
 
-        threading.Thread(target=feed, args=(given.path, given.sink, over), name="sinks").start()
+        for name in given.sink:  # each by itself: one that fails leaves the others
+            threading.Thread(target=feed, args=(given.path, [name], over), name=name).start()
     if given.fd >= 0:
         with socket.socket(fileno=given.fd) as listener:
             serve(

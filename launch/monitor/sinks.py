@@ -1,5 +1,6 @@
 """A run's steps in TensorBoard and in Weights & Biases, written from its files beside it or after it."""
 
+import hashlib
 import shutil
 import threading
 from collections.abc import Sequence
@@ -62,11 +63,16 @@ class WeightsAndBiases:
     It goes on under a resume, and keeps the first numbers it was given for a step.
     """
 
-    def __init__(self, path: Path, config: Record) -> None:
+    def __init__(self, path: Path, *, config: Record, identity: str) -> None:
+        """identity: of the run, the same in every attempt of it and in no other run of that name."""
         import wandb
 
+        self._wandb = wandb
         name = path.resolve().name
-        self._run = wandb.init(project="paceline", name=name, id=name, dir=str(path), config=config, resume="allow")
+        mark = hashlib.sha256(identity.encode()).hexdigest()[:8]
+        self._run = wandb.init(
+            project="paceline", name=name, id=f"{name}-{mark}", dir=str(path), config=config, resume="allow"
+        )
         self._last = 0
 
     def restart(self) -> None:
@@ -81,6 +87,7 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Wait until all is sent, or stored where it is offline."""
         self._run.finish()
+        self._wandb.teardown()  # its own process writes the file at its end
 
 
 def require_sinks(names: Sequence[str]) -> None:
@@ -96,7 +103,7 @@ def feed(path: Path, names: Sequence[str], until: threading.Event) -> None:
     """Write a run's steps to these sinks as they come, until told to stop; all that are there by then are written."""
     reader = RunReader(path)
     reader.poll()
-    sinks = [make_sink(name, path, reader.config) for name in names]
+    sinks = [make_sink(name, reader) for name in names]
     done = 0
     try:
         while True:
@@ -118,9 +125,12 @@ def feed(path: Path, names: Sequence[str], until: threading.Event) -> None:
             sink.close()
 
 
-def make_sink(name: str, path: Path, config: Record) -> Sink:
+def make_sink(name: str, reader: RunReader) -> Sink:
     """A sink by its name in SINKS."""
-    return TensorBoard(path) if name == "tensorboard" else WeightsAndBiases(path, config)
+    if name == "tensorboard":
+        return TensorBoard(reader.path)
+    begun = str(reader.events[0]) if reader.events else ""  # the first attempt's line stays through all others
+    return WeightsAndBiases(reader.path, config=reader.config, identity=begun)
 
 
 def tagged(record: Record) -> dict[str, float]:

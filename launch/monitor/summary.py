@@ -1,6 +1,7 @@
 """Where a run stands, in one record: what the page's header shows, and what should make someone look."""
 
 import time
+from datetime import datetime
 from statistics import median
 from typing import Any
 
@@ -27,10 +28,12 @@ def summary(reader: RunReader) -> dict[str, Any]:
         "source": section["spec"].get("source", ""),
         "workers": section["compute"].get("workers", 1),
         "state": state(reader),
+        "alive": bool(status.get("alive")),
         "reason": status.get("reason", ""),
         "step": last.get("step", 0),
         "total_steps": last.get("total_steps") or section["train"].get("steps", 0),
         "drawn_steps": ranges(reader.drawn_steps),
+        "begun": begun(reader),
         "updated": reader.updated,
         "now": time.time(),
         "eta_s": eta_s(reader),
@@ -48,6 +51,12 @@ def state(reader: RunReader) -> str:
     if "exit_code" not in status:
         return "died"
     return "done" if status["exit_code"] == 0 else "stopped"
+
+
+def begun(reader: RunReader) -> float | None:
+    """When the first attempt began, Unix time."""
+    first = next((event["time"] for event in reader.events if "time" in event), None)
+    return None if first is None else datetime.fromisoformat(first).timestamp()
 
 
 def eta_s(reader: RunReader) -> float | None:

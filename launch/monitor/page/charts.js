@@ -70,7 +70,7 @@ export function stepChart(id, spec) {
       series: [{}, ...shown.map((line) => ({
         label: line.label, scale: line.second ? "z" : "y", width: bars ? 0 : line.dots ? 0 : 1.6,
         stroke: color(line.color), fill: spec.stack ? color(line.color) : undefined,
-        spanGaps: !spec.stack, points: { show: line.dots || (few && !spec.stack && !line.stepped), size: line.dots ? 7 : 4, fill: color(line.color), width: 0 },
+        spanGaps: !spec.stack, points: { show: line.dots || (few && !spec.stack && !line.stepped), size: line.dots ? 7 : 5, fill: color(line.color), width: 0 },
         paths: bars ? uPlot.paths.bars({ size: [0.74, 26], align: 0 }) : line.stepped ? uPlot.paths.stepped({ align: 1 }) : undefined,
       }))],
       hooks: { drawClear: [(plot) => mark(plot)], setCursor: [legend] },
@@ -88,7 +88,8 @@ export function stepChart(id, spec) {
     const x = plot.valToPos(chart.step, "x", true);
     if (chart.step && x >= bbox.left && x <= bbox.left + bbox.width) {
       ctx.fillStyle = color("accent", 0.13);
-      const width = Math.max(6 * devicePixelRatio, spec.stack ? bbox.width / Math.max(1, chart.data.columns.step.length) : 0);
+      const pitch = bbox.width / Math.max(1, chart.data.columns.step.length);
+      const width = devicePixelRatio * Math.max(6, spec.stack ? Math.min(38, pitch / devicePixelRatio) : 0);
       ctx.fillRect(x - width / 2, bbox.top, width, bbox.height);
     }
     for (const [level, value] of Object.entries(spec.thresholds?.() ?? {})) {
@@ -114,7 +115,8 @@ export function stepChart(id, spec) {
     const drawn = chart.data?.columns.step.length ? lines() : [];
     const hovered = chart.plot?.cursor.idx;
     const at = hovered ?? chart.data?.columns.step.indexOf(chart.step) ?? -1;
-    const items = drawn.map((line) => {
+    const whole = spec.stack && at >= 0 ? drawn.reduce((sum, line) => sum + line.column[at], 0) : 0;
+    const items = drawn.filter((line) => !whole || line.column[at] >= 0.005 * whole).map((line) => {
       const value = at >= 0 ? line.column[at] : null;
       return keyItem(line.label, line.color, value == null ? "" : number(value, line.digits ?? spec.digits) + (spec.unit ?? ""), { thin: !spec.stack && !line.dots });
     });

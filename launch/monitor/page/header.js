@@ -2,7 +2,7 @@
 import { age, clock, element, number, replace } from "/dom.js";
 
 const $ = (id) => document.getElementById(id);
-const BAD = new Set(["drafter_off"]);
+const BAD = new Set(["drafter_off", "drift", "recovery"]);
 
 export function showState(state) {
   if (!state) return;
@@ -15,7 +15,9 @@ export function showState(state) {
   $("state").textContent = gone ? "no connection" : state.state;
   $("state").dataset.state = state.state;
   $("progress").textContent = `${number(state.step, 0)} of ${number(state.total_steps, 0)}`;
-  $("time").textContent = state.eta_s == null ? "–" : clock(state.eta_s);
+  $("time-name").textContent = state.alive ? "Time left" : "Took";
+  const seconds = state.alive ? state.eta_s : state.begun && state.updated - state.begun;
+  $("time").textContent = seconds == null ? "–" : clock(seconds);
   $("age").textContent = age(state.now - state.updated);
   $("path").textContent = `${state.path} on ${state.host}, attempt ${state.attempt}`;
   const alarms = gone ? [{ level: "warn", text: "the hub does not answer; `paceline monitor RUN` opens the run again" }] : state.alarms;
@@ -52,6 +54,7 @@ export function drawEvents(events) {
 }
 
 function said(key, value) {
-  const shown = typeof value === "object" ? JSON.stringify(value) : String(value);
+  const rounded = typeof value === "number" && !Number.isInteger(value) ? +value.toPrecision(3) : value;
+  const shown = typeof rounded === "object" ? JSON.stringify(rounded) : String(rounded);
   return key === "reason" ? shown : `${key.replaceAll("_", " ")} ${shown}`;
 }

@@ -1,6 +1,6 @@
 // The page: what the hub tells, which step is shown, and who draws it. Files are read by the hub alone.
 import { barChart, redrawAll, stepChart } from "/charts.js";
-import { age, clock, element, figure, get, number, replace } from "/dom.js";
+import { age, get, number } from "/dom.js";
 import { drawFigures, drawEvents, showState } from "/header.js";
 import { drawRollout } from "/rollout.js";
 import { showSamples } from "/samples.js";
@@ -25,16 +25,25 @@ const charts = [
   stepChart("drift", { digits: 4, zero: true, thresholds: () => run.state?.thresholds, series: [
     reading("prob_diff_mean", "mean probability difference", "accent"),
   ] }),
-  stepChart("head", { digits: 2, floor: 1, none: "This run trains no drafter.", series: [
+  stepChart("head", { digits: 2, floor: 1, none: "Not judged yet.", series: [
     reading("drafter_served_accept_length", "served", "drafter"),
     reading("drafter_accept_length", "learning", "faint"),
   ] }),
-  stepChart("head-loss", { digits: 3, none: "This run trains no drafter.", series: [
+  stepChart("head-loss", { digits: 3, none: "It has not learned yet.", series: [
     reading("drafter_loss", "loss", "drafter"),
-    reading("drafter_version", "version", "accent", { second: true, stepped: true, digits: 0 }),
+    reading("drafter_version", "version served", "accent", { second: true, stepped: true, digits: 0 }),
+  ] }),
+  stepChart("share", { digits: 0, unit: " %", zero: true, none: "Nothing was drafted.", series: [
+    percent("draft_share_suffix", "suffix", "suffix"), percent("draft_share_eagle", "eagle", "eagle"),
   ] }),
   stepChart("speed", { digits: 0, zero: true, series: [reading("tokens_per_s", "tokens/s", "accent")] }),
+  stepChart("loss", { digits: 4, series: [reading("loss", "loss", "accent")] }),
+  stepChart("entropy", { digits: 3, unit: " nats", zero: true, series: [reading("entropy", "a token", "accent")] }),
 ];
+
+function percent(key, label, color) {
+  return { label, color, values: (data) => data.columns[key]?.map((share) => (share == null ? null : 100 * share)) };
+}
 
 function evalColumn(data) {
   const rewards = new Map(data.evals.map((record) => [record.step, record.reward_mean]));
@@ -112,6 +121,7 @@ async function loadSteps() {
   run.columns = joined(run.columns, more.columns, had, count, null);
   run.phases = joined(run.phases, more.phases, had, count, 0);
   run.evals = more.evals;
+  document.body.classList.toggle("no-drafter", !run.columns.drafter_version);
   for (const chart of charts) chart.update(run);
 }
 

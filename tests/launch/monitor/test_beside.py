@@ -1,0 +1,123 @@
+"""The hub beside a run: started with it, gone with it, and free to crash."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.schema import MonitorConfig
+from launch.monitor.beside import watched
+
+PATIENCE_S = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(what: Callable[[], bool], why: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not what():
+        assert time.monotonic() < deadline, why
+        time.sleep(0.02)
+
+
+def state(port: int) -> dict | None:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/state", timeout=5) as answer:
+            return json.load(answer)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return None
+
+
+def hubs(path: Path) -> list[int]:
+    """Processes that watch this run."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                command = (folder / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if "launch.monitor.serve" in command and str(path) in command:
+                found.append(int(folder.name))
+    return found
+
+
+def test_page_is_there_as_long_as_the_run(written) -> None:
+    port = free_port()
+    log = written.path / "monitor.log"
+    with watched(written.path, MonitorConfig(port=port), log=log):
+        eventually(lambda: state(port) is not None, "the page does not come up")
+    assert state(port) is None and hubs(written.path) == []
+    assert log.read_text() == ""
+    assert (written.path / "monitoring" / "grafana" / "paceline.json").is_file()
+
+
+def test_taken_port_is_said_and_the_run_goes_on(written, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with watched(written.path, MonitorConfig(port=port), log=written.path / "monitor.log"):
+            pass
+    assert f"no page: monitor.port: cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+
+
+def test_sinks_hold_the_last_step_when_the_run_ends(written) -> None:
+    with watched(written.path, MonitorConfig(sinks=("tensorboard",)), log=written.path / "monitor.log"):
+        written.step(1)
+        eventually(lambda: (written.path / "tensorboard").exists(), "the sink does not start")
+        written.step(2)
+    (events,) = (written.path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"reward/mean") == 2
+    assert (written.path / "monitor.log").read_text() == ""
+
+
+def test_hub_goes_with_a_run_that_is_killed(written) -> None:
+    port = free_port()
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom configs.schema import MonitorConfig\n"
+        "from launch.monitor.beside import watched\n"
+        f"with watched(Path({str(written.path)!r}), MonitorConfig(port={port}), log=Path('/dev/null')):\n"
+        "    time.sleep(600)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[3], stdout=subprocess.DEVNULL)
+    try:
+        eventually(lambda: state(port) is not None, "the page does not come up")
+    finally:
+        run.kill()
+        run.wait()
+    eventually(lambda: hubs(written.path) == [], "the hub outlives its run")
+
+
+@pytest.mark.slow
+def test_killed_hub_leaves_training_untouched(tmp_path: Path, tiny_model_dir: Path) -> None:
+    port, path = free_port(), tmp_path / "run"
+    command = [
+        sys.executable, "-m", "launch.cli", "train", "configs/smoke.yaml", f"model={tiny_model_dir}", f"run.dir={path}",
+        f"monitor.port={port}", "train.steps=20", "rollout.prompts_per_step=2", "rollout.group_size=2",
+        "rollout.max_new_tokens=8", "reward.workers=1", "eval.every=0", "checkpoint.every=1000",
+    ]  # fmt: skip
+    with (tmp_path / "out").open("wb") as out:
+        run = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=out, stderr=out)
+    try:
+        eventually(lambda: (state(port) or {}).get("step", 0) >= 1 or run.poll() is not None, "no step is shown")
+        (hub,) = hubs(path)
+        os.kill(hub, signal.SIGKILL)
+        killed_at = json.loads((path / "STATUS.json").read_text())["step"]
+        assert run.wait(PATIENCE_S) == 0, (tmp_path / "out").read_text()[-2000:]
+    finally:
+        run.kill()
+    assert killed_at < 20  # it went on without
+    steps = [json.loads(line)["step"] for line in (path / "metrics" / "steps.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 21))

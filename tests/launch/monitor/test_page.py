@@ -1,0 +1,187 @@
+"""The page in a real browser: live, finished, by keyboard, and talking to nobody but its hub."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+sync_api = pytest.importorskip("playwright.sync_api")
+Page = sync_api.Page
+
+
+@pytest.fixture(scope="module")
+def browser(program: Callable[[str], str]) -> Iterator[object]:
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program("chromium"), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser) -> Iterator[Page]:
+    """A page whose console must stay silent and whose requests must all go to one origin."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+    page = context.new_page()
+    said: list[str] = []
+    asked: set[str] = set()
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.add("/".join(request.url.split("/")[:3])))
+    yield page
+    context.close()
+    assert said == []
+    assert len(asked) == 1
+
+
+def opened(page: Page, origin: str) -> Page:
+    page.goto(origin)
+    page.wait_for_selector("body[data-seen]")
+    return page
+
+
+def text(page: Page, selector: str) -> str:
+    return str(page.inner_text(selector))
+
+
+def wait_for(page: Page, selector: str, wanted: str) -> None:
+    sync_api.expect(page.locator(selector)).to_have_text(wanted, timeout=5000)
+
+
+def test_new_line_reaches_the_page_within_a_second(written, serving, page) -> None:
+    written.step(1)
+    opened(page, serving(written.path))
+    wait_for(page, "#progress", "1 of 8")
+    delays = []
+    for step in (2, 3, 4):
+        # the page's own clock says when: this process's is busy with driving the browser
+        page.evaluate(
+            "step => { window.seen = new Promise(done => new MutationObserver((_, all) => {"
+            " if (document.getElementById('progress').textContent === `${step} of 8`"
+            " && document.getElementById('step').textContent === `step ${step}`)"
+            " { all.disconnect(); done(Date.now() / 1000); } })"
+            ".observe(document.body, {subtree: true, childList: true, characterData: true})); }",
+            step,
+        )
+        written.step(step)
+        begun = time.time()
+        delays.append(page.evaluate("window.seen") - begun)
+    assert max(delays) < 1.0, delays
+    sync_api.expect(page.locator("#reward")).to_have_attribute(
+        "aria-label", "Reward by step. At step 4: rollouts0.400", timeout=5000
+    )
+
+
+def test_step_under_way_is_drawn_while_it_runs(written, serving, page) -> None:
+    written.step(1)
+    opened(page, serving(written.path))
+    written.point(2, time.time(), running=8, finished=0)
+    written.point(2, time.time() + 0.5, running=6, finished=2)
+    wait_for(page, "#rollout-title", "Rollouts of step 2")
+    wait_for(page, "#rollout-note", "2 of 8 finished · 20 tokens · 0.5 s · under way")
+    assert text(page, "#samples-title") == "Samples of step 1"
+
+
+def test_finished_run_is_replayed(written, serving, page) -> None:
+    for step in range(1, 6):
+        written.step(step)
+    written.end()
+    opened(page, serving(written.path))
+    wait_for(page, "#state", "done")
+    wait_for(page, "#step", "step 5")
+    page.click("#play")
+    wait_for(page, "#step", "step 1")
+    wait_for(page, "#step", "step 2")
+    wait_for(page, "#rollout-title", "Rollouts of step 2")
+    page.click("#play")
+    assert page.get_attribute("#play", "aria-pressed") == "false"
+    page.fill("#slider", "4")
+    wait_for(page, "#rollout-title", "Rollouts of step 4")
+    wait_for(page, "#samples-title", "Samples of step 4")
+    assert "0.400" in text(page, "#figures")
+    assert page.get_attribute("#lanes", "aria-label").startswith("What 2 workers do: decode")
+    assert page.get_attribute("#length-hist svg", "aria-label") == "8 rollouts between 0 and 24"
+
+
+def test_everything_is_reached_by_keyboard(written, serving, page) -> None:
+    for step in (1, 2, 3):
+        written.step(step)
+    opened(page, serving(written.path))
+    wait_for(page, "#step", "step 3")
+    wait_for(page, "#samples-title", "Samples of step 3")
+    page.wait_for_selector("#sample pre")
+    order = []
+    for _ in range(14):
+        page.keyboard.press("Tab")
+        focused = page.evaluate("[document.activeElement.id, getComputedStyle(document.activeElement).outlineStyle]")
+        order.append(focused[0] or "skip")
+        assert focused[1] == "solid", f"{focused[0]} does not show that it has the focus"
+        if focused[0] == "sample":
+            break
+    assert order[0] == "skip"
+    wanted = ["theme", "previous", "slider", "play", "follow", "events", "order", "row-0", "sample"]
+    assert [name for name in order if name in wanted] == wanted
+    page.keyboard.press("ArrowLeft")
+    wait_for(page, "#step", "step 2")
+    page.keyboard.press("Home")
+    wait_for(page, "#step", "step 1")
+    page.keyboard.press("End")
+    wait_for(page, "#step", "step 3")
+    wait_for(page, "#samples-title", "Samples of step 3")
+    page.focus("#row-0")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    wait_for(page, "#sample mark", " 2")
+    assert page.evaluate("document.activeElement.id") == "row-2"
+
+
+def test_accepted_drafts_are_coloured_and_markup_stays_text(written, serving, page) -> None:
+    written.step(1)
+    rows = [
+        written.row(1, 0)
+        | {"text": "<img src=x onerror=alert(1)>", "question": "<b>?</b>", "token_ids": [], "drafted": []}
+    ]
+    written.run.write_samples(1, rows + [written.row(1, 1)])
+    opened(page, serving(written.path))
+    page.wait_for_selector("#sample pre")
+    assert page.locator("main img").count() == 0 and page.locator("#samples b b").count() == 0
+    assert "<b>?</b>" in text(page, "#sample")
+    page.click("#row-1")
+    wait_for(page, "#sample mark", " 1")
+    colours = page.evaluate(
+        "['mark', 'pre'].map(name => getComputedStyle(document.querySelector(`#sample ${name}`)).backgroundColor)"
+    )
+    assert colours[0] != colours[1]
+
+
+def test_cut_run_is_shown_as_it_stands(written, serving, page) -> None:
+    for step in (1, 2, 3):
+        written.step(step)
+    opened(page, serving(written.path))
+    wait_for(page, "#progress", "3 of 8")
+    written.run.truncate_after(1)
+    written.step(2, reward_mean=0.75)
+    wait_for(page, "#progress", "2 of 8")
+    sync_api.expect(page.locator("#reward")).to_have_attribute(
+        "aria-label", "Reward by step. At step 2: rollouts0.750", timeout=5000
+    )
+
+
+def test_narrow_and_dark_page_fits_its_window(written, serving, page) -> None:
+    for step in (1, 2):
+        written.step(step, drafter_version=1, drafter_loss=0.4, drafter_served_accept_length=1.5)
+    page.set_viewport_size({"width": 380, "height": 800})
+    page.emulate_media(color_scheme="dark")
+    opened(page, serving(written.path))
+    wait_for(page, "#step", "step 2")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 380
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(19, 20, 22)"
+    page.click("#theme")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(247, 247, 245)"
+    assert page.is_visible("#head")
+
+
+def test_alarm_stands_at_the_top(written, serving, page) -> None:
+    written.step(1, prob_diff_mean=0.02)
+    opened(page, serving(written.path))
+    sync_api.expect(page.locator("#alarms .alarm")).to_contain_text("mean probability difference 0.0200 in step 1")
+    sync_api.expect(page.locator("#figures .alarm")).to_contain_text("0.0200")
