@@ -127,7 +127,6 @@ def _run_and_data(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.template", "must contain {question}, which the problem replaces"
 
 
-def _reward(config: Config) -> Iterator[tuple[str, str]]:
 def _placement(config: Config) -> Iterator[tuple[str, str]]:
     """What workers can share, and what they cannot."""
     compute, train = config.compute, config.train
@@ -141,6 +140,7 @@ def _placement(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.zero_stage", "rollout.backend=vllm samples from the weights that are trained; set 2, or native"
 
 
+def _reward(config: Config) -> Iterator[tuple[str, str]]:
     reward = config.reward
     if not reward.functions:
         yield "reward.functions", "name at least one, as in reward.functions.task=1"
