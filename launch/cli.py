@@ -11,7 +11,7 @@ from rich.console import Console
 
 from configs import faults
 from configs.errors import ConfigError
-from launch import bench, drafter, launching
+from launch import bench, drafter, launching, look
 from launch.exits import TERMINATED, recorded, run_command
 from launch.monitor.command import monitor
 from launch.monitor.sinks import require_sinks
@@ -211,6 +211,7 @@ def _prepare() -> None:
 
 app.command()(monitor)
 app.command()(launching.launch)
+look.add_commands(app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(drafter.app, name="drafter")
 

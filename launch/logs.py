@@ -1,8 +1,10 @@
-"""What the process says, and where: our messages on the terminal, everything else in the attempt's run.log."""
+"""What the process says, and where: our messages on the terminal, everything else in the attempt's run.log; and how
+that is read again."""
 
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from configs.errors import PreflightError
 from configs.redact import redact
 
+RUN_LOG = "run.log"
 OURS = ("configs", "kernels", "drafter", "rollout", "rl", "launch")
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -56,6 +59,35 @@ def check_kernels() -> None:
             f"Hugging Face's package `kernels` ({found}) shadows Paceline's; "
             "run `pip uninstall -y kernels`, then install Paceline again"
         )
+
+
+def attempts(run: Path) -> list[int]:
+    """The attempts that left logs, in order."""
+    return sorted(int(folder.name.removeprefix("attempt_")) for folder in (run / "logs").glob("attempt_*"))
+
+
+def log_files(run: Path, attempt: int | None) -> list[Path]:
+    """An attempt's logs, run.log first; of the last attempt where none is named. Raises PreflightError."""
+    known = attempts(run)
+    if attempt is None and known:
+        attempt = known[-1]
+    files = sorted((run / "logs" / f"attempt_{attempt}").glob("*.log"), key=lambda file: (file.name != RUN_LOG, file))
+    if not files:
+        have = ", ".join(map(str, known)) or "none"
+        raise PreflightError(f"{run} has no logs of attempt {attempt}; attempts: {have}")
+    return files
+
+
+def follow(log: Path, is_over: Callable[[], bool], *, poll_s: float = 0.5) -> Iterator[str]:
+    """What the log holds and what is added to it, until it is over."""
+    with log.open(encoding="utf-8", errors="replace") as file:
+        while True:
+            over = is_over()  # before the last look: nothing comes after that
+            while text := file.read(1 << 16):
+                yield text
+            if over:
+                return
+            time.sleep(poll_s)
 
 
 class _Redacting(logging.Formatter):

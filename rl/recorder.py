@@ -119,6 +119,7 @@ class Recorder:
                     "strategy": each.strategy,
                     "cycles": each.cycles,
                     "preempted": each.preempted,
+                    "tokens": each.tokens,
                 }
                 for each in workers
             ],

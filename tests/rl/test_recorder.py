@@ -35,7 +35,7 @@ class FakeEngine:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Sets time.time() to so many seconds."""
     now = [100.0]
-    monkeypatch.setattr(module.time, "time", lambda: now[0])
+    monkeypatch.setattr("rl.recorder.time.time", lambda: now[0])
 
     def show(seconds: float) -> None:
         now[0] = seconds
@@ -80,8 +80,13 @@ def test_the_curve_has_a_line_now_and_then_and_one_at_the_end(run: RunDir, monke
     assert [point["finished"] for point in curve[-2:]] == [1, 3]
     assert curve[0]["tokens"] == 40, "what a worker did in another step is none of this one's"
     assert curve[0]["workers"][0] == {
-        "running": 3, "waiting": 1, "strategy": "suffix d4 k1 v4", "cycles": {"suffix": 9}, "preempted": 0
-    }  # fmt: skip
+        "running": 3,
+        "waiting": 1,
+        "strategy": "suffix d4 k1 v4",
+        "cycles": {"suffix": 9},
+        "preempted": 0,
+        "tokens": 40,
+    }
     assert all(point["step"] == 1 and point["total"] == 3 and "eval" not in point for point in curve)
 
 
