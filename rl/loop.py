@@ -125,7 +125,9 @@ class Loop:
         if config.eval.every and (self.step % config.eval.every == 0 or self.step == config.train.steps):
             with watch.phase("eval"):
                 record["eval_reward"] = await self.evaluate("rl")
-        record |= watch.record() | {"reward_failures": self.rewards.failures.total(), "time": time.time()}
+        failures = self.rewards.failures
+        record |= watch.record() | {"reward_failures": failures.total(), "time": time.time()}
+        record["reward_failures_by_kind"] = dict(failures)
         if self.lessons is not None:
             self.lessons.earn(record["seconds"])
         self.run.append_metrics("steps", record)
