@@ -60,8 +60,12 @@ def program() -> Callable[[str], str]:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of make_tiny_model."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+def make_tiny_model(folder: Path) -> Path:
     """A 2-layer Llama with random weights, grouped-query attention and a byte tokenizer, as a transformers folder."""
-    folder = tmp_path_factory.mktemp("tiny-model")
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
