@@ -122,10 +122,12 @@ class Fleet:
         spans = sorted((*activity.spans, *self.learned.get(number, ())), key=lambda span: span.begin)
         return replace(activity, spans=tuple(spans))
 
-    def nobody(self) -> ResourceError:
+    def nobody(self) -> WorkerLostError:
         """What is said where no worker is left."""
         number, error = next(iter(self.lost.items()))
-        return ResourceError(f"no worker is left; worker {number} was lost first ({error}); resume the run")
+        gone = WorkerLostError(f"no worker is left; worker {number} was lost first ({error}); resume the run")
+        gone.__cause__ = error
+        return gone
 
     def lose(self, number: int, error: WorkerLostError) -> None:
         """A worker is gone for good."""
