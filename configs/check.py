@@ -77,7 +77,7 @@ _AT_MOST: dict[str, float] = {
     "monitor.port": 65535,
 }
 _BELOW: dict[str, float] = {"rollout.min_p": 1}
-_REWARDS = ("task", "math", "format")
+_REWARDS = ("task", "math", "format", "code")
 
 
 def check(config: Config) -> list[Problem]:

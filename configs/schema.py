@@ -53,12 +53,16 @@ class RewardConfig:
     """What is rewarded: weights by function name, summed."""
 
     functions: dict[str, float] = field(default_factory=lambda: {"task": 1.0})
-    # "task": reasoning-gym's own scorer; "math": math-verify; "format": reward.format matches; or "module:function"
+    # "task": reasoning-gym's own scorer; "math": math-verify; "format": reward.format matches; "code": the response's
+    # Python passes the row's tests; or "module:function"
     format: str = r"(?s).*<answer>.*</answer>\s*"  # what "format" must match in full
     answer: str = r"(?s).*<answer>(.*?)</answer>"  # group 1 is what the scorer reads; no match: the whole text
     timeout_s: float = 10.0
     workers: int = 2
     memory_mb: int = 4096
+    # Where "code" runs programs. auto: bubblewrap where it works, else Landlock, else no run. none: unconfined
+    sandbox: Literal["auto", "bubblewrap", "landlock", "none"] = "auto"
+    tests: Literal["all", "share"] = "all"  # "code" gives 1 for all tests passed and else 0, or the share passed
     on_error: Literal["stop", "zero"] = "stop"  # a reward that raises, hangs or dies: exit 8, or count it and score 0
 
 

@@ -1,10 +1,9 @@
 """JSON values that remember the Python types JSON lacks, so that a record can cross processes and come back equal."""
 
+import sys
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
-
-import numpy as np
 
 Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
 
@@ -12,7 +11,8 @@ Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
 def to_plain(value: Any) -> Plain:
     """The value as JSON: a type JSON lacks becomes an object with one key, such as {"$tuple": [1, 2]}.
 
-    Knows tuples, sets, Decimal, Fraction, numpy scalars and dictionaries with any keys. Raises TypeError for the rest.
+    Knows tuples, sets, bytes, Decimal, Fraction, numpy scalars and dictionaries with any keys. Raises TypeError for
+    the rest.
     """
     match value:
         case None | bool():
@@ -36,8 +36,11 @@ def to_plain(value: Any) -> Plain:
             return {"$decimal": str(value)}
         case Fraction():
             return {"$fraction": str(value)}
-        case np.generic():
-            return to_plain(value.item())
+        case bytes():
+            return {"$bytes": value.decode("latin-1")}
+    numpy = sys.modules.get("numpy")  # not imported for its sake: nothing of numpy's exists before it is
+    if numpy is not None and isinstance(value, numpy.generic):
+        return to_plain(value.item())
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
 
 
@@ -58,6 +61,8 @@ def from_plain(value: Plain) -> Any:
             return frozenset(from_plain(item) for item in items)
         case {"$decimal": text}:
             return Decimal(text)
+        case {"$bytes": text}:
+            return text.encode("latin-1")
         case {"$fraction": text}:
             return Fraction(text)
     return {key: from_plain(item) for key, item in value.items()}

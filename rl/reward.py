@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from configs.errors import ConfigError
 from configs.schema import RewardConfig
+from rl.cell import check_sandbox
+from rl.code import CodeReward
 from rl.plain import from_plain
 from rl.process import Worker
 from rollout.types import Prompt, Rollout
@@ -20,13 +22,16 @@ if TYPE_CHECKING:
     from rl.tasks import Task
 
 RewardFunction = Callable[[Prompt, Rollout], float]
-BUILT_IN = ("task", "math", "format")
+BUILT_IN = ("task", "math", "format", "code")
 IMPORTS = {"task": "rl.tasks", "math": "math_verify"}  # slow ones, made before the first request
 DOLLAR_OR_BOXED = re.compile(r"\$|\\boxed|\\\(|\\\[")
 
 
 def build_rewards(config: RewardConfig) -> dict[str, RewardFunction]:
-    """The configured functions by name. Raises ConfigError for an unknown name, module, function or bad pattern."""
+    """The configured functions by name; "code" starts its sandbox.
+
+    Raises ConfigError for an unknown name, module, function or bad pattern, PreflightError without a sandbox.
+    """
     if not config.functions:
         raise ConfigError(f"reward.functions is empty; name at least one of {', '.join(BUILT_IN)} or module:function")
     answer = _pattern("reward.answer", config.answer)
@@ -38,13 +43,20 @@ def build_rewards(config: RewardConfig) -> dict[str, RewardFunction]:
         "math": lambda prompt, rollout: score_math(prompt, extract_answer(answer, rollout.text)),
         "format": lambda prompt, rollout: float(layout.fullmatch(rollout.text) is not None),
     }
+    if "code" in config.functions:
+        built_in["code"] = CodeReward(config)
     for name in config.functions.keys() & IMPORTS.keys():
         import_module(IMPORTS[name])
     return {name: _finite(built_in.get(name) or import_function(name)) for name in config.functions}
 
 
 def check_rewards(config: RewardConfig) -> None:
-    """Raises ConfigError unless a worker can load every function; nothing is imported into this process."""
+    """Raises ConfigError unless a worker can load every function, PreflightError where "code" finds no sandbox.
+
+    Nothing is imported into this process.
+    """
+    if "code" in config.functions:
+        check_sandbox(config.sandbox)
     Worker(config).close()
 
 

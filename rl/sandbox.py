@@ -1,30 +1,34 @@
 """A pool of reward workers that can be killed: a reward that hangs, dies or eats memory costs its worker alone.
 
-This bounds time and memory and keeps faults out of the driver. It hides neither files nor the network.
+This bounds time and memory and keeps faults out of the driver. It hides neither files nor the network from a reward;
+the reward "code" runs the policy's programs in a cell of their own (rl/cell.py), which does.
 """
 
 import asyncio
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
 from configs.errors import DataError
 from configs.schema import RewardConfig
+from rl.cell import check_sandbox
 from rl.process import RewardError, Worker
 from rollout.types import Prompt, Rollout
 
-# A formula can be written that no computer evaluates. Its answer is wrong, as with math-verify's own time limit,
-# and a policy that finds one must not end the run; the pool counts it.
-MAY_FAIL = "math"
+# A formula can be written that no computer evaluates, a program that takes its sandbox along. The answer is wrong, as
+# with math-verify's own time limit, and a policy that finds one must not end the run; the pool counts it.
+MAY_FAIL = ("math", "code")
 
 
 class RewardPool:
     """Scores rollouts in config.workers processes; an async context manager that ends with all of them killed.
 
     failures counts, by "function: kind", what was scored 0: everything that fails under on_error="zero", and
-    formulas that exhaust math-verify's time or memory always.
+    formulas that exhaust math-verify's time or memory and programs that end their sandbox always.
+    sandbox: where the policy's programs run, and a line about it; None where none are run.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -38,6 +42,7 @@ class RewardPool:
         self._workers: set[Worker] = set()
         self._closing = False
         self.failures: Counter[str] = Counter()
+        self.sandbox: tuple[str, str] | None = None
 
     @property
     def worker_pids(self) -> list[int]:
@@ -45,8 +50,12 @@ class RewardPool:
         return [worker.pid for worker in self._workers]
 
     async def __aenter__(self) -> Self:
-        """Start every worker. Raises ConfigError when one cannot start."""
+        """Start every worker. Raises ConfigError when one cannot start, PreflightError without a sandbox for "code"."""
         loop = asyncio.get_running_loop()
+        if "code" in self._config.functions:
+            kind, detail = await loop.run_in_executor(self._threads, check_sandbox, self._config.sandbox)
+            self.sandbox = kind, detail
+            self._config = replace(self._config, sandbox=kind)  # workers need not look again
         try:
             starts = [loop.run_in_executor(self._threads, self._start) for _ in range(self._config.workers)]
             workers = await asyncio.gather(*starts)
@@ -99,7 +108,7 @@ class RewardPool:
                     if failure.fatal:
                         self._discard(worker)
                         worker = None
-                    if self._config.on_error == "stop" and not (failure.fatal and name == MAY_FAIL):
+                    if self._config.on_error == "stop" and not (failure.fatal and name in MAY_FAIL):
                         raise DataError(
                             f"reward {name!r} failed on prompt {prompt.id!r}: {failure.detail}; mend it, or set "
                             "reward.on_error=zero to count such rollouts and score them 0"

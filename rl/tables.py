@@ -118,6 +118,11 @@ class _Reader:
                 task["metadata"] = to_plain(row["metadata"])
             except TypeError as error:
                 raise BadRowError(f"field 'metadata': {error}") from error
+        if row.get("tests") is not None:  # what the reward "code" runs; others may call other things so
+            try:
+                task["tests"] = to_plain(row["tests"])
+            except TypeError as error:
+                raise BadRowError(f"field 'tests': {error}") from error
         row_id = f"{self._name}:{line}" if row.get("id") is None else _text(row, "id", "")
         if row_id in self._ids:
             raise BadRowError(f"id {row_id!r} was seen before")
@@ -220,7 +225,7 @@ def _needed_columns(present: list[str], label: str, config: DataConfig) -> list[
             close = get_close_matches(name, present, n=1, cutoff=0)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ConfigError(f"data.{key}={name!r} is not a column of {label} ({', '.join(present)}){hint}")
-    wanted = (config.prompt_field, config.answer_field, config.solution_field, "id", "metadata")
+    wanted = (config.prompt_field, config.answer_field, config.solution_field, "id", "metadata", "tests")
     return [name for name in present if name in wanted]
 
 
