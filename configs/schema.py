@@ -139,6 +139,8 @@ class TrainConfig:
     # Ranks share optimiser states (1), gradients too (2), parameters too (3: rollouts then sample from a whole copy)
     zero_stage: Literal[0, 1, 2, 3] = 1
     gradient_checkpointing: bool = False
+    sequence_parallel: int = 1  # ranks that share every sequence: by tokens, and in attention by heads (Ulysses)
+    offload: Literal["none", "rollout"] = "none"  # rollout: optimiser states wait in host memory while others sample
 
 
 @dataclass(frozen=True, slots=True)

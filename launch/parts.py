@@ -33,6 +33,7 @@ def build_worker(
         source = partial(trainer.whole_parameters, at_a_time=config.compute.bucket_mb << 20)
         weights = CopiedWeights(policy, source, lambda: trainer.changes)
     engine, learner = _make_engine(config, policy, weights)
+    trainer.make_room = engine.release
     return engine, trainer, learner
 
 

@@ -3,8 +3,8 @@
 import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
 from io import StringIO
 from math import inf
 from pathlib import Path
@@ -25,6 +25,7 @@ from kernels.logprob import selected_logprobs
 from rl.batch import microbatches, split, to_device
 from rl.checkpoint import write_tensors
 from rl.loss import RECORD, clipped_policy_loss, importance_weights, k3_divergence, step_stats
+from rl.offload import Shelf
 from rl.schedule import learning_rate
 from rl.types import Batch, StepStats
 from rl.zero import MOMENTS, Shares, deepspeed_config, start_deepspeed
@@ -131,6 +132,10 @@ class DeepSpeedTrainer:
         self.engine.eval()
         self.shares = Shares(deepspeed, self.engine, self.adam, self.params, self.shapes, stage=self.stage)
         self.shares.prime()
+        self.make_room: Callable[[], None] | None = None  # called before memory that was lent is needed again
+        self.lent_bytes = 0
+        self._shelf = Shelf(self.device) if config.offload == "rollout" else None
+        self._lend()
 
     def step(self, batch: Batch) -> StepStats:
         """One pass over the batch in updates_per_step updates, each of as many passes as its tokens need.
@@ -138,6 +143,11 @@ class DeepSpeedTrainer:
         Raises DivergedError, the update that failed not applied, when a loss or a gradient is not finite.
         """
         start = perf_counter()
+        with self._own_memory():
+            stats = self._step(batch)
+        return replace(stats, seconds=perf_counter() - start, offloaded_bytes=self.lent_bytes)
+
+    def _step(self, batch: Batch) -> StepStats:
         config, lr = self.config, learning_rate(self.config, self.steps, self.total_steps)
         if config.kl_coef > 0 and self.reference is None:
             self.reference = {name: param.detach().clone() for name, param in self.params.items()}
@@ -155,13 +165,34 @@ class DeepSpeedTrainer:
             strict=True,
         )
         self.steps += 1
-        return step_stats(torch.cat(records, dim=1), batch, sum(norms) / len(norms), lr, perf_counter() - start)
+        return step_stats(torch.cat(records, dim=1), batch, sum(norms) / len(norms), lr, seconds=0.0)
 
     def supervise(self, batch: Batch, lr: float) -> StepStats:
         """One cross-entropy update on the batch's masked tokens; the schedule does not move. Raises DivergedError."""
         start = perf_counter()
-        record, norm = self._update(self._rounds(batch), batch, self._cross_entropy, lr=lr, temperature=1.0)
+        with self._own_memory():
+            record, norm = self._update(self._rounds(batch), batch, self._cross_entropy, lr=lr, temperature=1.0)
         return step_stats(record, batch, norm, lr, perf_counter() - start)
+
+    @contextmanager
+    def _own_memory(self) -> Iterator[None]:
+        """Inside, optimiser states are on the device; outside too, unless train.offload lends their memory."""
+        if self._shelf is None:
+            yield
+            return
+        if self.make_room is not None:
+            self.make_room()
+        self._shelf.bring_back()
+        try:
+            yield
+        finally:
+            self._lend()
+
+    def _lend(self) -> None:
+        """Have optimiser states wait on the host, and their memory serve others."""
+        if self._shelf is not None:
+            states = [*self.shares.states(), *(self.reference or {}).values()]
+            self.lent_bytes = self._shelf.put_away(states, self.shares.gradient_buffers())
 
     def _rounds(self, batch: Batch) -> list[Round]:
         """This rank's passes over its share of an update; every rank has the same number of them."""
@@ -250,24 +281,25 @@ class DeepSpeedTrainer:
         the policy is bfloat16, "master.NAME", float32. reference.safetensors where there is one. state.json.
         Raises OSError.
         """
-        writes = dist.get_rank() == 0
         params: dict[str, torch.Tensor] = {}
         optimizer: dict[str, torch.Tensor] = {}
-        for name, param in self.shares.whole(at_a_time=SAVED_BYTES):
-            if writes:
-                params[name] = param.cpu()
-        for name in self.params:
-            whole = {f"{key}.{name}": self.shares.moment(name, key) for key in MOMENTS}
-            if self.dtype == torch.bfloat16:
-                whole[f"master.{name}"] = self.shares.master(name)
-            if writes:
-                optimizer |= {key: tensor.cpu() for key, tensor in whole.items()}
-        if not writes:
-            return
-        write_tensors(folder / PARAMS, params)
-        write_tensors(folder / OPTIMIZER, optimizer)
-        if self.reference is not None:
-            write_tensors(folder / REFERENCE, self.reference)
+        writes = dist.get_rank() == 0
+        with self._own_memory():
+            for name, param in self.shares.whole(at_a_time=SAVED_BYTES):
+                if writes:
+                    params[name] = param.cpu()
+            for name in self.params:
+                whole = {f"{key}.{name}": self.shares.moment(name, key) for key in MOMENTS}
+                if self.dtype == torch.bfloat16:
+                    whole[f"master.{name}"] = self.shares.master(name)
+                if writes:
+                    optimizer |= {key: tensor.cpu() for key, tensor in whole.items()}
+            if not writes:
+                return
+            write_tensors(folder / PARAMS, params)
+            write_tensors(folder / OPTIMIZER, optimizer)
+            if self.reference is not None:
+                write_tensors(folder / REFERENCE, self.reference)
         adam_steps = int(next(iter(self.adam.state.values()))["step"])
         state = {"steps": self.steps, "adam_steps": adam_steps, "dtype": str(self.dtype).removeprefix("torch.")}
         (folder / STATE).write_text(json.dumps(state) + "\n")
@@ -278,18 +310,19 @@ class DeepSpeedTrainer:
         saved = load_file(folder / PARAMS)
         self._check_fits(folder, state["dtype"], {name: list(tensor.shape) for name, tensor in saved.items()})
         self.changes += 1
-        with safe_open(folder / OPTIMIZER, "pt") as optimizer:
+        with self._own_memory(), safe_open(folder / OPTIMIZER, "pt") as optimizer:
             for name, param in saved.items():
                 master = param if self.dtype == torch.float32 else optimizer.get_tensor(f"master.{name}")
                 moments = {key: optimizer.get_tensor(f"{key}.{name}").to(self.device) for key in MOMENTS}
                 self.shares.write(name, param.to(self.device), master.to(self.device), moments)
-        for each in self.adam.state.values():
-            each["step"].fill_(state["adam_steps"])
-        self.steps = state["steps"]
-        if self.config.kl_coef > 0 and self.steps > 0:
-            if not (folder / REFERENCE).exists():
-                raise StorageError(f"{folder} holds no reference policy: its run had train.kl_coef=0; keep it at 0")
-            self.reference = load_file(folder / REFERENCE, device=str(self.device))
+            for each in self.adam.state.values():
+                each["step"].fill_(state["adam_steps"])
+            self.steps = state["steps"]
+            if self.config.kl_coef > 0 and self.steps > 0:
+                if not (folder / REFERENCE).exists():
+                    raise StorageError(f"{folder} holds no reference policy: its run had train.kl_coef=0; keep it at 0")
+                loaded = load_file(folder / REFERENCE, device=str(self.device))
+                self.reference = {name: tensor.clone() for name, tensor in loaded.items()}  # in memory that can be lent
 
     @property
     def layout(self) -> str:

@@ -62,6 +62,7 @@ class StepStats:
     num_tokens: int  # response tokens trained on
     num_sequences: int
     seconds: float
+    offloaded_bytes: int = 0  # of device memory that optimiser states leave to rollouts, on this rank
 
 
 class Trainer(Protocol):

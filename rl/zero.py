@@ -112,16 +112,35 @@ class Shares:
 
     def prime(self) -> None:
         """Give Adam its state before the first step, so that loading never depends on what ran before."""
-        if self._stage == 3:
-            flat = self._zero.fp32_partitioned_groups_flat  # this rank's shares; Adam is shown them while it steps
-        else:
-            flat = [param for group in self._adam.param_groups for param in group["params"]]
-        for param in flat:
+        for param in self._flat():
             self._adam.state[param] = {"step": torch.zeros((), device=param.device)}
             self._adam.state[param] |= {key: torch.zeros_like(param) for key in MOMENTS}
         if self._stage in (1, 2):
             # DeepSpeed does this after the first step; until then its accessors do not find the moments
             self._zero._lazy_init_hp_params_optimizer_state()
+
+    def states(self) -> list[torch.Tensor]:
+        """What only an optimiser step reads: masters and moments, of which this rank holds a share, or all."""
+        held = [tensor for state in self._adam.state.values() for tensor in state.values() if tensor.dim()]
+        if self._stage == 0:
+            return held
+        return [*held, *self._flat()]
+
+    def gradient_buffers(self) -> list[torch.Tensor]:
+        """What holds gradients of a step, and nothing between two of them."""
+        zero = self._zero
+        found = list(getattr(zero, "fp32_groups_gradients_flat", []))  # bfloat16 under ZeRO 1
+        if self._stage == 3:
+            found.append(zero.grad_partitions_flat_buffer)
+        for bucket in getattr(zero, "ipg_buckets", {}).values():
+            found += bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
+        return [buffer for buffer in found if buffer is not None]
+
+    def _flat(self) -> list[torch.Tensor]:
+        """What Adam steps on: under ZeRO this rank's flat shares in float32."""
+        if self._stage == 3:
+            return list(self._zero.fp32_partitioned_groups_flat)  # Adam is shown them while it steps
+        return [param for group in self._adam.param_groups for param in group["params"]]
 
     def whole(self, *, at_a_time: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter, valid until the next is asked for. ZeRO 3 gathers so many bytes at a time, or one."""

@@ -245,6 +245,12 @@ class NativeEngine:
         self._chooser.policy_changed()
         return num_bytes
 
+    def release(self) -> None:
+        """Give the memory of the KV cache and of all graphs back; the next generate makes them again, as large."""
+        assert self._scheduler is None, "sequences are being sampled"
+        self._cache = None
+        self._graphs.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """The drafter's state, and the cache's size and bound: from other free memory, they could change the batches.
 
@@ -395,7 +401,8 @@ class NativeEngine:
         if self._cache is not None and self._pool.num_blocks == self._kv_blocks:
             return
         self._cache = None  # before the new one is allocated beside it
-        self._residency = None
+        if self._pool.num_blocks != self._kv_blocks:
+            self._residency = None
         self._graphs.clear()
         try:
             self._cache = PagedCache(

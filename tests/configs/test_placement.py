@@ -17,6 +17,14 @@ RAY = "compute.backend=ray"
         ([RAY, "compute.placement=separate", "compute.bucket_mb=0"], "compute.bucket_mb=0: must be at least 1"),
         (["train.zero_stage=3", "train.kl_coef=0.1"], "train.kl_coef=0.1: train.zero_stage=3 keeps no reference"),
         (["train.zero_stage=3", "rollout.backend=vllm", "spec.source=off"], "train.zero_stage=3: rollout.backend=vllm"),
+        (
+            [RAY, "compute.placement=separate", "train.offload=rollout"],
+            "train.offload='rollout': compute.place",
+        ),
+        (
+            ["rollout.backend=vllm", "spec.source=off", "train.offload=rollout"],
+            "train.offload='rollout': rollout",
+        ),
     ],
 )
 def test_what_cannot_work_together_is_said_in_one_line(overrides: list[str], said: str) -> None:
