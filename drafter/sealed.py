@@ -40,7 +40,9 @@ def is_sound(folder: Path) -> bool:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         return all(
-            (folder / name).stat().st_size == entry["bytes"] and sha256(folder / name) == entry["sha256"]
+            (folder / name).resolve().is_relative_to(folder.resolve())  # a manifest may come from anywhere
+            and (folder / name).stat().st_size == entry["bytes"]
+            and sha256(folder / name) == entry["sha256"]
             for name, entry in files.items()
         )
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):

@@ -82,6 +82,15 @@ def test_damaged_checkpoint_is_set_aside_for_an_older_one(
     assert store.write(2, fill_with("again")).name == "step_2"
 
 
+def test_manifest_that_names_a_file_elsewhere_is_not_believed(store: CheckpointStore) -> None:
+    newest = store.write(1, fill_with("one"))
+    manifest = json.loads((newest / "MANIFEST.json").read_text())
+    entry = manifest["files"].pop("loop.json")
+    (newest / "loop.json").rename(store.root / "loop.json")
+    (newest / "MANIFEST.json").write_text(json.dumps(manifest | {"files": {"../loop.json": entry}}))
+    assert store.latest() is None
+
+
 def test_step_that_has_a_sound_checkpoint_keeps_it(store: CheckpointStore) -> None:
     path = store.write(1, fill_with("first"))
     assert store.write(1, fill_with("second")) == path
