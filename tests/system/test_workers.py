@@ -76,6 +76,7 @@ def test_a_run_that_lost_a_worker_ends_at_once_and_goes_on_when_resumed(
     run = tmp_path / "run"
     workers = ["compute.backend=ray", "compute.workers=2", "spec.source=eagle", "spec.top_k=1"]
     options = ["drafter.batch_tokens=256", "eval.every=0", "warmstart.steps=0", "checkpoint.every=1", "train.steps=500"]
+    options += ["run.max_recoveries=0"]
     process = subprocess.Popen(
         [*command, "train", str(recipe), *workers, *options],
         env=environment,
@@ -90,7 +91,7 @@ def test_a_run_that_lost_a_worker_ends_at_once_and_goes_on_when_resumed(
     _, victim = actors_below(process.pid)
     os.kill(victim, signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 4, stderr
+    assert process.returncode == 7, stderr
     assert b"resume the run" in stderr
     resumed = paceline("resume", run, f"train.steps={step_of(run) + 2}")
     assert resumed.returncode == 0, resumed.stderr
