@@ -1,8 +1,12 @@
-"""When the difference between training and rollout is said."""
+"""When the difference between training and rollout is said, and where."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rl.drift import DriftAlarm
+from rl.loop import Loop
 
 
 def test_each_level_is_said_once_when_it_is_crossed() -> None:
@@ -14,3 +18,20 @@ def test_each_level_is_said_once_when_it_is_crossed() -> None:
 @pytest.mark.parametrize(("value", "level"), [(0.005, None), (0.0051, "warn"), (0.01, "warn"), (0.0101, "alarm")])
 def test_a_level_is_crossed_above_its_limit(value: float, level: str | None) -> None:
     assert DriftAlarm().crossed(value) == level
+
+
+def test_a_crossing_is_an_event_and_a_message() -> None:
+    events: list[dict[str, Any]] = []
+    messages: list[str] = []
+    loop = SimpleNamespace(
+        run=SimpleNamespace(append_event=lambda kind, **about: events.append({"event": kind} | about)),
+        progress=SimpleNamespace(message=messages.append),
+        drift=DriftAlarm(),
+        step=0,
+    )
+    for difference in (0.001, 0.02, 0.03):
+        loop.step += 1
+        Loop.check_drift(loop, SimpleNamespace(prob_diff_mean=difference))  # type: ignore[arg-type]
+    assert events == [{"event": "drift", "step": 2, "level": "alarm", "prob_diff_mean": 0.02, "limit": 0.01}]
+    (message,) = messages
+    assert message.startswith("alarm: ") and "0.0200" in message and "step 2" in message

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,7 +15,7 @@ import pytest
 Paceline = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def records(run: Path, name: str = "steps") -> list[dict[str, float]]:
+def records(run: Path, name: str = "steps") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics" / f"{name}.jsonl").read_text().splitlines()]
 
 
@@ -48,6 +49,16 @@ def test_a_run_learns_and_leaves_a_complete_run_directory(recipe: Path, tmp_path
     assert [record["stage"] for record in records(run, "eval")] == ["base", "warmstart", "rl", "rl"]
     assert len(records(run, "warmstart")) == 2
     assert pq.read_table(run / "samples" / "step_6.parquet").num_rows == 16
+    assert len(pq.read_table(run / "samples" / "step_6.parquet")["drafted"][0]) > 0
+    assert sum(steps[0]["response_len_hist"]["counts"]) == sum(steps[0]["reward_hist"]["counts"]) == 16
+    last = {record["step"]: record for record in records(run, "curve") if not record.get("eval")}
+    assert [(last[step]["finished"], last[step]["tokens"]) for step in (1, 6)] == [
+        (16, steps[0]["tokens"]),
+        (16, steps[5]["tokens"]),
+    ]
+    kinds = {record["kind"] for record in records(run, "lanes")}
+    assert {"decode", "train", "sync", "reward", "checkpoint", "eval", "warmstart"} <= kinds
+    assert sorted(path.name for path in (run / "trace").iterdir()) == [f"step_{n}.json.gz" for n in range(1, 7)]
     assert json.loads((run / "EXIT.json").read_text())["code"] == 0
     assert json.loads((run / "STATUS.json").read_text())["step"] == 6
     for name in ("config/input.yaml", "config/resolved.yaml", "env.json", "plan.json", "events.jsonl"):
