@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-# On the mean difference between the probability training and rollout give a sampled token: beyond them, the policy that
-# learns is not the one that sampled.
-PROB_DIFF_WARN, PROB_DIFF_ALARM = 0.005, 0.01
+from rl.drift import LEVELS
+
+PROB_DIFF_WARN, PROB_DIFF_ALARM = LEVELS["warn"], LEVELS["alarm"]
 
 SOURCES = ("suffix", "eagle")
 PHASES = ("rollout", "reward", "drafter", "train", "sync", "checkpoint", "eval", "other")

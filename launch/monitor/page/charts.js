@@ -105,7 +105,8 @@ export function stepChart(id, spec) {
       ctx.fillStyle = color(level);
       ctx.font = `${10.5 * devicePixelRatio}px Inter`;
       ctx.textAlign = "right";
-      ctx.fillText(`${level} ${value}`, bbox.left + bbox.width, y - 4 * devicePixelRatio);
+      ctx.textBaseline = "bottom";
+      ctx.fillText(`${level} ${value}`, bbox.left + bbox.width, y - 2 * devicePixelRatio);
     }
     ctx.restore();
   }

@@ -2,7 +2,7 @@
 import { barChart, redrawAll, stepChart } from "/charts.js";
 import { age, get, number } from "/dom.js";
 import { drawFigures, drawEvents, showState } from "/header.js";
-import { drawRollout } from "/rollout.js";
+import { drawRollout, forgetCurve } from "/rollout.js";
 import { showSamples } from "/samples.js";
 
 const REPLAY_MS = 700;
@@ -184,6 +184,7 @@ function switchTheme() {
 
 function redraw() {
   redrawAll();
+  forgetCurve();
   show(run.shown);
 }
 

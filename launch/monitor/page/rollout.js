@@ -4,9 +4,16 @@ import { axisStyle } from "/charts.js";
 import { color, element, get, keyItem, number, replace } from "/dom.js";
 
 const GUTTER = 64, RIGHT = 10, HEIGHT = 210;
-const MAX_MARKS = 24; // switches of strategy drawn on the curve; the strips below the lanes hold them all
+const MAX_MARKS = 24; // switches of strategy drawn as lines with names; more than that are ticks above the curve
 const $ = (id) => document.getElementById(id);
-let shown = { curve: null, lanes: null, end: 1, plot: null };
+let shown = { step: 0, underWay: false, curve: null, lanes: null, whole: 1, end: 1, plot: null, waits: false };
+let rolloutsOnly = false;
+
+$("zoom").onclick = () => {
+  rolloutsOnly = !rolloutsOnly;
+  $("zoom").setAttribute("aria-pressed", String(rolloutsOnly));
+  if (shown.curve) draw();
+};
 
 export async function drawRollout(step, underWay, signal) {
   const [curve, lanes] = step
@@ -17,34 +24,45 @@ export async function drawRollout(step, underWay, signal) {
   const time = curve.time.map((at) => at + shiftCurve);
   const strategies = curve.strategies.map(([worker, from, to, name]) => [worker, from + shiftCurve, to + shiftCurve, name]);
   const spans = lanes.spans.map(([lane, kind, from, to]) => [lane, lanes.kinds[kind], from + shiftLanes, to + shiftLanes]);
-  const end = Math.max(1e-3, time.at(-1) ?? 0, ...spans.slice(-64).map((span) => span[3]));
-  shown = { ...shown, curve: { ...curve, time, strategies }, lanes: { ...lanes, spans }, end };
-  note(step, underWay);
+  const whole = spans.reduce((last, span) => Math.max(last, span[3]), time.at(-1) ?? 1e-3);
+  shown = { ...shown, step, underWay, curve: { ...curve, time, strategies }, lanes: { ...lanes, spans }, whole };
+  draw();
+}
+
+function draw() {
+  shown.end = (rolloutsOnly && shown.curve.time.at(-1)) || shown.whole;
+  note();
   drawCurve();
   drawLanes();
 }
 
-function note(step, underWay) {
-  const { curve, end } = shown;
+function note() {
+  const { step, underWay, curve, whole } = shown;
   $("rollout-title").textContent = step ? `Rollouts of step ${step}` : "Rollouts";
   const parts = [];
   if (curve.time.length) parts.push(`${number(curve.finished.at(-1), 0)} of ${number(curve.total, 0)} finished`, `${number(curve.tokens.at(-1), 0)} tokens`);
-  if (curve.time.length || shown.lanes.spans.length) parts.push(`${number(end, 1)} s`);
+  if (curve.time.length || shown.lanes.spans.length) parts.push(`${number(whole, 1)} s`);
   if (underWay) parts.push("under way");
   $("rollout-note").textContent = parts.join("  ·  ");
 }
 
 function drawCurve() {
-  const host = $("curve"), { curve, end } = shown;
+  const host = $("curve"), { curve } = shown;
+  const waits = curve.waiting?.some((count) => count > 0) ?? false;
+  if (shown.plot && curve.time.length && waits === shown.waits) {
+    shown.plot.setData([curve.time, curve.running, curve.waiting]); // it keeps its pointer
+    key(shown.plot);
+    return describe();
+  }
   shown.plot?.destroy();
   shown.plot = null;
+  shown.waits = waits;
   if (!curve.time.length) {
     replace(host, element("p", { class: "empty" }, "The rollouts of this step were not recorded."));
     replace($("curve-key"));
     return;
   }
   replace(host);
-  const waits = curve.waiting.some((count) => count > 0);
   const fill = (plot) => {
     const gradient = plot.ctx.createLinearGradient(0, plot.bbox.top, 0, plot.bbox.top + plot.bbox.height);
     gradient.addColorStop(0, color("decode", 0.28));
@@ -67,8 +85,18 @@ function drawCurve() {
     hooks: { draw: [drawMarks], setCursor: [key] },
   }, [curve.time, curve.running, curve.waiting], host);
   key(shown.plot);
-  const most = Math.max(...curve.running);
-  host.setAttribute("aria-label", `Sequences running: at most ${most}, over ${number(end, 1)} seconds; ${switches().length} switches of strategy`);
+  describe();
+}
+
+function describe() {
+  const most = shown.curve.running.reduce((high, count) => Math.max(high, count), 0);
+  $("curve").setAttribute("aria-label", `Sequences running: at most ${most}, over ${number(shown.end, 1)} seconds; ${switches().length} switches of strategy`);
+}
+
+/** Forget the chart: the colours have changed. */
+export function forgetCurve() {
+  shown.plot?.destroy();
+  shown.plot = null;
 }
 
 /** Where the first worker's strategy changes: [time, strategy]. */
@@ -79,24 +107,27 @@ function switches() {
 
 function drawMarks(plot) {
   const { ctx, bbox } = plot, px = devicePixelRatio, marks = switches();
-  if (marks.length > MAX_MARKS) return;
+  const many = marks.length > MAX_MARKS;
   ctx.save();
   ctx.font = `${10.5 * px}px Inter`;
+  ctx.textBaseline = "bottom";
+  ctx.textAlign = "left";
   let free = -Infinity;
   for (const [at, name] of marks) {
     const x = Math.round(plot.valToPos(at, "x", true));
     ctx.strokeStyle = color(sourceOf(name) === "off" ? "faint" : sourceOf(name));
-    ctx.setLineDash([2 * px, 3 * px]);
+    ctx.setLineDash(many ? [] : [2 * px, 3 * px]);
     ctx.lineWidth = px;
     ctx.beginPath();
-    ctx.moveTo(x, bbox.top - 4 * px);
-    ctx.lineTo(x, bbox.top + bbox.height);
+    ctx.moveTo(x, bbox.top - 6 * px);
+    ctx.lineTo(x, many ? bbox.top : bbox.top + bbox.height);
     ctx.stroke();
+    if (many) continue;
     const width = ctx.measureText(name).width;
     const from = Math.min(x + 3 * px, bbox.left + bbox.width - width);
     if (from < free) continue;
     ctx.fillStyle = color("muted");
-    ctx.fillText(name, from, bbox.top - 6 * px);
+    ctx.fillText(name, from, bbox.top - 2 * px);
     free = from + width + 10 * px;
   }
   ctx.restore();
@@ -109,7 +140,7 @@ function key(plot) {
   const at = plot.cursor.idx ?? null;
   const value = (column) => (at === null ? null : String(column[at]));
   const items = [keyItem("running", "decode", value(curve.running), { thin: true })];
-  if (curve.waiting.some((count) => count > 0)) items.push(keyItem("waiting", "muted", value(curve.waiting), { thin: true }));
+  if (shown.waits) items.push(keyItem("waiting", "muted", value(curve.waiting), { thin: true }));
   if (at !== null) items.push(element("span", {}, `at ${number(curve.time[at], 2)} s`));
   replace($("curve-key"), ...items);
   const hair = document.querySelector("#lanes .hair");
@@ -142,7 +173,7 @@ function drawLanes() {
   replace(host, canvas, hair);
   const ctx = canvas.getContext("2d");
   ctx.scale(px, px);
-  const x = (seconds) => GUTTER + (seconds / end) * (width - GUTTER - RIGHT);
+  const x = (seconds) => GUTTER + Math.min(1, seconds / end) * (width - GUTTER - RIGHT);
   ctx.font = "11px Inter";
   ctx.textBaseline = "middle";
   ctx.textAlign = "right";
@@ -154,8 +185,11 @@ function drawLanes() {
   });
   const fills = Object.fromEntries((lanes.kinds ?? []).map((kind) => [kind, color(kind)]));
   for (const [lane, kind, from, to] of lanes.spans) {
+    if (from >= end) continue;
+    // whole pixels: gaps narrower than one would show as hairlines
+    const left = Math.floor(x(from) * px) / px;
     ctx.fillStyle = fills[kind];
-    ctx.fillRect(x(from), lane * pitch, Math.max(0.5, x(to) - x(from)), tall);
+    ctx.fillRect(left, lane * pitch, Math.max(1, Math.ceil(x(to) * px) / px - left), tall);
   }
   const found = new Set();
   for (const [worker, from, to, name] of strip ? curve.strategies : []) {

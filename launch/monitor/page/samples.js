@@ -2,6 +2,7 @@
 import { element, get, number, replace } from "/dom.js";
 
 const PAGE = 50;
+const LONG = 120; // characters of a question that are shown at once
 const $ = (id) => document.getElementById(id);
 const at = { step: 0, offset: 0, row: null, total: 0 };
 
@@ -56,9 +57,15 @@ function draw(sample) {
   const note = sample.plain || "accepted drafts: written by the drafter, sampled by the policy";
   replace($("sample"),
     element("dl", { class: "facts" }, ...facts.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)))),
-    element("pre", { class: "question" }, sample.question), element("pre", { dir: "auto" }, ...text),
+    question(sample.question), element("pre", { dir: "auto" }, ...text),
     element("p", { class: "note" }, ...(sample.plain ? [] : [element("span", { class: "swatch" })]), note));
   $("sample").scrollTop = 0;
+}
+
+/** A long question opens on demand: what is looked for is the answer. */
+function question(asked) {
+  if (asked.length < LONG && !asked.includes("\n")) return element("p", { class: "question" }, asked);
+  return element("details", { class: "question" }, element("summary", {}, asked.replaceAll(/\s+/g, " ").slice(0, LONG)), element("pre", {}, asked));
 }
 
 function turn(pages) {
