@@ -412,6 +412,22 @@ def idle(
     _show(result, bench_idle.table(result), out)
 
 
+@app.command()
+def monitor(
+    recipe: Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe whose run is watched.")] = Path("smoke"),
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Keys to set.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Steps of each kind.")] = 10,
+    out: Json = None,
+) -> None:
+    """What recording, the page and a sink cost a run: steps with them, in turns with steps without."""
+    _prepare(out)
+    from launch import bench_monitor
+
+    with TemporaryDirectory(prefix="paceline-bench-") as folder:
+        result = bench_monitor.run(recipe, overrides or [], pairs=pairs, folder=Path(folder))
+    _show(result, bench_monitor.table(result), out)
+
+
 def _numbers(option: str, text: str) -> list[int]:
     """The numbers of a comma-separated list, in order. Raises ConfigError."""
     try:

@@ -25,7 +25,7 @@ def watched(path: Path, config: MonitorConfig, *, log: Path) -> Iterator[None]:
         write_monitoring(path / "monitoring", port=config.port or DEFAULT_PORT)
     except OSError as error:
         print(f"warning: no files for Prometheus: {error}", file=sys.stderr)
-    process = _start(path, config, log=log) if config.port or config.sinks else None
+    process = start(path, config, log=log) if config.port or config.sinks else None
     try:
         yield
     finally:
@@ -38,7 +38,8 @@ def watched(path: Path, config: MonitorConfig, *, log: Path) -> Iterator[None]:
                 process.wait()
 
 
-def _start(path: Path, config: MonitorConfig, *, log: Path) -> subprocess.Popen[bytes] | None:
+def start(path: Path, config: MonitorConfig, *, log: Path) -> subprocess.Popen[bytes] | None:
+    """The process that serves and feeds what the configuration asks for; None where there is none, or it cannot."""
     listener = None
     if config.port:
         door = open_door("")
