@@ -413,6 +413,23 @@ def idle(
 
 
 @app.command()
+def reward(
+    workers: Annotated[str, typer.Option(help="Reward workers.")] = "1,2",
+    sandboxes: Annotated[str, typer.Option(help="Kinds of reward.sandbox.")] = "bubblewrap,landlock",
+    rewards: Annotated[int, typer.Option(min=1, help="Programs scored a round, of each kind of tests.")] = 200,
+    rounds: Rounds = 3,
+    out: Json = None,
+) -> None:
+    """Model-written programs scored per second, by sandbox and number of workers, against a Python start a test."""
+    counts = _numbers("--workers", workers)
+    _prepare(out)
+    from launch import bench_reward
+
+    result = bench_reward.run(bench_reward.Job(tuple(counts), tuple(sandboxes.split(",")), rewards, rounds))
+    _show(result, bench_reward.table(result), out)
+
+
+@app.command()
 def monitor(
     recipe: Annotated[Path, typer.Argument(metavar="CONFIG", help="Recipe whose run is watched.")] = Path("smoke"),
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Keys to set.")] = None,

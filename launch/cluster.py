@@ -101,6 +101,10 @@ async def run_loop(config: Config, run: RunDir, checkpoint: Path | None, **parts
         run.truncate_after(None if checkpoint is None else loop.step)
         run.write_config(config)  # once what it asks for has been taken up
         run.write_status(step=loop.step)
+        if rewards.sandbox is not None:
+            kind, detail = rewards.sandbox
+            run.add_environment(sandbox={"kind": kind, "detail": detail})
+            parts["progress"].message(f"model-written code runs under {kind}: {detail}")
         with on_sigterm(loop.stop_requested):
             await loop.train()
 

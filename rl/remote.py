@@ -48,6 +48,9 @@ class Remote:
     def __iter__(self) -> Iterator[Any]:
         return iter(self._caller.ask({"iterate": self._number}))
 
+    def __bool__(self) -> bool:
+        return bool(self._caller.ask({"truth": self._number}))
+
     def __next__(self) -> Any:
         return self.__getattr__("__next__")()
 
@@ -168,6 +171,8 @@ def answer(channel: socket.socket, namespace: dict[str, Any]) -> None:
             case {"set": number, "name": name, "value": value}:
                 setattr(objects[number], name, unpack(value))
                 return {"value": None}
+            case {"truth": number}:
+                return {"value": bool(objects[number])}
             case {"iterate": number}:
                 return {"objects": [pack(item) for item in objects[number]]}
             case {"call": number, "args": args, "kwargs": kwargs}:

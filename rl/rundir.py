@@ -100,6 +100,11 @@ class RunDir:
         """Make this the configuration that a later resume takes up."""
         _write(self.path / "config" / "resolved.yaml", dump(config).encode())
 
+    def add_environment(self, **fields: Any) -> None:
+        """Add what was found out after the start to env.json."""
+        path = self.path / "env.json"
+        _write_json(path, _read_json(path) | fields)
+
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """plan.json: what was derived from the configuration."""
         _write_json(self.path / "plan.json", plan)

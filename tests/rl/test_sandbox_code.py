@@ -16,11 +16,12 @@ from unittest.mock import ANY, Mock
 import pytest
 
 from configs.errors import DataError, PreflightError
-from configs.schema import DataConfig, RewardConfig
+from configs.schema import Config, DataConfig, RewardConfig, RunConfig
 from rl import cell, lockdown
 from rl.cell import Cell, CellError, check_sandbox
 from rl.code import extract_program, parse_tests, same_output
 from rl.reward import check_rewards
+from rl.rundir import RunDir
 from rl.sandbox import RewardPool
 from rl.tables import _Reader, open_rows
 from rollout.types import Prompt, Rollout, SpecStats
@@ -90,6 +91,11 @@ PROBLEMS: dict[str, tuple[Any, str, str]] = {
             def __len__(self): return len(self.items)
         """,
         "def count(n): return range(n + 1)",
+    ),
+    "an object that is true": (
+        ["assert find('a1')", "assert not find('a')", "assert find('a1').group() == '1'"],
+        "import re\ndef find(text): return re.search('[0-9]', text)",
+        "import re\ndef find(text): return re.compile('[0-9]')",
     ),
     "an error that is expected": (
         [
@@ -235,6 +241,13 @@ def test_a_sandbox_that_lets_something_through_is_none(monkeypatch: pytest.Monke
         PreflightError, match="landlock: a program was not refused a foreign file, the network or a fork"
     ):
         check_sandbox("landlock")
+
+
+def test_the_run_directory_says_which_sandbox_it_was(tmp_path: Path) -> None:
+    with RunDir.create(Config(run=RunConfig(dir=str(tmp_path / "run"))), "") as run:
+        run.add_environment(sandbox={"kind": "landlock", "detail": ""})
+    found = json.loads((tmp_path / "run" / "env.json").read_text())
+    assert found["sandbox"]["kind"] == "landlock" and found["packages"]["torch"]
 
 
 def test_unconfined_programs_run_only_by_name() -> None:
