@@ -9,14 +9,11 @@ samples hold for whoever looks (distributions, tokens).
 import asyncio
 import os
 import signal
-import socket
 import statistics
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,22 +22,20 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from configs.load import dump, load
-from configs.schema import Config, MonitorConfig
+from configs.schema import Config
 from drafter.types import OFF
 from launch.bench_longtail import Ground, make_loop
 from launch.bench_report import plain_table, provenance, say, spread
+from launch.bench_watch import TimedRecorder, Unrecorded, cpu_seconds, watchers
 from launch.cluster import check_counts
-from launch.monitor.beside import start
 from rl.data import load_data
 from rl.loop import Loop
-from rl.metrics import Stopwatch, histogram
-from rl.recorder import Recorder
+from rl.metrics import histogram
 from rl.reward import check_rewards
 from rl.sandbox import RewardPool
 from rollout.activity import Tally
 from rollout.model import context_length, load_config, resolve_compute
 from rollout.pretrained import load_tokenizer, resolve
-from rollout.types import Rollout, Sampling
 
 LIMIT = 0.01  # of a step's time
 FIXED = ("compute.backend=inline", "eval.every=0", "warmstart.steps=0", "checkpoint.every=1000000")
@@ -48,25 +43,6 @@ WARMUP = 1  # steps that are not counted
 WATCHED, UNWATCHED = "watched", "unwatched"
 CYCLES = 200_000  # timed of the engine's counts
 REPEATS = 20  # of what is timed by itself
-
-# A page: it listens, and fetches and parses what is drawn whenever there is something new; and Prometheus every 15 s.
-VIEWER = """
-import json, sys, time, urllib.request
-base, scraped = sys.argv[1], 0.0
-get = lambda path: urllib.request.urlopen(base + path, timeout=30).read()
-for line in urllib.request.urlopen(base + "/events"):
-    if not line.startswith(b"data: "):
-        continue
-    message = json.loads(line[6:])
-    steps = message["state"]["drawn_steps"]
-    for name in {"curve", "lanes"} & set(message["changed"]) if steps else ():
-        json.loads(get(f"/api/{name}?step={steps[-1][1]}"))
-    if "steps" in message["changed"]:
-        json.loads(get("/api/steps"))
-    if time.monotonic() - scraped > 15:
-        scraped = time.monotonic()
-        get("/metrics")
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,49 +57,6 @@ class Turn:
     tokens: int
     cycles: int
     num_bytes: dict[str, int]
-
-
-class TimedRecorder(Recorder):
-    """A recorder that knows how long it took."""
-
-    seconds = 0.0
-    _depth = 0
-
-    def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        if name not in ("begin", "end", "_take_spans", "_keep_point", "_keep_lanes"):
-            return found
-        return lambda *args, **options: self._timed(found, *args, **options)
-
-    def _timed(self, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        begun, self._depth = time.perf_counter(), self._depth + 1
-        try:
-            return call(*args, **options)
-        finally:
-            self._depth -= 1
-            if self._depth == 0:
-                self.seconds += time.perf_counter() - begun
-
-
-class Unrecorded:
-    """Stands where a recorder does, and records nothing."""
-
-    seconds = 0.0
-
-    def begin(self, step: int) -> Stopwatch:
-        """A clock."""
-        return Stopwatch()
-
-    def end(self) -> None:
-        """Nothing was kept."""
-
-    def span(self, phase: str) -> AbstractContextManager[None]:
-        """Nothing around it."""
-        return nullcontext()
-
-    def watched(self, rollouts: AsyncGenerator[Rollout], sampling: Sampling, *, total: int) -> AsyncGenerator[Rollout]:
-        """The same."""
-        return rollouts
 
 
 def run(recipe: Path, overrides: Sequence[str], *, pairs: int, folder: Path) -> dict[str, Any]:
@@ -165,39 +98,6 @@ async def _run(config: Config, *, pairs: int, folder: Path) -> dict[str, Any]:
     return report(config, turns, aside, device=device, load_before=load_before)
 
 
-@contextmanager
-def watchers(run: Path, logs: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The processes beside a run: its hub with its sink, and a page that is open; the hub comes first."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    hub = start(run, MonitorConfig(port=port, sinks=("tensorboard",)), log=logs / "monitor.log")
-    assert hub is not None
-    processes = [hub]
-    try:
-        wait_for(port)
-        processes.append(subprocess.Popen([sys.executable, "-c", VIEWER, f"http://127.0.0.1:{port}"]))
-        yield processes
-    finally:
-        for process in processes:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-            process.wait()
-
-
-def wait_for(port: int) -> None:
-    """Until someone listens there."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    raise TimeoutError("the hub did not start within 120 s")
-
-
 async def take(loop: Loop, arm: str, recorder: Any, processes: Sequence[subprocess.Popen[bytes]]) -> Turn:
     """One step, watched or not."""
     for process in processes:
@@ -234,12 +134,6 @@ def sizes(run: Path) -> dict[str, int]:
         "samples": "samples/*",
     }
     return {kind: sum(file.stat().st_size for file in run.glob(pattern)) for kind, pattern in kinds.items()}
-
-
-def cpu_seconds(pid: int) -> float:
-    """Processor time a process has taken. Source: proc(5), utime and stime of /proc/PID/stat."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def by_itself(loop: Loop) -> dict[str, Any]:
