@@ -57,6 +57,7 @@ _AT_LEAST: dict[str, float] = {
     "train.max_grad_norm": 0,
     "train.updates_per_step": 1,
     "train.micro_tokens": 1,
+    "train.sequence_parallel": 1,
     "eval.every": 0,
     "eval.num_prompts": 1,
     "warmstart.steps": 0,
@@ -134,7 +135,8 @@ def _placement(config: Config) -> Iterator[tuple[str, str]]:
         yield "compute.placement", "compute.backend=inline is one process; set compute.backend=ray"
     if compute.placement == "colocated" and compute.rollout_workers > 1:
         yield "compute.rollout_workers", "colocated workers all sample; set compute.placement=separate"
-    if train.zero_stage == 3 and train.kl_coef > 0:
+    if compute.workers % max(train.sequence_parallel, 1):  # a smaller one is refused by its own check
+        yield "train.sequence_parallel", f"does not divide compute.workers={compute.workers}"
     if train.offload == "rollout" and compute.placement == "separate":
         yield "train.offload", "compute.placement=separate samples on other GPUs; set none"
     if train.offload == "rollout" and config.rollout.backend == "vllm":

@@ -135,7 +135,7 @@ class TrainConfig:
     importance_cap: float = 2.0  # truncation of exp(training - rollout log-prob); 0 turns the correction off
     advantage: Literal["std", "mean"] = "std"  # centre by the group mean, and with "std" divide by its deviation
     updates_per_step: int = 1  # optimiser updates a batch is split into
-    micro_tokens: int = 4096  # tokens packed into one forward and backward pass
+    micro_tokens: int = 4096  # tokens of a rank that are packed into one forward and backward pass
     # Ranks share optimiser states (1), gradients too (2), parameters too (3: rollouts then sample from a whole copy)
     zero_stage: Literal[0, 1, 2, 3] = 1
     gradient_checkpointing: bool = False

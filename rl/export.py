@@ -18,7 +18,7 @@ from configs.schema import Config
 from drafter.sealed import newest, step_folders
 from rl.checkpoint import step_of
 from rl.rundir import require_run
-from rl.trainer import PARAMS
+from rl.stored import PARAMS
 from rollout.pretrained import SHIPPED, load_tokenizer, resolve
 
 CARD = """\

@@ -1,10 +1,9 @@
 """DeepSpeed trains the policy in place: the parameters it updates are the ones the engine samples with."""
 
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import StringIO
 from math import inf
 from pathlib import Path
@@ -12,64 +11,25 @@ from time import perf_counter
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from configs.errors import DivergedError, StorageError
+from configs.errors import DivergedError
 from configs.faults import hit
 from configs.schema import TrainConfig
-from kernels.attention import PackedSequences
-from kernels.logprob import selected_logprobs
+from rl import stored
 from rl.batch import microbatches, split, to_device
-from rl.checkpoint import write_tensors
 from rl.loss import RECORD, clipped_policy_loss, importance_weights, k3_divergence, step_stats
 from rl.offload import Shelf
+from rl.packed import PackedPolicy, Round
 from rl.schedule import learning_rate
 from rl.types import Batch, StepStats
-from rl.zero import MOMENTS, Shares, deepspeed_config, start_deepspeed
-from rollout.model import forward_packed
+from rl.ulysses import Sharing, require_heads
+from rl.zero import Shares, deepspeed_config, start_deepspeed
 from rollout.projections import grouped_parameters
 from rollout.transfer import layout, trainable
 
-PARAMS, OPTIMIZER, REFERENCE, STATE = (
-    "params.safetensors",
-    "optimizer.safetensors",
-    "reference.safetensors",
-    "state.json",
-)
-SAVED_BYTES = 1 << 30  # of parameters gathered at a time on their way to a checkpoint
-
 log = logging.getLogger(__name__)
-
-
-class PackedPolicy(nn.Module):
-    """The policy as DeepSpeed sees it: a batch in, log-probs and entropies of its R response tokens out."""
-
-    def __init__(self, policy: PreTrainedModel) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(self, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns logprobs [R] and entropy [R], float32; only tokens that predict a response reach the vocabulary."""
-        (targets,) = batch.loss_mask.nonzero(as_tuple=True)
-        seqs = PackedSequences(cu_seqlens=batch.cu_seqlens, max_seqlen=int(batch.cu_seqlens.diff().max()))
-        logits = forward_packed(self.policy, batch.token_ids, batch.positions, seqs, targets - 1)
-        return selected_logprobs(logits, batch.token_ids[targets], temperature=temperature)
-
-
-@dataclass(slots=True)
-class Round:
-    """One forward and backward pass of one rank.
-
-    weight 0 makes it a filler: a rank that runs out of micro-batches still takes part in every reduction.
-    old_logprobs [R]: of the policy before the step; None while the policy still is that one.
-    """
-
-    batch: Batch
-    weight: float
-    old_logprobs: torch.Tensor | None = None
 
 
 # (round, logprobs [R], entropy [R]) -> record [len(RECORD), R], whose first row carries the gradient
@@ -83,6 +43,7 @@ class DeepSpeedTrainer:
     keep their storage from here on, but under ZeRO 3, where a rank holds a share of each and whole_parameters puts them
     together. In bfloat16 the optimiser works on float32 masters and gradients add up in float32; ZeRO 0, for which
     DeepSpeed has no float32 accumulator, then runs as ZeRO 1: equal results, less memory.
+    With train.sequence_parallel several ranks have the same share of a batch, and a part of every sequence each.
     """
 
     def __init__(
@@ -103,7 +64,7 @@ class DeepSpeedTrainer:
         self.steps = 0  # reinforcement steps done; the schedule's position
         self.changes = 0  # of the parameters, by whatever means
         self.params = trainable(model)
-        self.shapes = {name: param.shape for name, param in self.params.items()}
+        shapes = {name: param.shape for name, param in self.params.items()}
         (self.dtype,) = {param.dtype for param in self.params.values()}
         assert self.dtype in (torch.float32, torch.bfloat16), self.dtype
         self.stage = 1 if config.zero_stage == 0 and self.dtype == torch.bfloat16 else config.zero_stage
@@ -112,14 +73,16 @@ class DeepSpeedTrainer:
                 module.p = 0.0  # rollouts are sampled without
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.policy = PackedPolicy(model)
+        require_heads(model.config, config.sequence_parallel)
+        deepspeed = start_deepspeed(self.device, collective_s)
+        self.sharing = Sharing(config.sequence_parallel)
+        self.policy = PackedPolicy(model, self.sharing)
         self.reference: dict[str, torch.Tensor] | None = None
         # in this order DeepSpeed's flat buffers leave the projections of a layer side by side, as rollouts read them
         ordered = [param for param in grouped_parameters(model) if param.requires_grad]
         self.adam = torch.optim.AdamW(
             ordered, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        deepspeed = start_deepspeed(self.device, collective_s)
         num_params = sum(param.numel() for param in self.params.values())
         with redirect_stdout(StringIO()) as chatter:  # its bfloat16 optimiser prints memory reports
             self.engine, *_ = deepspeed.initialize(
@@ -130,7 +93,7 @@ class DeepSpeedTrainer:
             )
         log.debug("%s", chatter.getvalue())
         self.engine.eval()
-        self.shares = Shares(deepspeed, self.engine, self.adam, self.params, self.shapes, stage=self.stage)
+        self.shares = Shares(deepspeed, self.engine, self.adam, self.params, shapes, stage=self.stage)
         self.shares.prime()
         self.make_room: Callable[[], None] | None = None  # called before memory that was lent is needed again
         self.lent_bytes = 0
@@ -156,7 +119,7 @@ class DeepSpeedTrainer:
         if len(updates) > 1:
             for each in (each for group in rounds for each in group):
                 with torch.no_grad():
-                    each.old_logprobs, _ = self.policy(each.batch, self.temperature)
+                    each.old_logprobs, _ = self.policy(each, self.temperature)
         records, norms = zip(
             *(
                 self._update(group, update, self._policy_objective, lr=lr, temperature=self.temperature)
@@ -196,14 +159,17 @@ class DeepSpeedTrainer:
 
     def _rounds(self, batch: Batch) -> list[Round]:
         """This rank's passes over its share of an update; every rank has the same number of them."""
-        shares = [microbatches(share, self.config.micro_tokens) for share in split(batch, dist.get_world_size())]
-        own = shares[dist.get_rank()]
+        sharing = self.sharing
+        room = self.config.micro_tokens * sharing.size
+        shares = [microbatches(share, room) for share in split(batch, sharing.count)]
+        own = shares[sharing.number]
         filler = (own or max(shares, key=len))[0]
         missing = max(map(len, shares)) - len(own)
-        return [
-            Round(to_device(batch, self.device), weight)
-            for batch, weight in [*((batch, 1.0) for batch in own), *[(filler, 0.0)] * missing]
-        ]
+        rounds = []
+        for part, weight in [*((part, 1.0) for part in own), *[(filler, 0.0)] * missing]:
+            part = to_device(part, self.device)
+            rounds.append(Round(part, sharing.targets(part), weight))
+        return rounds
 
     def _update(
         self, rounds: list[Round], batch: Batch, objective: Objective, *, lr: float, temperature: float
@@ -218,7 +184,7 @@ class DeepSpeedTrainer:
         kept = [torch.zeros(len(RECORD), 0, device=self.device)]
         for index, each in enumerate(rounds):
             self.engine.set_gradient_accumulation_boundary(index == len(rounds) - 1)
-            record = objective(each, *self.engine(each.batch, temperature))
+            record = objective(each, *self.engine(each, temperature))
             loss = record[0].sum() * (each.weight * scale)
             if hit("train.backward") == "nan":
                 loss = loss * torch.nan
@@ -252,8 +218,8 @@ class DeepSpeedTrainer:
 
     def _policy_objective(self, each: Round, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
         """The policy loss of GRPO with its corrections."""
-        config, mask = self.config, each.batch.loss_mask
-        sampled, advantages = each.batch.old_logprobs[mask], each.batch.advantages[mask]
+        config, targets = self.config, each.targets
+        sampled, advantages = each.batch.old_logprobs[targets], each.batch.advantages[targets]
         old = logprobs.detach() if each.old_logprobs is None else each.old_logprobs
         weights = importance_weights(old, sampled, config.importance_cap)
         loss, clipped = clipped_policy_loss(
@@ -263,7 +229,7 @@ class DeepSpeedTrainer:
         if self.reference is not None:
             named = {f"policy.{name}": tensor for name, tensor in self.reference.items()}
             with torch.no_grad():
-                reference, _ = torch.func.functional_call(self.policy, named, (each.batch, self.temperature))
+                reference, _ = torch.func.functional_call(self.policy, named, (each, self.temperature))
             kl = k3_divergence(logprobs, reference)
             loss = loss + config.kl_coef * kl
         prob_diff, logprob_diff = (old.exp() - sampled.exp()).abs(), (old - sampled).abs()
@@ -275,59 +241,23 @@ class DeepSpeedTrainer:
         return torch.stack([-logprobs, entropy.detach(), zero, zero, torch.ones_like(zero), zero, zero])
 
     def save(self, folder: Path) -> None:
-        """Write whole parameters and optimiser state, by parameter name; every rank takes part, rank 0 writes.
-
-        params.safetensors: the policy's dtype. optimizer.safetensors: "exp_avg.NAME", "exp_avg_sq.NAME" and, where
-        the policy is bfloat16, "master.NAME", float32. reference.safetensors where there is one. state.json.
-        Raises OSError.
-        """
-        params: dict[str, torch.Tensor] = {}
-        optimizer: dict[str, torch.Tensor] = {}
-        writes = dist.get_rank() == 0
+        """As rl.stored.write; every rank takes part, rank 0 writes. Raises OSError."""
         with self._own_memory():
-            for name, param in self.shares.whole(at_a_time=SAVED_BYTES):
-                if writes:
-                    params[name] = param.cpu()
-            for name in self.params:
-                whole = {f"{key}.{name}": self.shares.moment(name, key) for key in MOMENTS}
-                if self.dtype == torch.bfloat16:
-                    whole[f"master.{name}"] = self.shares.master(name)
-                if writes:
-                    optimizer |= {key: tensor.cpu() for key, tensor in whole.items()}
-            if not writes:
-                return
-            write_tensors(folder / PARAMS, params)
-            write_tensors(folder / OPTIMIZER, optimizer)
-            if self.reference is not None:
-                write_tensors(folder / REFERENCE, self.reference)
-        adam_steps = int(next(iter(self.adam.state.values()))["step"])
-        state = {"steps": self.steps, "adam_steps": adam_steps, "dtype": str(self.dtype).removeprefix("torch.")}
-        (folder / STATE).write_text(json.dumps(state) + "\n")
+            stored.write(folder, self.shares, dtype=self.dtype, reference=self.reference, steps=self.steps)
 
     def load(self, folder: Path) -> None:
         """Restore what save wrote, whatever number of ranks and ZeRO stage wrote it. Raises StorageError."""
-        state = json.loads((folder / STATE).read_text())
-        saved = load_file(folder / PARAMS)
-        self._check_fits(folder, state["dtype"], {name: list(tensor.shape) for name, tensor in saved.items()})
+        stored.check_fits(folder, self.shares, dtype=self.dtype)
         self.changes += 1
-        with self._own_memory(), safe_open(folder / OPTIMIZER, "pt") as optimizer:
-            for name, param in saved.items():
-                master = param if self.dtype == torch.float32 else optimizer.get_tensor(f"master.{name}")
-                moments = {key: optimizer.get_tensor(f"{key}.{name}").to(self.device) for key in MOMENTS}
-                self.shares.write(name, param.to(self.device), master.to(self.device), moments)
-            for each in self.adam.state.values():
-                each["step"].fill_(state["adam_steps"])
-            self.steps = state["steps"]
+        with self._own_memory():
+            self.steps = stored.read(folder, self.shares, dtype=self.dtype, device=self.device)
             if self.config.kl_coef > 0 and self.steps > 0:
-                if not (folder / REFERENCE).exists():
-                    raise StorageError(f"{folder} holds no reference policy: its run had train.kl_coef=0; keep it at 0")
-                loaded = load_file(folder / REFERENCE, device=str(self.device))
-                self.reference = {name: tensor.clone() for name, tensor in loaded.items()}  # in memory that can be lent
+                self.reference = stored.read_reference(folder, device=self.device)
 
     @property
     def layout(self) -> str:
         """As ReceivedWeights.layout, of what whole_parameters yields."""
-        return layout((name, shape, self.dtype) for name, shape in self.shapes.items())
+        return layout((name, shape, self.dtype) for name, shape in self.shares.shapes.items())
 
     def whole_parameters(self, *, at_a_time: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter, valid until the next is asked for; all ranks go through them at the same time.
@@ -335,18 +265,6 @@ class DeepSpeedTrainer:
         at_a_time: bytes that are gathered at once, where ranks hold shares (ZeRO 3).
         """
         return self.shares.whole(at_a_time=at_a_time)
-
-    def _check_fits(self, folder: Path, dtype: str, shapes: dict[str, list[int]]) -> None:
-        """Refuse the checkpoint of another model or dtype. Raises StorageError."""
-        own = str(self.dtype).removeprefix("torch.")
-        if dtype != own:
-            raise StorageError(
-                f"{folder} holds {dtype} parameters, this run trains in {own}; set compute.dtype={dtype}"
-            )
-        for name in shapes.keys() | self.shapes.keys():
-            saved, wanted = shapes.get(name), list(self.shapes[name]) if name in self.shapes else None
-            if saved != wanted:
-                raise StorageError(f"{folder} has {name} as {saved}, the model as {wanted}; resume with the same model")
 
 
 def all_ranks(record: torch.Tensor) -> torch.Tensor:

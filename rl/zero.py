@@ -107,7 +107,7 @@ class Shares:
         self._zero = engine.optimizer
         self._adam = adam
         self._params = params
-        self._shapes = shapes
+        self.shapes = shapes
         self._stage = stage
 
     def prime(self) -> None:
@@ -142,6 +142,16 @@ class Shares:
             return list(self._zero.fp32_partitioned_groups_flat)  # Adam is shown them while it steps
         return [param for group in self._adam.param_groups for param in group["params"]]
 
+    @property
+    def adam_steps(self) -> int:
+        """Optimiser steps done."""
+        return int(next(iter(self._adam.state.values()))["step"])
+
+    @adam_steps.setter
+    def adam_steps(self, steps: int) -> None:
+        for each in self._adam.state.values():
+            each["step"].fill_(steps)
+
     def whole(self, *, at_a_time: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter, valid until the next is asked for. ZeRO 3 gathers so many bytes at a time, or one."""
         if self._stage < 3:
@@ -154,7 +164,7 @@ class Shares:
     def _portions(self, at_a_time: int) -> list[list[str]]:
         portions: list[list[str]] = []
         room = 0
-        for name, shape in self._shapes.items():
+        for name, shape in self.shapes.items():
             size = shape.numel() * self._params[name].element_size()
             if not portions or size > room:
                 portions.append([])

@@ -224,15 +224,16 @@ def forward_packed(
     model: torch.nn.Module,
     token_ids: torch.Tensor,
     positions: torch.Tensor,
-    seqs: PackedSequences,
+    seqs: PackedSequences | Attend,
     select: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Logits of packed sequences, with gradients.
+    """Logits of packed sequences, with gradients. seqs: where they lie, or how their tokens attend.
 
     model may be an engine that wraps the policy. Shapes: token_ids, positions [T] int64; select [S] int64, the tokens
     whose logits are wanted, None for all. Returns [S or T, V].
     """
-    return _forward(model, token_ids, positions, AttentionContext(seqs), select)
+    context = AttentionContext(seqs) if isinstance(seqs, PackedSequences) else seqs
+    return _forward(model, token_ids, positions, context, select)
 
 
 @torch.inference_mode()
@@ -255,7 +256,7 @@ def _forward(
     model: torch.nn.Module,
     token_ids: torch.Tensor,
     positions: torch.Tensor,
-    context: AttentionContext,
+    context: AttentionContext | Attend,
     select: torch.Tensor | None,
 ) -> torch.Tensor:
     inputs: dict[str, Any] = {"input_ids": token_ids[None], "position_ids": positions[None]}

@@ -66,12 +66,12 @@ def test_what_is_lent_is_all_but_what_is_sampled_from(
 ) -> None:
     trainer = make_trainer(dtype=dtype, zero_stage=stage, offload="rollout")
     trainer.step(batch)
-    parameters = sum(shape.numel() for shape in trainer.shapes.values())
+    parameters = sum(shape.numel() for shape in trainer.shares.shapes.values())
     masters = 0 if stage == 0 else 4
     assert trainer.lent_bytes >= (8 + masters) * parameters
     assert all(state.untyped_storage().nbytes() == 0 for state in trainer.shares.states())
     assert all(buffer.untyped_storage().nbytes() == 0 for buffer in trainer.shares.gradient_buffers())
-    logprobs, _ = trainer.policy(batch, 1.0)  # the policy itself is where it was
+    logprobs, _ = trainer.policy(trainer._rounds(batch)[0], 1.0)  # the policy itself is where it was
     assert logprobs.isfinite().all()
 
 

@@ -215,7 +215,7 @@ def test_checkpoint_of_another_dtype_or_model_is_refused(make_trainer: MakeTrain
     trainer.save(tmp_path)
     with pytest.raises(StorageError, match="compute.dtype=float32"):
         make_trainer(dtype="bfloat16").load(tmp_path)
-    trainer.shapes["extra"] = torch.Size([3])
+    trainer.shares.shapes["extra"] = torch.Size([3])
     with pytest.raises(StorageError, match=r"extra as None, the model as \[3\]"):
         trainer.load(tmp_path)
 
@@ -259,7 +259,8 @@ def test_divergence_is_named_and_leaves_the_trainer_untouched(
 def test_statistics_compare_the_policy_with_what_was_sampled(make_trainer: MakeTrainer, batch: Batch) -> None:
     trainer = make_trainer(importance_cap=1.5)
     with torch.no_grad():
-        logprobs, entropy = trainer.policy(batch, trainer.temperature)
+        (each,) = trainer._rounds(batch)
+        logprobs, entropy = trainer.policy(each, trainer.temperature)
     sampled = batch.old_logprobs[batch.loss_mask]
     advantages = batch.advantages[batch.loss_mask]
     weights = torch.exp(logprobs - sampled).clamp(max=1.5)
