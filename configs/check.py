@@ -141,6 +141,7 @@ def _placement(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.offload", "compute.placement=separate samples on other GPUs; set none"
     if train.offload == "rollout" and config.rollout.backend == "vllm":
         yield "train.offload", "rollout.backend=vllm keeps its KV cache while the policy trains; set none, or native"
+    if train.zero_stage == 3 and train.kl_coef > 0:
         yield "train.kl_coef", "train.zero_stage=3 keeps no reference policy; set 0, or train.zero_stage=2"
     if train.zero_stage == 3 and config.rollout.backend == "vllm":
         yield "train.zero_stage", "rollout.backend=vllm samples from the weights that are trained; set 2, or native"
