@@ -85,7 +85,10 @@ async def _run(config: Config, *, pairs: int, folder: Path) -> dict[str, Any]:
     async with RewardPool(config.reward) as rewards:
         ground = Ground(path, device, dtype, tokenizer, data, rewards, folder, threading.Event())
         loop = make_loop("monitor", config, ground)
-        recorders: dict[str, Any] = {WATCHED: TimedRecorder(loop.run, loop.engine), UNWATCHED: Unrecorded()}
+        recorders: dict[str, Any] = {
+            WATCHED: TimedRecorder(loop.run, loop.engine, config.compute),
+            UNWATCHED: Unrecorded(),
+        }
         turns = []
         with watchers(loop.run.path, loop.run.logs) as processes:
             for number in range(-WARMUP, pairs):

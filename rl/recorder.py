@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import aclosing, contextmanager
 from typing import Any
 
+from configs.schema import ComputeConfig
 from rl.metrics import Stopwatch
 from rl.rundir import RunDir
 from rl.trace import KEPT_TRACES, Lane, step_trace
@@ -24,8 +25,10 @@ SLOWEST_S = 1.0  # and at most, in long rollouts: whoever watches is never furth
 LINES = 240  # of a step's curve, after which lines come slower
 IDLE_S = 0.05  # a gap that long between a worker's spans is one of its own
 
-# Phases of the loop that are spans: of all workers, or of the driver. Rollouts are the engines' own to tell.
-OF_WORKERS = ("train", "drafter", "sync", "warmstart")
+# Phases of the loop that are spans, by whose they are. Rollouts are the engines' own to tell.
+OF_TRAINERS = ("train", "warmstart")
+OF_ENGINES = ("drafter",)
+OF_BOTH = ("sync",)
 OF_DRIVER = ("reward", "checkpoint", "eval")
 DRIVER = -1
 
@@ -33,11 +36,12 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Records one run, step after step."""
+    """Records one run, step after step. Workers that only train have the numbers after those that sample."""
 
-    def __init__(self, run: RunDir, engine: Engine) -> None:
+    def __init__(self, run: RunDir, engine: Engine, compute: ComputeConfig) -> None:
         self._run = run
         self._engine = engine
+        self._num_trainers = compute.workers if compute.placement == "separate" else 0
         self._step = 0
         self._begun = time.time()
         self._lanes: list[Lane] = []  # of the step at hand, like the next
@@ -56,14 +60,15 @@ class Recorder:
         """The step is over, its checkpoint written: the idle time in it, and its trace."""
         now = time.time()
         self._take_spans()
-        idle = [lane for number in range(self._num_workers) for lane in self._gaps(number, now)]
+        idle = [lane for number in sorted({*self._engines, *self._trainers}) for lane in self._gaps(number, now)]
         self._keep_lanes(idle)
         self._keep_trace()
 
     @contextmanager
     def span(self, phase: str) -> Iterator[None]:
-        """A phase of the loop, one of the workers' or of the driver's; what is inside another is part of that."""
-        if self._inside or phase not in (*OF_WORKERS, *OF_DRIVER):
+        """A phase of the loop, of workers or of the driver; what is inside another is part of that."""
+        workers = self._who(phase)
+        if self._inside or not workers:
             yield
             return
         begin, self._inside = time.time(), True
@@ -71,7 +76,6 @@ class Recorder:
             yield
         finally:
             self._inside = False
-            workers = range(self._num_workers) if phase in OF_WORKERS else (DRIVER,)
             self._take_spans()
             self._keep_lanes([Lane(self._step, worker, phase, begin, time.time()) for worker in workers])
 
@@ -97,8 +101,22 @@ class Recorder:
             look()
 
     @property
-    def _num_workers(self) -> int:
-        return max(1, len(self._engine.activity()))
+    def _engines(self) -> range:
+        return range(max(1, len(self._engine.activity())))
+
+    @property
+    def _trainers(self) -> range:
+        """Workers that train; those that sample where none does nothing else."""
+        engines = self._engines
+        return range(len(engines), len(engines) + self._num_trainers) if self._num_trainers else engines
+
+    def _who(self, phase: str) -> Sequence[int]:
+        """Whose span a phase is; nobody's where it is none."""
+        if phase in OF_DRIVER:
+            return (DRIVER,)
+        engines = self._engines if phase in (*OF_ENGINES, *OF_BOTH) else ()
+        trainers = self._trainers if phase in (*OF_TRAINERS, *OF_BOTH) else ()
+        return sorted({*engines, *trainers})
 
     def _keep_point(self, sampling: Sampling, *, total: int, finished: int) -> None:
         """One line of the curve."""

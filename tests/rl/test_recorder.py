@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from configs.schema import Config, RunConfig
+from configs.schema import ComputeConfig, Config, RunConfig
 from rl import recorder as module
 from rl.recorder import DRIVER, Recorder
 from rl.rundir import RunDir
@@ -29,6 +29,10 @@ class FakeEngine:
 
     def activity(self) -> list[Activity]:
         return self.workers
+
+
+def make(run: RunDir, engine: FakeEngine, **compute: Any) -> Recorder:
+    return Recorder(run, engine, ComputeConfig(**compute))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def test_the_curve_has_a_line_now_and_then_and_one_at_the_end(run: RunDir, monke
     monkeypatch.setattr(module, "CURVE_S", 0.01)
     working = Activity(step=0, running=3, waiting=1, tokens=40, strategy="suffix d4 k1 v4", cycles={"suffix": 9})
     stale = Activity(step=7, running=2, tokens=99)
-    recorder = Recorder(run, FakeEngine(working, stale))  # type: ignore[arg-type]
+    recorder = make(run, FakeEngine(working, stale))
     recorder.begin(1)
     assert asyncio.run(drain(recorder.watched(rollouts(0.0, 0.1, 0.0), SAMPLING, total=3))) == 3
     curve = lines(run, "curve")
@@ -91,13 +95,13 @@ def test_the_curve_has_a_line_now_and_then_and_one_at_the_end(run: RunDir, monke
 
 
 def test_an_evaluation_is_marked(run: RunDir) -> None:
-    recorder = Recorder(run, FakeEngine(Activity()))  # type: ignore[arg-type]
+    recorder = make(run, FakeEngine(Activity()))
     asyncio.run(drain(recorder.watched(rollouts(0.0), replace(SAMPLING, step=-1), total=1)))
     assert lines(run, "curve")[0]["eval"] is True and lines(run, "curve")[0]["step"] == 0
 
 
 def test_whoever_stops_listening_closes_the_stream(run: RunDir) -> None:
-    recorder = Recorder(run, FakeEngine(Activity()))  # type: ignore[arg-type]
+    recorder = make(run, FakeEngine(Activity()))
     closed = asyncio.Event()
 
     async def endless() -> AsyncGenerator[Rollout]:
@@ -119,7 +123,7 @@ def test_whoever_stops_listening_closes_the_stream(run: RunDir) -> None:
 
 def test_phases_become_spans_and_gaps_idle_time(run: RunDir, clock: Callable[[float], None]) -> None:
     engine = FakeEngine(Activity(), Activity())
-    recorder = Recorder(run, engine)  # type: ignore[arg-type]
+    recorder = make(run, engine)
     watch = recorder.begin(1)
     engine.workers = [
         Activity(step=0, spans=(Span("prefill", 100.0, 101.0), Span("decode", 101.0, 104.0))),
@@ -159,12 +163,35 @@ def test_phases_become_spans_and_gaps_idle_time(run: RunDir, clock: Callable[[fl
     ]
 
 
+def test_workers_that_only_train_have_lanes_of_their_own(run: RunDir, clock: Callable[[float], None]) -> None:
+    recorder = make(run, FakeEngine(Activity()), placement="separate", workers=2)
+    watch = recorder.begin(1)
+    for phase, end in (("drafter", 101.0), ("train", 102.0), ("sync", 103.0)):
+        with watch.phase(phase):
+            clock(end)
+    told = lanes(run)
+    assert told == [
+        (0, "drafter", 100.0, 101.0),
+        (1, "train", 101.0, 102.0),
+        (2, "train", 101.0, 102.0),
+        (0, "sync", 102.0, 103.0),
+        (1, "sync", 102.0, 103.0),
+        (2, "sync", 102.0, 103.0),
+    ]
+    recorder.end()
+    assert {(worker, begin, end) for worker, kind, begin, end in lanes(run) if kind == "idle"} == {
+        (0, 101.0, 102.0),
+        (1, 100.0, 101.0),
+        (2, 100.0, 101.0),
+    }
+
+
 def test_a_trace_holds_spans_and_counters_and_only_the_latest_are_kept(
     run: RunDir, clock: Callable[[float], None]
 ) -> None:
     strategies = iter(["off", "off", "suffix d4 k1 v4"])
     engine = FakeEngine(Activity())
-    recorder = Recorder(run, engine)  # type: ignore[arg-type]
+    recorder = make(run, engine)
     watch = recorder.begin(1)
 
     async def sample() -> None:
@@ -193,7 +220,7 @@ def test_a_trace_holds_spans_and_counters_and_only_the_latest_are_kept(
 
 
 def test_a_resumed_run_records_each_step_once(run: RunDir) -> None:
-    recorder = Recorder(run, FakeEngine(Activity()))  # type: ignore[arg-type]
+    recorder = make(run, FakeEngine(Activity()))
     for step in (1, 2, 3):
         watch = recorder.begin(step)
         asyncio.run(drain(recorder.watched(rollouts(0.0), replace(SAMPLING, step=step - 1), total=1)))
@@ -208,7 +235,7 @@ def test_a_resumed_run_records_each_step_once(run: RunDir) -> None:
 def test_what_cannot_be_written_is_missed_and_said_once(
     run: RunDir, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = Recorder(run, FakeEngine(Activity()))  # type: ignore[arg-type]
+    recorder = make(run, FakeEngine(Activity()))
 
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device")
