@@ -1,5 +1,6 @@
 """`paceline monitor`: a run's page and metrics, live or after it has ended."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,8 @@ def monitor(
         _export(run, sink)
         return
     door = open_door(listen, host or ())
-    with bind(door.address, [port] if port is not None else range(DEFAULT_PORT, DEFAULT_PORT + 20)) as listener:
+    ports = [port] if port is not None else range(DEFAULT_PORT, DEFAULT_PORT + 20)
+    with bind(door.address, ports) as listener, suppress(KeyboardInterrupt):  # which is how it is meant to end
         print(f"monitor {door.url(listener.getsockname()[1])}", flush=True)
         serve(run, listener, door)
 

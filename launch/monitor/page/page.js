@@ -3,7 +3,7 @@ import { barChart, redrawAll, stepChart } from "/charts.js";
 import { age, get, number } from "/dom.js";
 import { drawFigures, drawEvents, showState } from "/header.js";
 import { drawRollout, forgetCurve } from "/rollout.js";
-import { showSamples } from "/samples.js";
+import { forgetSamples, showSamples } from "/samples.js";
 
 const REPLAY_MS = 700;
 const $ = (id) => document.getElementById(id);
@@ -26,8 +26,8 @@ const charts = [
     reading("prob_diff_mean", "mean probability difference", "accent"),
   ] }),
   stepChart("head", { digits: 2, floor: 1, none: "Not judged yet.", series: [
-    reading("drafter_served_accept_length", "served", "drafter"),
     reading("drafter_accept_length", "learning", "faint"),
+    reading("drafter_served_accept_length", "served", "drafter"),
   ] }),
   stepChart("head-loss", { digits: 3, none: "It has not learned yet.", series: [
     reading("drafter_loss", "loss", "drafter"),
@@ -136,7 +136,11 @@ let work = Promise.resolve();
 function take(message) {
   const { state, changed, cut } = message;
   const first = run.state === null || cut;
-  if (cut) Object.assign(run, { columns: { step: [] }, phases: {}, evals: [] }), (record = null);
+  if (cut) {
+    Object.assign(run, { columns: { step: [] }, phases: {}, evals: [] });
+    record = null;
+    forgetSamples();
+  }
   run.state = state;
   showState(state);
   const isNew = (...names) => first || names.some((name) => changed.includes(name));
@@ -144,7 +148,7 @@ function take(message) {
   work = work.then(async () => {
     if (isNew("steps", "evals")) await loadSteps();
     if (isNew("events")) drawEvents((await get("/api/events?last=200")).events);
-    if (run.following ? isNew("steps", "curve", "lanes") : run.shown > finished() && isNew("curve", "lanes")) {
+    if (run.following ? isNew("steps", "curve", "lanes") : first || (run.shown > finished() && isNew("curve", "lanes"))) {
       await show(run.following ? newest() : run.shown);
     } else if (isNew("steps")) {
       $("slider").max = Math.max(1, newest());

@@ -48,6 +48,7 @@ function note() {
 
 function drawCurve() {
   const host = $("curve"), { curve } = shown;
+  $("zoom").hidden = !curve.time.length;
   const waits = curve.waiting?.some((count) => count > 0) ?? false;
   if (shown.plot && curve.time.length && waits === shown.waits) {
     shown.plot.setData([curve.time, curve.running, curve.waiting]); // it keeps its pointer
@@ -119,12 +120,12 @@ function drawMarks(plot) {
     ctx.setLineDash(many ? [] : [2 * px, 3 * px]);
     ctx.lineWidth = px;
     ctx.beginPath();
-    ctx.moveTo(x, bbox.top - 6 * px);
+    ctx.moveTo(x, many ? bbox.top - 6 * px : bbox.top);
     ctx.lineTo(x, many ? bbox.top : bbox.top + bbox.height);
     ctx.stroke();
     if (many) continue;
     const width = ctx.measureText(name).width;
-    const from = Math.min(x + 3 * px, bbox.left + bbox.width - width);
+    const from = Math.min(x - 1 * px, bbox.left + bbox.width - width);
     if (from < free) continue;
     ctx.fillStyle = color("muted");
     ctx.fillText(name, from, bbox.top - 2 * px);

@@ -4,12 +4,18 @@ import { element, get, number, replace } from "/dom.js";
 const PAGE = 50;
 const LONG = 120; // characters of a question that are shown at once
 const $ = (id) => document.getElementById(id);
-const at = { step: 0, offset: 0, row: null, total: 0 };
+const at = { step: 0, loaded: null, offset: 0, row: null, total: 0 };
 
 export async function showSamples(step, signal) {
-  if (step === at.step) return;
-  Object.assign(at, { step, offset: 0, row: null });
+  if (step === at.loaded) return;
+  Object.assign(at, { step, offset: 0, row: null, loaded: null });
   await list(signal);
+  at.loaded = step; // only now: what was called off is asked for again
+}
+
+/** What was loaded holds no more. */
+export function forgetSamples() {
+  at.loaded = null;
 }
 
 async function list(signal) {

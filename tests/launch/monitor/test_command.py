@@ -48,7 +48,7 @@ def test_mistakes_are_one_line_with_their_remedy(tmp_path: Path, capsys: pytest.
     ]
 
 
-def test_listening_prints_a_login_url_and_ends_with_a_signal(written) -> None:
+def test_listening_prints_a_login_url_until_ctrl_c_ends_it(written) -> None:
     command = [sys.executable, "-m", "launch.cli", "monitor", str(written.path), "--listen", "0.0.0.0", "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "PACELINE_MONITOR_TOKEN"}
     hub = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
@@ -56,8 +56,8 @@ def test_listening_prints_a_login_url_and_ends_with_a_signal(written) -> None:
         assert hub.stdout is not None
         assert re.fullmatch(r"monitor http://[^/]+:\d+/login\?token=[\w-]{32}\n", hub.stdout.readline())
     finally:
-        hub.send_signal(signal.SIGTERM)
-        hub.wait(30)
+        hub.send_signal(signal.SIGINT)
+        assert hub.wait(30) == 0
 
 
 def test_sinks_and_port_are_options_of_a_run() -> None:

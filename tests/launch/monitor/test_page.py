@@ -99,6 +99,12 @@ def test_finished_run_is_replayed(written, serving, page) -> None:
     wait_for(page, "#samples-title", "Samples of step 4")
     assert "0.400" in text(page, "#figures")
     assert page.get_attribute("#lanes", "aria-label").startswith("What 2 workers do: decode")
+    curve = "Sequences running: at most 8, over {} seconds; 1 switches of strategy"
+    assert page.get_attribute("#curve", "aria-label") == curve.format("8.0")
+    page.click("#zoom")
+    assert page.get_attribute("#curve", "aria-label") == curve.format("4.0")
+    page.hover("#lanes canvas", position={"x": 400, "y": 10})
+    wait_for(page, "#tip", "decode 3.00 s")
     assert page.get_attribute("#length-hist svg", "aria-label") == "8 rollouts between 0 and 24"
 
 
@@ -124,9 +130,11 @@ def test_everything_is_reached_by_keyboard(written, serving, page) -> None:
     wait_for(page, "#step", "step 2")
     page.keyboard.press("Home")
     wait_for(page, "#step", "step 1")
+    wait_for(page, "#samples-title", "Samples of step 1")
     page.keyboard.press("End")
     wait_for(page, "#step", "step 3")
     wait_for(page, "#samples-title", "Samples of step 3")
+    wait_for(page, "#sample mark", " 0")
     page.focus("#row-0")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
