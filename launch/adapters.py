@@ -111,14 +111,16 @@ class RayEngine:
         return sent + sum(on_alive(self.workers, self.fleet, "update", version, limit_s=LESSON_S).values())
 
     def state_dict(self) -> dict[str, Any]:
-        """One state a worker, by rank. Raises ResourceError where one is lost."""
-        return {"workers": on_all(self.workers, self.fleet, "engine_state", limit_s=TRAIN_S)}
+        """One state a worker, by rank, and what spreads prompts over them. Raises ResourceError where one is lost."""
+        states = on_all(self.workers, self.fleet, "engine_state", limit_s=TRAIN_S)
+        return {"workers": states, "lengths": self.fleet.lengths.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give every worker the state it saved."""
         pairs = zip(self.workers, state["workers"], strict=True)
         refs = {number: worker.load_engine_state.remote(saved) for number, (worker, saved) in enumerate(pairs)}
         gather(refs, "load_engine_state", limit_s=TRAIN_S)
+        self.fleet.lengths.load_state_dict(state["lengths"])
 
 
 class RayTrainer:

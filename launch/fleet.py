@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from configs.errors import ResourceError
+from launch.forecast import Lengths
 from launch.idle import Decide, decide
 from launch.noted import waiting_for
 from launch.pace import Key, Pace
@@ -98,6 +99,7 @@ class Fleet:
         self.lost: dict[int, WorkerLostError] = {}
         self.warm: set[int] = set()  # those that have finished a rollout, hence have compiled what sampling takes
         self.pace = Pace(slots=slots)
+        self.lengths = Lengths()
         self.learns = learns
         self.needs_all = False  # whether a call ends as soon as one worker is lost: it trains with the others
         self.decide = decide

@@ -8,6 +8,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from time import perf_counter, time
 
 from launch.fleet import Fleet, IdleReport, WorkerLostError, silent
+from launch.forecast import spread
 from launch.idle import Learn, Rest, TakeOver
 from launch.pace import Key, Look
 from rollout.types import Partial, Prompt, Rollout, Sampling, Span, SpecStats
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 async def sample(fleet: Fleet, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
-    """Engine.generate over a fleet: prompt i goes to the i-th worker alive, modulo their number.
+    """Engine.generate over a fleet: prompts go to the workers alive by how long answers are expected to get.
 
     Rollouts of all workers as they finish; whoever is done early takes over, learns or rests, and fleet.report tells
     at the end. Raises ResourceError once no worker is left.
@@ -51,6 +52,7 @@ class Shift:
         self.arrived: asyncio.Queue[Rollout | Exception] = asyncio.Queue()
         self.owner: dict[Key, int] = {}  # of every rollout that has not arrived
         self._prompts: dict[str, Prompt] = {}
+        self._lengths: dict[Key, int] = {}  # of what has arrived
         self._streams: dict[int, asyncio.Task[None]] = {}
         self._learning: dict[int, tuple[int, asyncio.Task[None]]] = {}  # the turn, and what awaits its end
         self._learned_out: set[int] = set()  # workers that found nothing more to learn, or failed to
@@ -73,8 +75,7 @@ class Shift:
         if not alive:
             raise self.fleet.nobody()
         self._prompts = {prompt.id: prompt for prompt in prompts}
-        for place, number in enumerate(alive):
-            share = prompts[place :: len(alive)]
+        for number, share in spread(prompts, self.fleet.lengths.expected(prompts), alive).items():
             keys = [(prompt.id, sample) for prompt in share for sample in range(self.sampling.num_samples)]
             self.owner |= dict.fromkeys(keys, number)
             if share:
@@ -87,6 +88,8 @@ class Shift:
 
     async def dismiss(self) -> None:
         """End everything that is under way, before its result is known where rollouts are still owed."""
+        if not self.owner:  # else it is done again
+            self.fleet.lengths.learn(self._prompts, self._lengths)
         for task in (self._director, self._hearing):
             if task is not None:
                 task.cancel()
@@ -141,6 +144,7 @@ class Shift:
         # one that was on its way when its worker was lost is sampled twice, and is the same
         if self.owner.pop((rollout.prompt_id, rollout.sample), None) is not None:
             self.fleet.pace.finished(len(rollout.token_ids))
+            self._lengths[rollout.prompt_id, rollout.sample] = len(rollout.token_ids)
             self.arrived.put_nowait(rollout)
             self._ended = perf_counter()
 
