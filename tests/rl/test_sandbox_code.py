@@ -4,9 +4,11 @@ import asyncio
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +178,28 @@ def test_tests_that_cannot_be_run_stop_the_run(tests: Any, reason: str) -> None:
     assert "reward 'code' failed on prompt 'p'" in str(caught.value) and reason in str(caught.value)
 
 
+def test_honest_programs_among_hostile_ones_get_what_they_earn() -> None:
+    honest = "def f(x): return x"
+    hostile = [
+        "while True: pass",
+        "import os\nwhile True: os.fork()",
+        "import os\nos.kill(-1, 9)",
+        "import os\nos._exit(0)",
+        "x = bytearray(10 * 2**30)",
+    ]
+
+    async def run() -> None:
+        async with RewardPool(options(workers=2, timeout_s=6.0)) as pool:
+            pids = set(pool.worker_pids)
+            scores = [
+                pool.score(prompt(["assert f(1) == 1"]), response(text)) for bad in hostile for text in (bad, honest)
+            ]
+            assert [parts["code"] for parts in await asyncio.gather(*scores)] == [0.0, 1.0] * len(hostile)
+            assert set(pool.worker_pids) == pids and not pool.failures
+
+    asyncio.run(run())
+
+
 def test_a_lost_sandbox_costs_a_worker_and_is_counted() -> None:
     async def run() -> None:
         async with RewardPool(options()) as pool:
@@ -222,6 +246,33 @@ def chain(pid: int, *, length: int) -> list[int]:
         children = Path(f"/proc/{found[-1]}/task/{found[-1]}/children").read_text().split()
         found += [int(child) for child in children[:1]]
     return found
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_an_ordinary_user_is_held_as_well(program: Callable[[str], str]) -> None:
+    python = program("/usr/bin/python3")  # not the one of this environment, which may be root's alone
+    source = Path(cell.__file__).parents[1]
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        for name in (
+            *(f"rl/{name}.py" for name in ("cell", *cell.MODULES)),
+            "configs/__init__.py",
+            "configs/errors.py",
+        ):
+            (Path(folder) / name).parent.mkdir(exist_ok=True)
+            shutil.copy(source / name, Path(folder) / name)
+        code = "import sys; sys.version_info < (3, 11) and sys.exit(77)\nfrom rl.cell import KINDS, check_sandbox\n"
+        code += "for kind in KINDS: print(*check_sandbox(kind))"
+        command = [python, "-c", code]
+        done = subprocess.run(
+            command, cwd=folder, user=65534, group=65534, extra_groups=[], capture_output=True, text=True
+        )
+    if done.returncode == 77:
+        pytest.skip("the system's Python is older than 3.11")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("bubblewrap") and second.startswith("landlock")
+    assert "as this user, 65534: a foreign file, the network and a fork were refused" in first
 
 
 def test_without_any_sandbox_the_run_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
