@@ -76,7 +76,7 @@ def alarms(reader: RunReader) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     now = state(reader)
     if now == "died":
-        found.append(("alarm", "the run died before it could say why"))
+        found.append(("alarm", f"the run died before it could say why; `paceline resume {reader.path}` goes on"))
     elif now == "stopped":
         level = "warn" if status["exit_code"] in _RESUMABLE else "alarm"
         found.append((level, f"stopped with exit code {status['exit_code']}: {status.get('reason', '')}"))
