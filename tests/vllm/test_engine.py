@@ -210,6 +210,12 @@ def test_drafts_change_no_greedy_text_and_no_logprob(
     for rollout in (*drafted.values(), *rollouts.values()):
         assert rollout.spec.accepted == len(rollout.token_ids) - rollout.spec.forwards
         assert rollout.spec.proposed == DEPTH * (rollout.spec.forwards - 1)
+        assert sum(count for _, count in rollout.spec.drafted) == rollout.spec.accepted
+        # the token that every draft begins with is where drafts are said to be
+        assert all(rollout.token_ids[first] == 100 for first, _ in rollout.spec.drafted)
+    (activity,) = engine.activity()
+    assert activity.tokens == sum(len(rollout.token_ids) for rollout in (*drafted.values(), *rollouts.values()))
+    assert set(activity.cycles) == {"eagle"} and activity.spans and activity.running == 0
 
 
 def test_a_filter_that_fails_in_vllm_is_refused(
