@@ -25,7 +25,7 @@ from rl.packed import PackedPolicy, Round
 from rl.schedule import learning_rate
 from rl.types import Batch, StepStats
 from rl.ulysses import Sharing, require_heads
-from rl.zero import Shares, deepspeed_config, start_deepspeed
+from rl.zero import Shares, deepspeed_config, limit_waits, start_deepspeed
 from rollout.projections import grouped_parameters
 from rollout.transfer import layout, trainable
 
@@ -91,6 +91,7 @@ class DeepSpeedTrainer:
                 config=deepspeed_config(config, self.stage, self.dtype, num_params),
                 dist_init_required=False,
             )
+        limit_waits(collective_s)
         log.debug("%s", chatter.getvalue())
         self.engine.eval()
         self.shares = Shares(deepspeed, self.engine, self.adam, self.params, shapes, stage=self.stage)

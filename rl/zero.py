@@ -51,6 +51,16 @@ def start_deepspeed(device: torch.device, collective_s: float) -> Any:
 
 def _leave_group() -> None:
     """At the end of the process. An engine that used the group too, as vLLM does, may have ended it already."""
+def limit_waits(collective_s: float) -> None:
+    """Bound every wait of ranks for one another, whatever group it is in.
+
+    DeepSpeed makes groups of its own, for which torch takes its default of 10 or 30 minutes: neither lets anybody say
+    otherwise when they are made, and torch's way to say so later is not public (seen in 2.11 and 2.13).
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=collective_s), group)
+
+
     if dist.is_initialized():
         dist.destroy_process_group()
 
