@@ -264,6 +264,11 @@ def first_cause(error: Exception) -> Exception:
             return error.cause
         case ray.exceptions.RayActorError():
             return lost(error)
-        case ray.exceptions.WorkerCrashedError() | ray.exceptions.ObjectLostError() | ray.exceptions.NodeDiedError():
+        case (
+            ray.exceptions.WorkerCrashedError()
+            | ray.exceptions.OutOfMemoryError()  # Ray killed it, its node being short of memory
+            | ray.exceptions.ObjectLostError()
+            | ray.exceptions.NodeDiedError()
+        ):
             return WorkerLostError(f"a worker or its node died ({one_line(error)}); resume the run")
     return error

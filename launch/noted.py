@@ -115,11 +115,13 @@ def one_line(error: BaseException) -> str:
 
 def _noted(error: BaseException, name: str, default: Any) -> Any:
     """What was noted on the error, or on one that it was raised from."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if hasattr(seen, name):
-            return getattr(seen, name)
-        seen = seen.__cause__
+    cause: BaseException | None = error
+    seen: set[int] = set()
+    while cause is not None and id(cause) not in seen:  # an error can be raised from itself
+        if hasattr(cause, name):
+            return getattr(cause, name)
+        seen.add(id(cause))
+        cause = cause.__cause__
     return default
 
 

@@ -171,3 +171,9 @@ def test_past_the_budget_the_run_ends_and_other_errors_pass(run: RunDir) -> None
         with_recoveries(lose, run=run, budget=1, phases=Phases(Silent()))
     with pytest.raises(DataError):
         with_recoveries(fail, run=run, budget=1, phases=Phases(Silent()))
+
+
+def test_an_error_raised_from_itself_is_told_once() -> None:
+    error = RuntimeError("in a circle")
+    error.__cause__ = error
+    assert noted.trace_of(error) is None and noted.waited_for(error) is None
