@@ -55,7 +55,7 @@ def limit_waits(collective_s: float) -> None:
     """Bound every wait of ranks for one another, whatever group it is in.
 
     DeepSpeed makes groups of its own, for which torch takes its default of 10 or 30 minutes: neither lets anybody say
-    otherwise when they are made, and torch's way to say so later is not public (seen in 2.11 and 2.13).
+    otherwise when they are made, and torch's way to say so later is not public (seen in 2.13).
     """
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=collective_s), group)
