@@ -5,6 +5,13 @@ all is well: in bfloat16 0.0001 to 0.005 on an H100, up to 0.008 on a CPU (docs/
 for the policy's own samples is another's.
 """
 
+from typing import TYPE_CHECKING
+
+from rl.rundir import RunDir
+
+if TYPE_CHECKING:
+    from rl.metrics import Progress  # it imports torch, which whoever only reads the levels does without
+
 LEVELS = {"warn": 0.005, "alarm": 0.01}  # by StepStats.prob_diff_mean, in ascending order
 
 
@@ -13,6 +20,18 @@ class DriftAlarm:
 
     def __init__(self) -> None:
         self._level = ""
+
+    def check(self, prob_diff_mean: float, step: int, run: RunDir, progress: "Progress") -> None:
+        """Say so, in the run's events and on the terminal, where a step's difference crosses a level."""
+        level = self.crossed(prob_diff_mean)
+        if level is None:
+            return
+        limit = LEVELS[level]
+        run.append_event("drift", step=step, level=level, prob_diff_mean=prob_diff_mean, limit=limit)
+        progress.message(
+            f"{level}: training and rollout give sampled tokens probabilities that differ by {prob_diff_mean:.4f} on"
+            f" average at step {step}, more than {limit}; docs/running.md says why"
+        )
 
     def crossed(self, prob_diff_mean: float) -> str | None:
         """The level that this step's difference has risen above; None where it has not risen above another."""

@@ -25,7 +25,7 @@ from rl.advantage import group_advantages
 from rl.batch import pack
 from rl.checkpoint import CheckpointStore, step_of
 from rl.data import DataSet
-from rl.drift import LEVELS, DriftAlarm
+from rl.drift import DriftAlarm
 from rl.invariants import check_step
 from rl.lessons import Lessons
 from rl.metrics import Progress, Stopwatch, rollout_record, sample_rows, step_record
@@ -118,7 +118,7 @@ class Loop:
         self.step += 1
         with watch.phase("sync"):
             moved = self.engine.update(self.step)
-        self.check_drift(stats)
+        self.drift.check(stats.prob_diff_mean, self.step, self.run, self.progress)
         record = step_record(self.step, config, groups, stats, watch) | drafter | self.engine.figures()
         if moved:
             record["weight_sync_bytes"] = moved
@@ -147,18 +147,6 @@ class Loop:
             self.run.append_event("drafter_off", step=self.step, reason=self.lessons.off)
             self.progress.message(f"the drafter learns no more: {self.lessons.off}; rollouts go on")
         return record
-
-    def check_drift(self, stats: StepStats) -> None:
-        """Say so where the policy that learns is another than the one that sampled."""
-        level = self.drift.crossed(stats.prob_diff_mean)
-        if level is None:
-            return
-        limit = LEVELS[level]
-        self.run.append_event("drift", step=self.step, level=level, prob_diff_mean=stats.prob_diff_mean, limit=limit)
-        self.progress.message(
-            f"{level}: training and rollout give sampled tokens probabilities that differ by"
-            f" {stats.prob_diff_mean:.4f} on average at step {self.step}, more than {limit}; docs/running.md says why"
-        )
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
         """Rollouts of every prompt, under the recorder's eyes."""

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from rl.drift import DriftAlarm
-from rl.loop import Loop
 
 
 def test_each_level_is_said_once_when_it_is_crossed() -> None:
@@ -23,15 +22,11 @@ def test_a_level_is_crossed_above_its_limit(value: float, level: str | None) -> 
 def test_a_crossing_is_an_event_and_a_message() -> None:
     events: list[dict[str, Any]] = []
     messages: list[str] = []
-    loop = SimpleNamespace(
-        run=SimpleNamespace(append_event=lambda kind, **about: events.append({"event": kind} | about)),
-        progress=SimpleNamespace(message=messages.append),
-        drift=DriftAlarm(),
-        step=0,
-    )
-    for difference in (0.001, 0.02, 0.03):
-        loop.step += 1
-        Loop.check_drift(loop, SimpleNamespace(prob_diff_mean=difference))  # type: ignore[arg-type]
+    run = SimpleNamespace(append_event=lambda kind, **about: events.append({"event": kind} | about))
+    progress = SimpleNamespace(message=messages.append)
+    alarm = DriftAlarm()
+    for step, difference in enumerate((0.001, 0.02, 0.03), start=1):
+        alarm.check(difference, step, run, progress)  # type: ignore[arg-type]
     assert events == [{"event": "drift", "step": 2, "level": "alarm", "prob_diff_mean": 0.02, "limit": 0.01}]
     (message,) = messages
     assert message.startswith("alarm: ") and "0.0200" in message and "step 2" in message
