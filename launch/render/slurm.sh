@@ -7,7 +7,7 @@ export success="$state/SUCCESS" ray_logs="$state/ray-$SLURM_JOB_ID"
 export scratch="${TMPDIR:-/tmp}/paceline-$SLURM_JOB_ID" # short: Ray's sockets must fit 107 characters
 export join_s=300
 ray_pids=()
-train_pid=
+train_pid='' told=''
 
 say() { echo "paceline: $*" >&2; }
 
@@ -17,7 +17,7 @@ od -An -N32 -tx1 /dev/urandom | tr -d ' \n' >"$token.partial"
 mv "$token.partial" "$token"
 unset RAY_AUTH_TOKEN RAY_ADDRESS
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
-export port=$((20000 + SLURM_JOB_ID % 10000))
+export port=$((20000 + SLURM_JOB_ID % 5000 * 2)) # and the next; below what systems give out by themselves
 read -r head_ip _ < <(hostname -I)
 export head_ip
 
@@ -34,11 +34,11 @@ ray_node() {
     done
     if [[ $role == head ]]; then
         where=(--head "--node-ip-address=$head_ip" "--port=$port" --include-dashboard=false
-            "--ray-client-server-port=$((port + 10000))")
+            "--ray-client-server-port=$((port + 1))")
     else
         where=("--address=$head_ip:$port")
     fi
-    local folder="$scratch-$name" ray_pid code=0 told=
+    local folder="$scratch-$name" ray_pid code=0 told=''
     trap 'told=yes' TERM INT # the job is cancelled: everything in it is told at once
     mkdir -p "$folder"
     ray start --block "${where[@]}" "--num-cpus=$cpus" "--num-gpus=$gpus" \
@@ -54,7 +54,8 @@ ray_node() {
         wait "$ray_pid" || true
     fi
     if [[ ! -e $success ]]; then
-        { mkdir -p "$ray_logs" && cp -r "$folder/session_latest/logs" "$ray_logs/$name"; } || true
+        mkdir -p "$ray_logs"
+        cp -r "$folder/session_latest/logs" "$ray_logs/$name" 2>/dev/null || true # none where Ray never started
     fi
     rm -rf "$folder"
     return "$code"
@@ -86,10 +87,11 @@ trap end_ray EXIT
 job_is_running() { [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; }
 # shellcheck disable=SC2329  # the trap calls it
 on_term() {
+    told=yes
     if [[ -n $train_pid ]] && job_is_running; then
         say "told to stop: saving"
         kill -TERM "$train_pid" 2>/dev/null || true
-        return
+        return 0 # a bare return would hand on the interrupted wait's code, and end the script
     fi
     say "ended by Slurm"
     if [[ -n $train_pid ]]; then kill -KILL "$train_pid" 2>/dev/null || true; fi
@@ -118,11 +120,11 @@ else
     paceline train "$state/recipe.yaml" "${overrides[@]}" &
 fi
 train_pid=$!
-while true; do
-    code=0
+code=143
+while ((code == 143)); do
+    code=0 told=''
     wait "$train_pid" || code=$?
-    # a signal ends the wait, not the training
-    kill -0 "$train_pid" 2>/dev/null || break
+    [[ -n $told ]] || break # a signal ended the wait, not the training: what that comes to is still to be had
 done
 
 if ((code == 0)); then
