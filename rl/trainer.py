@@ -109,7 +109,12 @@ class DeepSpeedTrainer:
         start = perf_counter()
         with self._own_memory():
             stats = self._step(batch)
-        return replace(stats, seconds=perf_counter() - start, offloaded_bytes=self.lent_bytes)
+        held = 0
+        if self.device.type == "cuda":
+            held = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        seconds = perf_counter() - start
+        return replace(stats, seconds=seconds, offloaded_bytes=self.lent_bytes, memory_bytes=held)
 
     def _step(self, batch: Batch) -> StepStats:
         config, lr = self.config, learning_rate(self.config, self.steps, self.total_steps)

@@ -63,6 +63,7 @@ class StepStats:
     num_sequences: int
     seconds: float
     offloaded_bytes: int = 0  # of device memory that optimiser states leave to rollouts, on this rank
+    memory_bytes: int = 0  # of a GPU held at a time, at most, since the step before, on this rank
 
 
 class Trainer(Protocol):

@@ -15,6 +15,8 @@ from torch import nn
 from configs.schema import TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET_ELEMENTS = 50_000_000  # of gradients reduced at a time
+LIVE_ELEMENTS = 1_000_000_000  # of parameters that ZeRO 3 keeps together at a time
 
 
 def start_deepspeed(device: torch.device, collective_s: float) -> Any:
@@ -49,8 +51,6 @@ def start_deepspeed(device: torch.device, collective_s: float) -> Any:
     return deepspeed
 
 
-def _leave_group() -> None:
-    """At the end of the process. An engine that used the group too, as vLLM does, may have ended it already."""
 def limit_waits(collective_s: float) -> None:
     """Bound every wait of ranks for one another, whatever group it is in.
 
@@ -61,6 +61,8 @@ def limit_waits(collective_s: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=collective_s), group)
 
 
+def _leave_group() -> None:
+    """At the end of the process. An engine that used the group too, as vLLM does, may have ended it already."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -86,7 +88,8 @@ def deepspeed_config(config: TrainConfig, stage: int, dtype: torch.dtype, num_pa
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": False,
-            "reduce_bucket_size": min(num_params, 50_000_000),  # elements; it allocates that many
+            "reduce_bucket_size": min(num_params, BUCKET_ELEMENTS),  # it allocates that many
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
         },
         "steps_per_print": sys.maxsize,
     }

@@ -17,6 +17,7 @@ from configs.load import parse
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.export import write_drafter
 from drafter.layouts import Origin
+from launch.memory import Memory
 from launch.plan import Plan, count_parameters, derive, table
 from rl.rundir import RunDir
 
@@ -43,38 +44,41 @@ def test_sizes_follow_from_the_configuration(model_config: PretrainedConfig) -> 
     assert plan.max_microbatches_per_step == 8  # two of the longest in each pass
     assert plan.kv_blocks == 15 * 8
     # 2 layers, keys and values, 16 tokens, 2 heads of 16, float32
-    assert plan.kv_bytes == 120 * 2 * 2 * 16 * 2 * 16 * 4
-    assert plan.weight_bytes == plan.parameters * 4
+    held = plan.memory["worker"].always
+    assert held["KV cache"] == 120 * 2 * 2 * 16 * 2 * 16 * 4
+    assert held["weights"] == plan.parameters * 4
     assert plan.warnings == ()
-
-
-def test_bfloat16_keeps_float32_masters_and_gradient_sums(model_config: PretrainedConfig) -> None:
-    plan = plan_for(model_config, "compute.dtype=bfloat16")
-    assert plan.weight_bytes == 2 * plan.parameters
-    assert plan.gradient_bytes == 6 * plan.parameters
-    assert plan.optimizer_bytes == 12 * plan.parameters
 
 
 def test_workers_share_prompts_and_optimiser(model_config: PretrainedConfig) -> None:
     one, two = plan_for(model_config), plan_for(model_config, "compute.backend=ray", "compute.workers=2")
     assert two.running_sequences * 2 == one.running_sequences
-    assert two.optimizer_bytes * 2 == one.optimizer_bytes
+    assert two.memory["worker"].always["optimiser"] * 2 == one.memory["worker"].always["optimiser"]
 
 
-def test_reference_is_counted_only_for_a_kl_term(model_config: PretrainedConfig) -> None:
-    assert plan_for(model_config).reference_bytes == 0
-    assert plan_for(model_config, "train.kl_coef=0.1").reference_bytes == plan_for(model_config).weight_bytes
+def test_engines_and_trainers_of_their_own_are_planned_apart(model_config: PretrainedConfig) -> None:
+    together = plan_for(model_config, "train.kl_coef=0.1").memory["worker"]
+    options = ["compute.backend=ray", "compute.placement=separate", "compute.rollout_workers=3", "train.kl_coef=0.1"]
+    plan = plan_for(model_config, *options)
+    trainer, engine = plan.memory["trainer"], plan.memory["engine"]
+    assert plan.running_sequences == 24  # three of the eight prompts
+    assert trainer.always.keys() & {"KV cache", "drafter"} == set() == engine.always.keys() & {"optimiser", "reference"}
+    assert trainer.total < together.total > engine.total
+    out = StringIO()
+    Console(file=out, width=100).print(table(plan))
+    assert "1 + 3 x cpu" in out.getvalue() and "memory of a trainer" in out.getvalue()
 
 
 def test_a_learned_drafter_is_counted_and_what_it_could_give_up_is_named(
     model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = plan_for(model_config, "spec.source=suffix", "spec.top_k=1")
-    assert (plain.drafter_bytes, plain.drafter_kv_bytes, plain.feature_bytes) == (0, 0, 0)
+    parts = ("drafter", "drafter's cache", "features")
+    assert [plain.memory["worker"].always[part] for part in parts] == [0, 0, 0]
     learned = plan_for(model_config, "spec.source=eagle", "spec.top_k=1", "drafter.buffer_mb=64")
-    assert learned.drafter_bytes > 0 and learned.drafter_kv_bytes > 0 and learned.feature_bytes > 64 << 20
-    added = learned.drafter_bytes + learned.drafter_kv_bytes + learned.feature_bytes
-    assert learned.total_bytes == plain.total_bytes + added
+    added = [learned.memory["worker"].always[part] for part in parts]
+    assert all(added) and added[-1] > 64 << 20
+    assert learned.memory["worker"].total == plain.memory["worker"].total + sum(added)
     out = StringIO()
     Console(file=out, width=80).print(table(learned))
     assert "features" in out.getvalue() and "drafter's cache" in out.getvalue()
@@ -96,7 +100,7 @@ def test_planning_reads_no_weight_of_the_drafter_it_starts_from(
     monkeypatch.setattr(drafter.export, "load_file", reads)
     monkeypatch.setattr(EagleConfig, "of", lambda *_, **__: shape)
     options = ["spec.source=eagle", "spec.top_k=1", f"drafter.init={tmp_path}"]
-    assert plan_for(model_config, *options).drafter_bytes > 0
+    assert plan_for(model_config, *options).memory["worker"].always["drafter"] > 0
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(PreflightError, match="holds no drafter that can be read"):
@@ -158,6 +162,6 @@ def test_plan_is_json_and_a_table(model_config: PretrainedConfig, tmp_path: Path
     with RunDir.create(parse("data: {name: x}", [f"run.dir={tmp_path / 'run'}"]), "") as run:
         run.write_plan(asdict(plan))
     out = StringIO()
-    Console(file=out, width=80).print(table(replace(plan, reference_bytes=10**9)))
+    Console(file=out, width=80).print(table(replace(plan, memory={"worker": Memory(always={"reference": 10**9})})))
     assert "1.00 GB" in out.getvalue()
     assert all(len(line) <= 80 for line in out.getvalue().splitlines())

@@ -1,0 +1,116 @@
+"""Planned memory is what a trainer then takes."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+
+from configs.load import parse
+from drafter.memory import DrafterBytes
+from kernels.attention import PackedSequences
+from launch.memory import Memory, Sizes, memory_of, saved_bytes
+from rl.batch import supervised_batch
+from rl.trainer import DeepSpeedTrainer
+from rollout.model import ATTENTION, forward_packed, load_policy
+
+KINDS = [
+    ("float32", 0),
+    ("float32", 1),
+    ("float32", 2),
+    ("float32", 3),
+    ("bfloat16", 1),
+    ("bfloat16", 2),
+    ("bfloat16", 3),
+]
+NO_DRAFTER = DrafterBytes(0, 0, 0, 0, 0)
+
+
+def planned(model_config: PretrainedConfig, dtype: str, *overrides: str) -> dict[str, Memory]:
+    config = parse("data: {name: chain_sum}", [*overrides])
+    with torch.device("meta"):
+        parameters = sum(each.numel() for each in AutoModelForCausalLM.from_config(model_config).parameters())
+    sizes = Sizes(parameters, getattr(torch, dtype), "cpu", config.compute.workers, 64, 8, 1000, NO_DRAFTER)
+    return memory_of(config, model_config, sizes)
+
+
+@pytest.mark.parametrize(("dtype", "stage"), KINDS)
+def test_what_stays_between_steps_is_what_a_trainer_holds(tiny_model_dir: Path, dtype: str, stage: int) -> None:
+    gc.collect()
+    before = {id(each) for each in gc.get_objects() if isinstance(each, torch.Tensor)}
+    policy = load_policy(tiny_model_dir, device="cpu", dtype=dtype)
+    config = parse("data: {name: chain_sum}", [f"train.zero_stage={stage}"])
+    trainer = DeepSpeedTrainer(policy, config.train, total_steps=2, temperature=1.0, device="cpu")
+    trainer.supervise(supervised_batch([[5, 6, 7]], [[8, 20, 2]]), 1e-3)
+    gc.collect()
+    storages = {
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+        for each in gc.get_objects()
+        if isinstance(each, torch.Tensor) and id(each) not in before and each.device.type == "cpu"
+    }
+    memory = planned(AutoConfig.from_pretrained(tiny_model_dir), dtype, f"train.zero_stage={stage}")["worker"]
+    states = {name: size for name, size in memory.always.items() if name not in ("KV cache", "whole copy")}
+    # ZeRO 1 and 2 leave a bucket of gradients behind, which the next step fills again
+    left = 4 * trainer.shares.shapes["model.embed_tokens.weight"].numel() if stage in (1, 2) else 0
+    expected = sum(states.values())
+    assert expected * 0.99 < sum(storages.values()) < (expected + 2 * left) * 1.03
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4),
+        Qwen3Config(
+            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32,
+        ),
+    ],
+    ids=["llama", "qwen3"],
+)  # fmt: skip
+def test_activations_are_what_a_forward_pass_keeps(config: PretrainedConfig) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        own = {each.untyped_storage().data_ptr() for each in model.parameters()}
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor, own: set[int] = own, kept: dict = kept) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        index = torch.arange(90)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            seqs = PackedSequences(torch.tensor([0, 90], dtype=torch.int32), 90)
+            forward_packed(model, index, index, seqs, index[:1])
+        found = sum(each.nbytes() for each in kept.values())
+        # the CPU's attention reads keys of fewer heads as they are, a GPU's a copy for every query head; its output is
+        # kept twice, a GPU's once
+        size = 90 * config.head_dim * dtype.itemsize * config.num_hidden_layers
+        more = (2 * (config.num_attention_heads - config.num_key_value_heads) - config.num_attention_heads) * size
+        assert saved_bytes(config, 90, dtype) == pytest.approx(found + more, rel=0.01)
+
+
+def test_offloaded_states_and_the_cache_take_turns(tiny_model_dir: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    kept, lent = (planned(config, "bfloat16", f"train.offload={how}")["worker"] for how in ("none", "rollout"))
+    assert kept.always.keys() - lent.always.keys() == {"optimiser", "gradients", "reference", "KV cache", "CUDA graphs"}
+    assert lent.total < kept.total
+    assert sum(lent.training.values()) - sum(kept.training.values()) == 8 * kept.always["weights"]
+
+
+def test_shares_of_parameters_leave_a_whole_copy_to_sample_from(tiny_model_dir: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    options = ["train.zero_stage=3", "compute.backend=ray", "compute.workers=4"]
+    worker = planned(config, "bfloat16", *options)["worker"]
+    assert worker.always["whole copy"] == 4 * worker.always["weights"]
+    apart = planned(config, "bfloat16", *options, "compute.placement=separate")
+    assert "whole copy" not in apart["trainer"].always
+    assert apart["engine"].always["weights"] == worker.always["whole copy"]
+
+
+def test_checkpointing_keeps_a_layer_and_the_boundaries(tiny_model_dir: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_model_dir)
+    plain = planned(config, "bfloat16")["worker"].training["activations"]
+    checkpointed = planned(config, "bfloat16", "train.gradient_checkpointing=true")["worker"].training["activations"]
+    assert checkpointed == plain // 2 + 2 * 64 * 64 * 2
