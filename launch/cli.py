@@ -1,6 +1,7 @@
 """The `paceline` command. Commands import what is heavy themselves, so that help and typos cost no wait."""
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -83,11 +84,24 @@ def resume(run: Run, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(config: Recipe, overrides: Overrides = None) -> None:
+def plan(
+    config: Recipe,
+    overrides: Overrides = None,
+    nodes: Annotated[
+        str | None, typer.Option("--simulate-nodes", metavar="N,...", help="Simulate a step on so many such nodes.")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="The run whose lengths and times that starts from.")
+    ] = None,
+) -> None:
     """Show every derived size, the placement and a memory estimate, without starting anything."""
     from configs.load import load
 
     parsed = load(Path(config), overrides or [])
+    if (nodes is None) != (measured is None):
+        raise ConfigError("--simulate-nodes N,... and --from RUN go together, as in --simulate-nodes 1,2,4 --from RUN")
+    if nodes is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", nodes):
+        raise ConfigError(f"--simulate-nodes {nodes}: give numbers of nodes, as in 1,2,4,8")
     derived = _plan(parsed)
 
     from launch.plan import table
@@ -96,6 +110,11 @@ def plan(config: Recipe, overrides: Overrides = None) -> None:
     console.print(table(derived))
     for warning in derived.warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
+    if nodes is not None and measured is not None:
+        from launch import simulate
+
+        simulate.require_alike(parsed, measured)
+        console.print(simulate.table(simulate.read_run(measured), parsed, [int(each) for each in nodes.split(",")]))
 
 
 @app.command()
