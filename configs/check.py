@@ -184,12 +184,12 @@ def _rollout(config: Config) -> Iterator[tuple[str, str]]:
         for name in ("depth", "top_k", "num_verify", "min_match"):
             if getattr(spec, name) < 1:
                 yield f"spec.{name}", "must be at least 1; set spec.source=off to decode without drafts"
-    if spec.source in ("eagle", "auto") and rollout.backend == "native":
+    if spec.source in ("eagle", "auto") and (rollout.backend == "native" or config.drafter.init):
         yield from _drafter(config)
 
 
 def _vllm(config: Config) -> Iterator[tuple[str, str]]:
-    """What vLLM cannot do: it drafts chains with an exported drafter, or not at all, and shows no features."""
+    """What vLLM cannot do: it drafts chains with a head that was exported, or not at all."""
     spec = config.spec
     if config.compute.backend == "ray":
         yield "rollout.backend", "Ray workers move sequences between their engines, which vllm does not; set native"
@@ -198,8 +198,6 @@ def _vllm(config: Config) -> Iterator[tuple[str, str]]:
     if spec.source == "eagle":
         if not config.drafter.init:
             yield "drafter.init", "name the folder of an exported drafter, which rollout.backend=vllm drafts with"
-        if config.drafter.train:
-            yield "drafter.train", "rollout.backend=vllm leaves no features to learn from; set false"
         if spec.top_k > 1:
             yield "spec.top_k", "rollout.backend=vllm drafts chains; set 1"
     if config.rollout.min_p > 0:

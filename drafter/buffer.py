@@ -59,6 +59,7 @@ class FeatureBuffer:
 
     def __init__(self, *, max_bytes: int, temperature: float, seed: int = 0) -> None:
         """temperature: the one the run samples at."""
+        self.max_bytes = max_bytes
         self.temperature = temperature
         self.newest = -1  # policy version; -1 before the first window
         self._random = random.Random(seed)

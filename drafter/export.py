@@ -71,6 +71,11 @@ def read_shape(folder: Path) -> EagleConfig:
     return config
 
 
+def read_layout(folder: Path) -> Layout:
+    """The layout of a folder that read_shape can read."""
+    return layout_of(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+
+
 def read_drafter(folder: Path) -> EagleHead:
     """The head in a folder of either layout, in float32. Raises PreflightError, naming what is wrong with it."""
     config = read_shape(folder)
@@ -83,18 +88,22 @@ def read_drafter(folder: Path) -> EagleHead:
 
 
 def exported_tensors(head: EagleHead, *, layout: Layout, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The head's tensors under the layout's names, weights in this dtype, on the CPU.
-
-    d2t and t2d stay away where every token can be proposed: vLLM then has no place for them.
-    """
+    """The head's tensors under the layout's names, weights in this dtype, on the CPU."""
     tensors = {}
-    for name, tensor in head.state_dict().items():
-        if name in ("d2t", "t2d") and head.config.draft_vocab == head.config.vocab_size:
-            continue
+    for name, tensor in named_as(head.state_dict(), head.config, layout=layout).items():
         tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        name = name.replace(OUR_LAYER, THEIR_LAYER) if layout == "speculators" else name
         tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
+
+
+def named_as(state: Mapping[str, torch.Tensor], config: EagleConfig, *, layout: Layout) -> dict[str, torch.Tensor]:
+    """EagleHead.state_dict under the layout's names; without its maps, d2t and t2d, where every token can be proposed:
+    vLLM then has no place for them."""
+    has_maps = config.draft_vocab < config.vocab_size
+    kept = {name: tensor for name, tensor in state.items() if has_maps or name not in ("d2t", "t2d")}
+    if layout == "eagle3":
+        return kept
+    return {name.replace(OUR_LAYER, THEIR_LAYER): tensor for name, tensor in kept.items()}
 
 
 def check_tensors(folder: Path, config: EagleConfig, tensors: Mapping[str, torch.Tensor]) -> None:

