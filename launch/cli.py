@@ -12,7 +12,7 @@ from rich.console import Console
 
 from configs import faults
 from configs.errors import ConfigError
-from launch import bench, drafter, launching, look
+from launch import bench, doctor, drafter, launching, look
 from launch.exits import TERMINATED, recorded, run_command
 from launch.monitor.command import monitor
 from launch.monitor.sinks import require_sinks
@@ -230,6 +230,7 @@ def _prepare() -> None:
 
 app.command()(monitor)
 app.command()(launching.launch)
+app.command()(doctor.doctor)
 look.add_commands(app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(drafter.app, name="drafter")
