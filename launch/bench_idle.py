@@ -25,10 +25,10 @@ from launch.adapters import LESSON_S, RayEngine, on_alive
 from launch.bench_report import in_turns, plain_table, provenance, say, spread
 from launch.bench_rollout import random_prompts, sampling
 from launch.drafting import make_drafting
-from launch.fleet import IdleReport
 from launch.geometry import Device, Dtype, Subject, geometry, placement
 from launch.idle import Costs, Decide, Learn, Load, Rest, Task, decide
 from launch.learners import RayLearner
+from launch.ledger import IdleReport
 from launch.pace import Key
 from launch.start import start_actors
 from rollout.engine import NativeEngine

@@ -6,12 +6,13 @@ same tokens (DESIGN.md, idea 2); what its drafter had learned since the workers 
 
 import logging
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from configs.errors import ResourceError
 from launch.forecast import Lengths
 from launch.idle import Decide, decide
+from launch.ledger import IdleReport
 from launch.noted import waiting_for
 from launch.pace import Key, Pace
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling, Span
@@ -56,35 +57,6 @@ class Member(Protocol):
 
     async def call_away(self, turn: int) -> None:
         """End the learning of this turn, also where it has not begun."""
-
-
-@dataclass(slots=True)
-class IdleReport:
-    """What became of workers' time between the end of their own rollouts and the end of all, in worker-seconds.
-
-    idle_s: all of it; sampled_s: sequences taken over; learned_s: optimiser steps of the drafter.
-    seconds: of the whole call. num_moved: sequences taken over.
-    """
-
-    seconds: float = 0.0
-    idle_s: float = 0.0
-    sampled_s: float = 0.0
-    learned_s: float = 0.0
-    num_moved: int = 0
-
-    @property
-    def used(self) -> float:
-        """Share of the idle time that was put to use; 1 where there was none."""
-        return (self.sampled_s + self.learned_s) / self.idle_s if self.idle_s else 1.0
-
-    def figures(self) -> dict[str, float]:
-        """For a step's record."""
-        return {
-            "idle_seconds": self.idle_s,
-            "idle_used_share": self.used,
-            "sequences_moved": self.num_moved,
-            "learned_seconds": self.learned_s,
-        }
 
 
 class Fleet:

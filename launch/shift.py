@@ -7,17 +7,17 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from time import perf_counter, time
 
-from launch.fleet import Fleet, IdleReport, WorkerLostError, silent
+from launch.fleet import Fleet, WorkerLostError, silent
 from launch.forecast import spread
+from launch.hearing import Hearing
 from launch.idle import Learn, Rest, TakeOver
+from launch.ledger import Ledger
 from launch.pace import Key, Look
 from rollout.types import Partial, Prompt, Rollout, Sampling, Span, SpecStats
 
 TICK_S = 0.5  # between looks at those that still sample, while somebody is idle
 FIRST_TICK_S = 0.1  # until the second look, which first tells a rate
 WATCH_S = 30.0  # between looks while nobody is idle: only they tell a long rollout from a worker that hangs
-HEAR_S = 0.5  # between two questions to a worker what it does, which nobody waits for
-LAST_WORD_S = 0.2  # for the answers once all is sampled; what comes later is heard of in the next step
 DISMISS_S = 60.0  # for a call to be answered, and for streams and learning to end after the last rollout
 COMPILE_S = 900.0  # for the same until a worker's first rollout: it compiles and captures, and hears nothing meanwhile
 
@@ -40,7 +40,7 @@ async def sample(fleet: Fleet, prompts: Sequence[Prompt], sampling: Sampling) ->
             yield item
     finally:
         await shift.dismiss()
-        fleet.report = shift.report()
+        fleet.report = shift.ledger.report()
 
 
 class Shift:
@@ -61,13 +61,8 @@ class Shift:
         self._moves: dict[int, Look] = {}  # by new owner: when sequences were asked for, and how long they were
         self._changed = asyncio.Event()
         self._director: asyncio.Task[None] | None = None
-        self._hearing: asyncio.Task[None] | None = None
-        self._asked: dict[int, asyncio.Task[None]] = {}
-        self._begun = self._ended = perf_counter()
-        self._freed: dict[int, float] = {}  # when a worker's own share was done
-        self._sampled: list[tuple[float, float]] = []  # when sequences that were taken over were sampled
-        self._learned: list[tuple[float, float]] = []  # when a turn of learning began, and the seconds it trained
-        self._num_moved = 0
+        self._hearing = Hearing(fleet)
+        self.ledger = Ledger()
 
     def begin(self, prompts: Sequence[Prompt]) -> None:
         """Spread the prompts over the workers. Raises ResourceError where none is left."""
@@ -81,38 +76,24 @@ class Shift:
             if share:
                 self._start(number, share, ())
             else:
-                self._freed[number] = self._begun
+                self.ledger.freed[number] = self.ledger.begun
         self.fleet.learned = {}
         self._director = asyncio.create_task(self._direct())
-        self._hearing = asyncio.create_task(self._hear())
+        self._hearing.begin(self._streams)
 
     async def dismiss(self) -> None:
         """End everything that is under way, before its result is known where rollouts are still owed."""
         if not self.owner:  # else it is done again
             self.fleet.lengths.learn(self._prompts, self._lengths)
-        for task in (self._director, self._hearing):
-            if task is not None:
-                task.cancel()
-                await asyncio.wait({task})
+        if self._director is not None:
+            self._director.cancel()
+            await asyncio.wait({self._director})
         streams = list(self._streams.items())
         for _, stream in streams:
             if self.owner:
                 stream.cancel()
         await asyncio.gather(*map(self._recall, list(self._learning)), self._wait(streams))
-        self._ask(self.fleet.alive)
-        if self._asked:
-            await asyncio.wait(self._asked.values(), timeout=LAST_WORD_S)
-
-    def report(self) -> IdleReport:
-        """What became of the idle time."""
-        end = self._ended
-        return IdleReport(
-            seconds=end - self._begun,
-            idle_s=sum(max(0.0, end - freed) for freed in self._freed.values()),
-            sampled_s=sum(min(until, end) - begun for begun, until in self._sampled),
-            learned_s=sum(max(0.0, min(trained_s, end - begun)) for begun, trained_s in self._learned),
-            num_moved=self._num_moved,
-        )
+        await self._hearing.end()
 
     def _start(self, number: int, prompts: Sequence[Prompt], partials: Sequence[Partial]) -> None:
         assert number not in self._streams and number not in self._learning
@@ -133,11 +114,7 @@ class Shift:
         finally:
             for known in (self._streams, self._looks, self._moves):
                 known.pop(number, None)
-            now = perf_counter()
-            if number in self._freed:
-                self._sampled.append((begun, now))
-            elif number not in self.fleet.lost:
-                self._freed[number] = now
+            self.ledger.streamed(number, begun, lost=number in self.fleet.lost)
             self._changed.set()
 
     def _arrive(self, rollout: Rollout) -> None:
@@ -146,7 +123,7 @@ class Shift:
             self.fleet.pace.finished(len(rollout.token_ids))
             self._lengths[rollout.prompt_id, rollout.sample] = len(rollout.token_ids)
             self.arrived.put_nowait(rollout)
-            self._ended = perf_counter()
+            self.ledger.arrived()
 
     async def _direct(self) -> None:
         """Give the idle something to do, whenever somebody becomes idle and at every tick while somebody is.
@@ -242,22 +219,6 @@ class Shift:
             self.fleet.pace.moved(self._moves.pop(number), look)
         self._looks[number] = look
 
-    async def _hear(self) -> None:
-        """Ask those that sample what they do, again and again."""
-        while True:
-            self._ask(self._streams)
-            await asyncio.sleep(HEAR_S)
-
-    def _ask(self, numbers: Iterable[int]) -> None:
-        """Ask those that owe no answer."""
-        for number in numbers:
-            if number not in self._asked or self._asked[number].done():
-                self._asked[number] = asyncio.create_task(self._listen(number))
-
-    async def _listen(self, number: int) -> None:
-        with suppress(Exception):  # whoever gives it something to do finds out
-            self.fleet.heard[number] = await self.fleet.members[number].activity()
-
     async def _take_over(self, number: int, source: int, count: int) -> None:
         """Continue another worker's sequences on this one, if it still has any."""
         begun = perf_counter()
@@ -272,7 +233,7 @@ class Shift:
             return
         if not partials:
             return
-        self._num_moved += len(partials)
+        self.ledger.num_moved += len(partials)
         self._hand_over(number, partials)
         taken = {_key(partial): len(partial.token_ids) for partial in partials}
         self._moves[number] = Look(begun, taken)
@@ -299,7 +260,7 @@ class Shift:
         begun = perf_counter()
         try:
             trained_s = await self.fleet.members[number].learn(turn)
-            self._learned.append((begun, trained_s))
+            self.ledger.learned(begun, trained_s)
             since = time() - (perf_counter() - begun)
             self.fleet.learned.setdefault(number, []).append(Span("drafter", since, since + trained_s))
         except WorkerLostError as error:

@@ -12,8 +12,9 @@ import pytest
 
 from configs.errors import DataError, ResourceError
 from launch import shift
-from launch.fleet import Fleet, IdleReport, WorkerLostError
+from launch.fleet import Fleet, WorkerLostError
 from launch.idle import Learn, Rest, TakeOver, Task
+from launch.ledger import IdleReport
 from launch.shift import sample
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling, SpecStats
 
