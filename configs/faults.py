@@ -47,7 +47,7 @@ ACTIONS: Mapping[str, str] = {
     "kill": "the process kills itself (SIGKILL)",
     "term": "the process is asked to end (SIGTERM)",
     "stop": "the process stops and shows no sign of life (SIGSTOP)",
-    "node": "the process kills its parent, of a Ray worker its node's raylet",
+    "node": "the process kills its parent, of a Ray worker its node's raylet, and itself",
     "raise": "a RuntimeError is raised",
     "enospc": "an OSError is raised: no space left on the device",
     "oom": "torch's OutOfMemoryError is raised, where torch is not loaded a MemoryError",
@@ -137,6 +137,7 @@ def _happen(action: str, where: str) -> Literal["nan"] | None:
             os.kill(os.getpid(), signal.SIGSTOP)
         case "node":
             os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         case "raise":
             raise FaultError(f"injected at {where}")
         case "enospc":
