@@ -142,7 +142,7 @@ def table(run: Measured, config: Config, nodes: Sequence[int]) -> Table:
     """The measured step beside simulated ones of the recipe on so many nodes."""
     view = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", title="Seconds a step, simulated")
     for column in ("", "workers", "rollout", "train", "sync", "rest", "step", "times as fast"):
-        view.add_column(column, justify="left" if not column else "right")
+        view.add_column(column, justify="right" if column else "left", no_wrap=True)
     then = measured_step(run)
     slots = config.rollout.max_running
     steps = [("measured", f"{_workers(run.workers, run.samplers, config)}", then)]

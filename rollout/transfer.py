@@ -76,7 +76,9 @@ class Link:
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """As Channel says. On a GPU in the order of the current stream: the host does not wait."""
-        self._group.broadcast(tensor, 0, self._timeout).wait()
+        options = dist.BroadcastOptions()
+        options.rootRank, options.timeout = 0, self._timeout
+        self._group.broadcast([tensor], options).wait()
 
 
 class ReceivedWeights:
