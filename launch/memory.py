@@ -15,10 +15,12 @@ from configs.schema import Config
 from drafter.memory import DrafterBytes
 from kernels.logprob import CHUNK_ELEMENTS
 from rl.zero import BUCKET_ELEMENTS, LIVE_ELEMENTS
+from rollout.graphs import BUCKETS, bucket
 from rollout.model import ATTENTION, forward_packed
-from rollout.strategy import configured
+from rollout.strategy import arms, configured
 
 FLOAT32_BYTES = 4
+GRAPH_BYTES = 35_000  # that the driver keeps of a graph's every layer: docs/results/graphs_h100.json, 54 of 30 layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,10 @@ def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> d
     """Of a worker that trains and samples; or of a trainer and of an engine, where these are apart."""
     states, step = _states(config, sizes), _step(config, model_config, sizes)
     weights = sizes.parameters * sizes.dtype.itemsize
-    cache = {"KV cache": sizes.kv_bytes, "CUDA graphs": config.rollout.graph_mb << 20 if sizes.device == "cuda" else 0}
+    cache = {
+        "KV cache": sizes.kv_bytes,
+        "CUDA graphs": 0 if sizes.device == "cpu" else graph_bytes(config, model_config, sizes),
+    }
     drafter = {
         "drafter": sizes.drafter.weights + sizes.drafter.training,
         "drafter's cache": sizes.drafter.cache,
@@ -131,6 +136,23 @@ def _rollout_logits(config: Config, model_config: PretrainedConfig, sizes: Sizes
     rows = sizes.rows * (1 + configured(config.spec)[0].num_verify)
     copies = 0 if sizes.device == "cuda" else FLOAT32_BYTES
     return int(rows * model_config.get_text_config().vocab_size * (sizes.dtype.itemsize + copies))
+
+
+def graph_bytes(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> int:
+    """Of the graphs of every strategy and batch size that rollouts pass through: what the widest cycle computes with,
+    in memory that all share, and what the driver keeps of each."""
+    text = model_config.get_text_config()
+    strategies = arms(config.spec)
+    num_batches = len([size for size in BUCKETS if size < sizes.rows]) + 1
+    targets = num_batches * len({strategy.num_verify for strategy in strategies}) * text.num_hidden_layers
+    drafts = num_batches * sum(strategy.depth for strategy in strategies if strategy.num_verify)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    keys = 2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    layer = 4 * text.hidden_size + (2 * text.num_attention_heads + keys) * head_dim + 2 * text.intermediate_size
+    tokens = bucket(sizes.rows) * (1 + max(strategy.num_verify for strategy in strategies))
+    # twice a layer's: attention's partial results, and blocks that the allocator could not fill
+    shared = tokens * (text.vocab_size + 2 * layer) * sizes.dtype.itemsize
+    return int(min(config.rollout.graph_mb << 20, shared + (targets + drafts) * GRAPH_BYTES))
 
 
 def saved_bytes(model_config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> int:

@@ -1,6 +1,8 @@
 """Planned memory is what a trainer then takes."""
 
 import gc
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from configs.load import parse
 from drafter.memory import DrafterBytes
 from kernels.attention import PackedSequences
-from launch.memory import Memory, Sizes, memory_of, saved_bytes
+from launch.geometry import geometry
+from launch.memory import Memory, Sizes, graph_bytes, memory_of, saved_bytes
 from rl.batch import supervised_batch
 from rl.trainer import DeepSpeedTrainer
 from rollout.model import ATTENTION, forward_packed, load_policy
@@ -25,6 +28,7 @@ KINDS = [
     ("bfloat16", 3),
 ]
 NO_DRAFTER = DrafterBytes(0, 0, 0, 0, 0)
+RESULTS = Path(__file__).parents[2] / "docs/results"
 
 
 def planned(model_config: PretrainedConfig, dtype: str, *overrides: str) -> dict[str, Memory]:
@@ -114,3 +118,15 @@ def test_checkpointing_keeps_a_layer_and_the_boundaries(tiny_model_dir: Path) ->
     plain = planned(config, "bfloat16")["worker"].training["activations"]
     checkpointed = planned(config, "bfloat16", "train.gradient_checkpointing=true")["worker"].training["activations"]
     assert checkpointed == plain // 2 + 2 * 64 * 64 * 2
+
+
+def test_graphs_take_what_an_h100_measured() -> None:
+    measured = json.loads((RESULTS / "graphs_h100.json").read_text())
+    strategy, config = measured["strategy"], parse("data: {name: chain_sum}", [])
+    spec = replace(config.spec, depth=strategy["depth"], top_k=strategy["top_k"], num_verify=strategy["num_verify"])
+    sizes = Sizes(0, torch.bfloat16, "cuda", 1, 0, max(measured["graphs"]["batches"]), 0, NO_DRAFTER)
+    assert len(measured["graphs"]["strategies"]) == 4, "as many widths as our arms have"
+    planned = graph_bytes(replace(config, spec=spec), geometry(measured["model"]), sizes)
+    assert planned == pytest.approx(measured["graphs"]["four_bytes"], rel=0.1)
+    few = replace(config, rollout=replace(config.rollout, graph_mb=64))
+    assert graph_bytes(few, geometry(measured["model"]), sizes) == 64 << 20
