@@ -111,14 +111,15 @@ class RayEngine:
         return sent + sum(on_alive(self.workers, self.fleet, "update", version, limit_s=LESSON_S).values())
 
     def state_dict(self) -> dict[str, Any]:
-        """One state a worker, by rank, and what spreads prompts over them. Raises ResourceError where one is lost."""
-        states = on_all(self.workers, self.fleet, "engine_state", limit_s=TRAIN_S)
+        """One state a worker, None of one that is lost, and what spreads prompts over them."""
+        told = on_alive(self.workers, self.fleet, "engine_state", limit_s=TRAIN_S)
+        states = [told.get(number) for number in range(len(self.workers))]
         return {"workers": states, "lengths": self.fleet.lengths.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give every worker the state it saved."""
+        """Give every worker the state it saved; one that was lost then begins anew."""
         pairs = zip(self.workers, state["workers"], strict=True)
-        refs = {number: worker.load_engine_state.remote(saved) for number, (worker, saved) in enumerate(pairs)}
+        refs = {number: worker.load_engine_state.remote(saved) for number, (worker, saved) in enumerate(pairs) if saved}
         gather(refs, "load_engine_state", limit_s=TRAIN_S)
         self.fleet.lengths.load_state_dict(state["lengths"])
 
@@ -249,9 +250,13 @@ def get(refs: Any) -> Any:
 def lost(error: Any) -> WorkerLostError:
     """What is said of an actor that is gone."""
     name, life = who(error.actor_id)
-    said = str(error).strip().splitlines()[-1].partition(" Worker exit type")[0].rstrip(".")
-    reason = silence(error.actor_id) or f"died ({said}); it may have run out of memory"
-    gone = WorkerLostError(f"{name} (process {life.pid} on {life.host}) {reason}; resume the run")
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        said = "cannot be reached"
+    else:
+        reason = str(error).strip().splitlines()[-1].partition(" Worker exit type")[0].rstrip(".")
+        said = f"died ({reason}); it may have run out of memory"
+    said = silence(error.actor_id) or said
+    gone = WorkerLostError(f"{name} (process {life.pid} on {life.host}) {said}; resume the run")
     note(gone, process=name, host=life.host, pid=life.pid)
     waiting_for(gone, name)
     return gone

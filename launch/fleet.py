@@ -107,4 +107,5 @@ class Fleet:
         """A worker is gone for good."""
         if number not in self.lost:
             self.lost[number] = error
-            log.warning("worker %d is lost, and the others sample what it owed: %s", number, error)
+            said = str(error).removesuffix("; resume the run")
+            log.warning("%s%s", said, "" if self.needs_all else "; the others sample what it owed")
