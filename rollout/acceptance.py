@@ -6,7 +6,9 @@ from dataclasses import dataclass
 # Counters hold the evidence of about this many trials, so a half-life of 0.7 times as many.
 MAX_TRIALS = 512
 MAX_COVERAGE_ROWS = 128
-# What a source is given before it has been tried: hopeful, and outvoted by a handful of rows.
+RENEWED_ROWS = 16.0  # that the share of rows with a draft weighs when the source's weights are others
+# What a source is given before it has been tried: hopeful, and outvoted by a handful of rows. What has not been tried
+# of a depth is expected of it as it was seen one level above.
 HOPE = 0.6
 HOPE_TRIALS = 2.0
 
@@ -48,9 +50,11 @@ class Acceptance:
     """
 
     def __init__(self, max_depth: int) -> None:
-        self._depths = [Share(HOPE * HOPE_TRIALS, HOPE_TRIALS) for _ in range(max_depth)]
+        self._depths = [Share(0.0, 0.0) for _ in range(max_depth)]
+        self._expected = [HOPE] * max_depth
         self._coverage = Share(HOPE_TRIALS, HOPE_TRIALS)
         self._gains = [0.0] * (max_depth + 1)
+        self.untried = True
         self._sum_up()
 
     @property
@@ -58,16 +62,22 @@ class Acceptance:
         """Share of rows that had a draft lately."""
         return self._coverage.rate
 
+    @property
+    def rows(self) -> float:
+        """Rows that the evidence weighs."""
+        return self._coverage.trials
+
     def gain(self, depth: int) -> float:
         """Tokens accepted of a draft this many levels deep."""
         return self._gains[depth]
 
     def rates(self) -> list[float]:
         """Share accepted at each depth of what was accepted above it."""
-        return [share.rate for share in self._depths]
+        return list(self._expected)
 
     def observe(self, rows: int, drafted: int, accepted: Sequence[int]) -> None:
         """Of these rows, drafted had a draft, and accepted[d] of those were followed d + 1 levels down."""
+        self.untried = False
         self._coverage.add(drafted, rows, limit=MAX_COVERAGE_ROWS)
         trials = drafted
         for share, hits in zip(self._depths, accepted, strict=False):  # a shallower strategy says nothing of below
@@ -77,6 +87,15 @@ class Acceptance:
             trials = hits
         self._sum_up()
 
+    def renew(self) -> None:
+        """The source drafts with other weights: at least as good as those it had, or else as one that is untried."""
+        self._coverage.weaken(RENEWED_ROWS)
+        if self._coverage.rate < HOPE:
+            self._coverage = Share(HOPE_TRIALS, HOPE_TRIALS)
+        for share, expected in zip(self._depths, self._expected, strict=True):
+            share.hits, share.trials = max(HOPE, expected) * HOPE_TRIALS, HOPE_TRIALS
+        self._sum_up()
+
     def weaken(self, limit: float) -> None:
         """Let what comes next count for more: what was seen before may no longer hold."""
         self._coverage.weaken(limit)
@@ -84,8 +103,10 @@ class Acceptance:
             share.weaken(limit)
 
     def _sum_up(self) -> None:
-        reached, total = 1.0, 0.0
-        for depth, share in enumerate(self._depths, start=1):
-            reached *= share.hits / share.trials
+        reached, total, expected = 1.0, 0.0, HOPE
+        for depth, share in enumerate(self._depths):
+            expected = (share.hits + HOPE_TRIALS * expected) / (share.trials + HOPE_TRIALS)
+            self._expected[depth] = expected
+            reached *= expected
             total += reached
-            self._gains[depth] = total
+            self._gains[depth + 1] = total

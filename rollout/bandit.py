@@ -61,7 +61,9 @@ class BegMabChooser:
         return chosen
 
     def observe(self, report: "CycleReport") -> None:
-        """Remember the reward: tokens a second."""
+        """Remember the reward, tokens a second: not of a cycle that captured graphs, which is over once."""
+        if report.capture_s:
+            return
         accept_length = sum(report.accepted_by_depth) / report.batch + 1
         self._rewards[report.strategy].append(accept_length * report.batch / report.seconds)
 

@@ -37,12 +37,15 @@ class CostTable:
     """Seconds of a cycle under each arm; arm 0 decodes plainly.
 
     tokens_per_row: tokens a row forwards under each arm, the pending one included. Cycles that forward equally many
-    tokens cost about the same, however many rows they are spread over: so arms predict one another.
+    tokens cost about the same, however many rows they are spread over: so arms predict one another. shorter: for each
+    arm another one, before it, that costs no more: of the same source and shorter, or arm 0.
     """
 
-    def __init__(self, tokens_per_row: Sequence[int]) -> None:
+    def __init__(self, tokens_per_row: Sequence[int], shorter: Sequence[int]) -> None:
         assert tokens_per_row[0] == 1, "arm 0 forwards the pending token alone"
+        assert all(other < arm for arm, other in enumerate(shorter) if arm), "shorter arms come first"
         self._tokens = list(tokens_per_row)
+        self._shorter = list(shorter)
         self._cells: list[dict[Place, Cell]] = [{} for _ in tokens_per_row]
         self._predicted: list[dict[Place, float]] = [{} for _ in tokens_per_row]
 
@@ -51,13 +54,19 @@ class CostTable:
         """Whether a plain cycle has been measured anywhere, so that seconds are seconds."""
         return bool(self._cells[0])
 
+    def plain_seconds(self, rows: int, context: float) -> float:
+        """Expected seconds under the first arm."""
+        return self._unit(0, _place(rows, context)) * _shape(rows, 1, context)
+
     def seconds(self, rows: int, context: float) -> list[float]:
-        """Expected seconds under each arm. Drafting never makes a cycle cheaper: none is below the first."""
+        """Expected seconds under each arm. Drafting makes no cycle cheaper, and drafting further is not expected to."""
         place = _place(rows, context)
-        plain = self._unit(0, place) * _shape(rows, 1, context)
+        plain = self.plain_seconds(rows, context)
         expected = [plain]
         for arm in range(1, len(self._tokens)):
-            expected.append(max(plain, self._unit(arm, place) * _shape(rows, self._tokens[arm], context)))
+            seconds = self._unit(arm, place) * _shape(rows, self._tokens[arm], context)
+            floor = plain if place in self._cells[arm] else expected[self._shorter[arm]]
+            expected.append(max(floor, seconds))
         return expected
 
     def observe(self, arm: int, rows: int, context: float, seconds: float, cycle: int) -> None:

@@ -1,7 +1,8 @@
 """The CUDA-graph pool: what a cycle launches, captured on first use and replayed under one memory budget."""
 
 import logging
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ log = logging.getLogger(__name__)
 
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 LARGE_STEP = 128  # between buckets past the last
+REMEMBERED = 256  # captures, for whoever asks where time went
 
 
 def bucket(batch: int) -> int:
@@ -48,24 +50,30 @@ class GraphPool:
         self._memory = torch.cuda.graph_pool_handle() if self._captures else None
         self._stream = torch.cuda.Stream(device) if self._captures else None
         self.num_captures = 0
+        self.captured: deque[tuple[Hashable, float]] = deque(maxlen=REMEMBERED)  # the latest, and their seconds
 
     @property
     def num_bytes(self) -> int:
         """Device memory that the graphs held now took when they were captured, shared memory counted once."""
         return sum(captured.num_bytes for captured in self._graphs.values())
 
-    def run(self, key: Hashable, launch: Callable[[], None]) -> bool:
-        """Do what launch does, by replaying its graph where there is one; whether it ran as it will from now on."""
+    def run(self, key: Hashable, launch: Callable[[], None]) -> float:
+        """Do what launch does, by replaying its graph where there is one.
+
+        Returns the seconds it took for being the first time; 0 where it ran as it will from now on.
+        """
         captured = self._graphs.get(key)
         if captured is not None:
             self._graphs.move_to_end(key)
             captured.graph.replay()
-            return True
+            return 0.0
+        begun = time.perf_counter()
         launch()
         if not self._captures or key in self._refused:
-            return True
+            return 0.0
         self._capture(key, launch)
-        return False
+        self.captured.append((key, time.perf_counter() - begun))
+        return self.captured[-1][1]
 
     def clear(self) -> None:
         """Drop all graphs: the memory they address is about to change."""

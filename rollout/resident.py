@@ -36,8 +36,7 @@ class Launched:
     """A cycle under way: whose rows it works on, and where its results will be.
 
     results: [B, 3 + 3 Q] int32, pinned, valid after done. begun: the end of the cycle before, so that the host's time
-    counts where the device waits for it. timed: whether it tells what such a cycle costs: not where a graph was being
-    captured or prompts were computed.
+    counts where the device waits for it. capture_s: of that time, what capturing its graphs took.
     """
 
     sequences: list[Sequence]
@@ -49,7 +48,7 @@ class Launched:
     version: int
     begun: torch.cuda.Event | float
     done: torch.cuda.Event | float
-    timed: bool
+    capture_s: float
 
     def wait(self) -> float:
         """Block until the results are there; the seconds the cycle took."""
@@ -169,17 +168,17 @@ class ResidentCycles:
         num_nodes = strategy.num_verify
         context = _mean_tokens(residency.sequences)
         begun = self._last_done or self._now()
-        timed = True
+        capture_s = 0.0
         residency.refresh(strategy)
         if num_nodes:
             drafter, drafts = residency.drafter, residency.drafts(num_rows, num_nodes)
             assert drafter is not None
-            timed &= self._graphs.run(
+            capture_s += self._graphs.run(
                 ("draft", strategy, num_rows),
                 lambda: drafter.propose(residency.texts, residency.rows, strategy, drafts),
             )
         device_results = residency.results(num_rows, num_nodes)
-        timed &= self._graphs.run(
+        capture_s += self._graphs.run(
             ("target", num_rows, num_nodes, self._transform, self._sampling.stop_token_ids),
             lambda: self._target(num_rows, num_nodes, device_results),
         )
@@ -196,7 +195,7 @@ class ResidentCycles:
             version=version,
             begun=begun,
             done=self._last_done,
-            timed=timed,
+            capture_s=capture_s,
         )
 
     def _target(self, num_rows: int, num_nodes: int, results: torch.Tensor) -> None:
@@ -310,8 +309,7 @@ class ResidentCycles:
             self._tell_reader(self._residency.reader, launched, table)
         committed = sum(counts)
         self._tally.tokens += committed
-        if launched.timed:
-            self._report(launched, seconds, committed, proposed, accepted)
+        self._report(launched, seconds, committed, proposed, accepted)
         self._residency.leave(finished)
         return finished
 
@@ -327,7 +325,13 @@ class ResidentCycles:
         self, launched: Launched, seconds: float, committed: int, proposed: np.ndarray, accepted: list[int]
     ) -> None:
         strategy = launched.strategy
-        by_depth = np.bincount(np.asarray(accepted), minlength=strategy.depth + 1)
+        proposed_by_depth: list[int] = []
+        accepted_by_depth: list[int] = []
+        if strategy.num_verify:
+            proposed_by_depth = proposed.sum(axis=0)[: strategy.depth].tolist()
+            by_depth = np.bincount(np.asarray(accepted), minlength=strategy.depth + 1)
+            # a row that accepted n passed levels 1 to n
+            accepted_by_depth = by_depth[::-1].cumsum()[::-1][1 : strategy.depth + 1].tolist()
         self._chooser.observe(
             CycleReport(
                 strategy=strategy,
@@ -336,10 +340,10 @@ class ResidentCycles:
                 context=launched.context,
                 seconds=seconds,
                 committed=committed,
-                proposed_by_depth=proposed.sum(axis=0)[: strategy.depth].tolist(),
-                # a row that accepted n passed levels 1 to n
-                accepted_by_depth=by_depth[::-1].cumsum()[::-1][1 : strategy.depth + 1].tolist(),
-                rows_with_draft=int((proposed[:, :1] > 0).sum()),
+                proposed_by_depth=proposed_by_depth,
+                accepted_by_depth=accepted_by_depth,
+                rows_with_draft=int((proposed[:, :1] > 0).sum()) if strategy.num_verify else 0,
+                capture_s=launched.capture_s,
             )
         )
 

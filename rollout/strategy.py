@@ -18,7 +18,8 @@ class CycleReport:
 
     batch: running sequences; bucket: rows forwarded, padding included; context: mean tokens cached a sequence.
     committed: tokens, over the batch. proposed_by_depth and accepted_by_depth: drafted tokens d + 1 levels below the
-    pending token, summed over the batch. rows_with_draft: sequences that had any.
+    pending token, summed over the batch. rows_with_draft: sequences that had any. capture_s: of seconds, those in which
+    its graphs were captured, and what they launch compiled; such a cycle's time tells nothing else.
     """
 
     strategy: Strategy
@@ -30,6 +31,7 @@ class CycleReport:
     proposed_by_depth: Sequence[int]
     accepted_by_depth: Sequence[int]
     rows_with_draft: int
+    capture_s: float = 0.0
 
 
 class Chooser(Protocol):
@@ -44,7 +46,7 @@ class Chooser(Protocol):
         """The next cycle's strategy, for so many running sequences with so many tokens cached on average."""
 
     def observe(self, report: CycleReport) -> None:
-        """A cycle is over, perhaps a cycle or two ago. Not every cycle is reported: prompts and captures distort."""
+        """A cycle is over, perhaps a cycle or two ago. Not every cycle is reported: prompts distort."""
 
     def policy_changed(self) -> None:
         """The weights moved: what was accepted of their samples tells less of what will be."""

@@ -5,6 +5,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from statistics import mean
 
 import pytest
 
@@ -171,15 +172,15 @@ def shrinking(cycles: int = CYCLES) -> Iterator[tuple[int, float]]:
 
 @pytest.mark.parametrize("coverage", [0.0, 1.0])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_drafts_that_never_match_cost_at_most_one_and_a_half_percent(batch: int, coverage: float) -> None:
+def test_drafts_that_never_match_cost_at_most_one_percent(batch: int, coverage: float) -> None:
     outcome = play(GoodputChooser(ARMS), World(coverage=coverage), steady(batch))
-    assert outcome.time <= 1.015
+    assert outcome.time <= 1.01
 
 
 @pytest.mark.parametrize("draft_ms", [0.05, 1.0])
 def test_drafts_that_never_match_cost_little_while_the_batch_shrinks(draft_ms: float) -> None:
     outcome = play(GoodputChooser(ARMS), World(draft_ms=draft_ms), shrinking())
-    assert outcome.time <= 1.015
+    assert outcome.time <= 1.01
 
 
 @pytest.mark.parametrize("acceptance", [0.02, 0.1, 0.3, 0.6, 0.8, 0.95, 1.0])
@@ -187,7 +188,7 @@ def test_drafts_that_never_match_cost_little_while_the_batch_shrinks(draft_ms: f
 def test_never_loses_to_plain_decoding(batch: int | None, acceptance: float) -> None:
     loads = shrinking() if batch is None else steady(batch)
     outcome = play(GoodputChooser(ARMS), World(acceptance=acceptance), loads)
-    assert outcome.time <= 1.015
+    assert outcome.time <= 1.01
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1])
@@ -204,9 +205,11 @@ def test_best_arm_runs_nearly_always_where_it_is_clearly_better(batch: int, acce
 @pytest.mark.parametrize("acceptance", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_noisy_timings_cost_few_percent_of_the_best(batch: int, acceptance: float) -> None:
-    world = World(acceptance=acceptance, noise=0.1)
-    outcome = play(GoodputChooser(ARMS), world, steady(batch))
-    assert outcome.regret <= 0.03
+    regrets = []
+    for seed in SEEDS:
+        world = World(acceptance=acceptance, noise=0.1, seed=seed)
+        regrets.append(play(GoodputChooser(ARMS), world, steady(batch)).regret)
+    assert mean(regrets) <= 0.025
 
 
 @pytest.mark.parametrize("acceptance", [0.3, 0.6, 0.9])
@@ -257,7 +260,7 @@ def test_the_better_of_two_sources_leads_and_neither_loses_to_plain_decoding(
             World(acceptance=eagle, draft_ms=0.4, noise=0.03, seed=seed + 100),
         )
         outcome = play(GoodputChooser(BOTH), world, steady(batch))
-        assert outcome.time <= 1.015
+        assert outcome.time <= 1.01
         settled += outcome.near_best[LEARNING:]
     assert sum(settled) >= 0.9 * len(settled)
 
