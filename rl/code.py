@@ -1,9 +1,11 @@
 """The reward of programs: a response's code block is run, confined, against its problem's tests."""
 
+import io
 import json
 import re
 import time
 from decimal import Decimal, InvalidOperation
+from itertools import zip_longest
 from typing import Any, cast
 
 from configs.errors import PreflightError
@@ -13,6 +15,7 @@ from rollout.types import Prompt, Rollout
 
 BLOCK = re.compile(r"^```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE | re.IGNORECASE)
 TIME_SHARE = 0.8  # of reward.timeout_s for all tests of a program; the rest is for starting it and telling
+LONGEST_NUMBERS = 64  # times as long as expected is what may still be the same numbers, written in another way
 
 Pair = tuple[str, str]  # what a program reads, and what it must write
 
@@ -63,13 +66,17 @@ class CodeReward:
 
 def same_output(output: str, expected: str) -> bool:
     """Whether two outputs are equal line by line, but for white space at the ends and the way numbers are written."""
-    ours, theirs = ([line.strip() for line in text.strip().splitlines()] for text in (output, expected))
-    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+    # one line at a time: a program may write millions
+    ours, theirs = (map(str.strip, io.StringIO(text.strip(), newline=None)) for text in (output, expected))
+    return all(_same_line(line, other) for line, other in zip_longest(ours, theirs))
 
 
-def _same_line(line: str, expected: str) -> bool:
+def _same_line(line: str | None, expected: str | None) -> bool:
+    """None: there is no such line."""
     if line == expected:
         return True
+    if line is None or expected is None or len(line) > LONGEST_NUMBERS * (1 + len(expected)):
+        return False
     try:
         return [Decimal(word) for word in line.split()] == [Decimal(word) for word in expected.split()]
     except InvalidOperation:

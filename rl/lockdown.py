@@ -177,6 +177,9 @@ def _program(pid: int) -> list[tuple[int, int, int, int]]:
     for name, call in number.items():
         if name not in _CONDITIONAL:
             steps += [(_EQUAL, 0, 1, call), (_RETURN, 0, 0, _REFUSE)]
+    call = number["socketpair"]  # pairs of Unix sockets alone: other families load modules of the kernel
+    steps += [(_EQUAL, 0, 4, call), (_LOAD, 0, 0, 16), (_EQUAL, 1, 0, socket.AF_UNIX), (_RETURN, 0, 0, _REFUSE)]
+    steps += [(_LOAD, 0, 0, 0)]
     own = (0, pid)
     argument_and_values = {"kill": (0, (pid,)), "tgkill": (0, own), "prlimit64": (0, own), "socketpair": (1, _STREAMS)}
     for name, (argument, values) in argument_and_values.items():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,16 @@ PROBLEMS: dict[str, tuple[Any, str, str]] = {
         """,
         "def deep(n): return 1 + deep(n - 1)\nprint(deep(int(input())))",
     ),
+    "numbers of thousands of digits": (
+        ["import math\nassert f(2000) == math.factorial(2000)"],
+        "import math\nf = math.factorial",
+        "f = lambda n: 10 ** 5735",
+    ),
+    "an iterator that ends": (
+        ["it = f(2)\nassert [next(it), next(it), next(it, 'over')] == [0, 1, 'over']"],
+        "def f(n): yield from range(n)",
+        "def f(n): yield from range(n + 1)",
+    ),
     "output at exit": (
         [{"input": "", "output": "bye"}],
         "import atexit\natexit.register(print, 'bye')\nraise SystemExit",
@@ -176,6 +187,29 @@ def test_tests_that_cannot_be_run_stop_the_run(tests: Any, reason: str) -> None:
     with pytest.raises(DataError) as caught:
         score(options(), (tests, "def f(x): return x"))
     assert "reward 'code' failed on prompt 'p'" in str(caught.value) and reason in str(caught.value)
+
+
+# tests that no right program fails, and one that makes them look as if they were at fault
+BLAMES = {
+    "a list of objects": (
+        "assert back(list(there(2))) == 2",
+        "def there(x): return iter([object()])\ndef back(x): return 2",
+    ),
+    "a module": ("assert apply(twice, 2) == 4", "import math as twice\ndef apply(f, x): return 4"),
+    "a module's function": ("assert apply(Some.sqrt, 4) == 2", "import math as Some\ndef apply(f, x): return 2"),
+    "a root of -1": ("assert back(there(2) ** 0.5) == 2", "def there(x): return -1\ndef back(x): return 2"),
+}
+
+
+@pytest.mark.parametrize("name", BLAMES)
+def test_a_program_cannot_make_its_tests_end_the_run(name: str) -> None:
+    test, program = BLAMES[name]
+    assert score(options(), ([test], program)) == [0.0]
+
+
+def test_a_program_cannot_end_its_tests_loop() -> None:
+    test = "assert all(map(lambda n: f(n) == n * n, range(3)))"
+    assert score(options(), ([test], "def f(n): return n * n"), ([test], "def f(n): raise StopIteration")) == [1.0, 0.0]
 
 
 def test_honest_programs_among_hostile_ones_get_what_they_earn() -> None:
@@ -332,7 +366,19 @@ def test_outputs_are_compared_line_by_line_and_numbers_by_value() -> None:
     assert same_output("", "\n")
     assert not same_output("1\n2", "1 2")
     assert not same_output("yes", "Yes")
-    assert not same_output("1", "1\n1")
+    assert not same_output("1", "1\n1") and not same_output("1\n1", "1")
+    assert same_output("a\r\nb", "a\nb")
+    assert not same_output("1 " * 1000, "1")
+
+
+def test_a_flood_of_lines_is_compared_one_by_one() -> None:
+    flood = "10\n" * 100_000
+    tracemalloc.start()
+    try:
+        assert not same_output(flood, "10\n20\n")
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(flood)
+    finally:
+        tracemalloc.stop()
 
 
 def test_tests_travel_from_a_files_rows(tmp_path: Path) -> None:

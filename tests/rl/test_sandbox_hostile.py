@@ -301,6 +301,17 @@ def test_a_program_that(misdeed: str, cell: Cell, places: dict[str, Any]) -> Non
     assert cell.feed("print(int(input()) + 1)", "41\n", timeout_s=20) == "42\n"
 
 
+def test_pairs_of_sockets_are_of_one_family(cell: Cell) -> None:
+    """The kernel makes no pair of Internet sockets itself, with another error: what is told is the filter's refusal."""
+    program = """
+        import socket
+        for family in (socket.AF_UNIX, socket.AF_INET, 30):
+            try: print(socket.socketpair(family)[0].family == family)
+            except OSError as error: print(error.errno)
+    """
+    assert cell.feed(textwrap.dedent(program), "", timeout_s=20) == "True\n1\n1\n"
+
+
 def test_the_same_programs_succeed_where_nothing_holds_them(places: dict[str, Any]) -> None:
     """Those that do no harm on this machine: without it the tests above could pass for want of a working misdeed."""
     cell = Cell("none", memory_mb=2048)
