@@ -24,6 +24,7 @@ from drafter.report import DrafterReport, LearnStats, Replica, Standing
 from launch.noted import noting
 from launch.pace import Key
 from launch.pulse import GROUP, Life, life
+from rl.reference import by_rollout, responses
 from rl.trainer import DeepSpeedTrainer
 from rl.types import Batch, StepStats
 from rollout.engine import NativeEngine
@@ -181,6 +182,10 @@ class Worker:
     async def learn(self, turn: int, budget_s: float) -> LearnStats:
         """Learner.learn, in a thread so that the actor still hears what it is told, until called away from the turn."""
         return await asyncio.to_thread(self.learner.learn, budget_s=budget_s, until=lambda: self.away_from >= turn)
+
+    def score(self, pairs: Sequence[tuple[Prompt, Rollout]]) -> dict[Key, list[float]]:
+        """The reference policy's log-probs of finished rollouts."""
+        return by_rollout(pairs, self.trainer.score(responses(pairs)))
 
     def call_away(self, turn: int) -> None:
         """End the learning of this turn and those before, begun or not, after the step it is at."""

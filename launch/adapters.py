@@ -74,6 +74,10 @@ class RayMember:
         stats: LearnStats = await self._call("learn", turn, math.inf)
         return stats.seconds
 
+    async def score(self, pairs: Sequence[tuple[Prompt, Rollout]]) -> dict[Key, list[float]]:
+        """As Member says."""
+        return await self._call("score", pairs)
+
     async def call_away(self, turn: int) -> None:
         """As Member says."""
         await self._call("call_away", turn)
@@ -100,6 +104,10 @@ class RayEngine:
     def activity(self) -> list[Activity]:
         """What every worker last said it does; half a second old at most, while it answers."""
         return self.fleet.activity()
+
+    def references(self) -> dict[Key, list[float]]:
+        """What idle workers computed of the rollouts of the last generate."""
+        return self.fleet.references
 
     def figures(self) -> dict[str, Any]:
         """What became of workers' time between the end of their own rollouts and the end of all."""

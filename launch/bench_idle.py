@@ -46,12 +46,12 @@ WARM_LEARNING_S = 5.0
 KILL_SHARE = 0.3  # of the time the rollouts take, after which the idle worker is killed
 
 
-def rest(busy: Sequence[Load], costs: Costs | None, *, can_learn: bool) -> Task:
+def rest(busy: Sequence[Load], costs: Costs | None, *, can_learn: bool, can_score: bool) -> Task:
     """Never anything."""
     return Rest()
 
 
-def learn(busy: Sequence[Load], costs: Costs | None, *, can_learn: bool) -> Task:
+def learn(busy: Sequence[Load], costs: Costs | None, *, can_learn: bool, can_score: bool) -> Task:
     """Always training, as far as there is something to train on."""
     return Learn() if can_learn else Rest()
 

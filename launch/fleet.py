@@ -55,6 +55,9 @@ class Member(Protocol):
     async def learn(self, turn: int) -> float:
         """Train the drafter until called away from this turn, or until there is nothing to learn; seconds trained."""
 
+    async def score(self, pairs: Sequence[tuple[Prompt, Rollout]]) -> dict[Key, list[float]]:
+        """The reference policy's log-probs of finished rollouts."""
+
     async def call_away(self, turn: int) -> None:
         """End the learning of this turn, also where it has not begun."""
 
@@ -73,6 +76,8 @@ class Fleet:
         self.pace = Pace(slots=slots)
         self.lengths = Lengths()
         self.learns = learns
+        self.scores = False  # whether workers have a reference policy that each can ask alone
+        self.references: dict[Key, list[float]] = {}  # of rollouts of the last call, what was scored meanwhile
         self.needs_all = False  # whether a call ends as soon as one worker is lost: it trains with the others
         self.decide = decide
         self.report = IdleReport()  # of the last call

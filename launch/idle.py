@@ -53,6 +53,11 @@ class TakeOver:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """Compute some finished rollouts' log-probs under the reference policy, which training would else compute."""
+
+
+@dataclass(frozen=True, slots=True)
 class Learn:
     """Train the drafter until called away."""
 
@@ -62,22 +67,23 @@ class Rest:
     """Nothing is worth doing."""
 
 
-Task = TakeOver | Learn | Rest
+Task = TakeOver | Score | Learn | Rest
 
 
 class Decide(Protocol):
     """What one idle worker does now; see decide."""
 
-    def __call__(self, busy: Sequence[Load], costs: Costs | None, *, can_learn: bool) -> Task: ...
+    def __call__(self, busy: Sequence[Load], costs: Costs | None, *, can_learn: bool, can_score: bool) -> Task: ...
 
 
-def decide(busy: Sequence[Load], costs: Costs | None, *, can_learn: bool) -> Task:
+def decide(busy: Sequence[Load], costs: Costs | None, *, can_learn: bool, can_score: bool) -> Task:
     """What one idle worker does now: the task that saves the most seconds, now or later.
 
     A takeover saves what it takes off the time until the last sequence is finished; training is worth LEARN_WORTH of
     the time it gets, also of what a takeover leaves of it. costs None: nothing is measured yet, so nothing is moved.
+    Scoring what is finished takes moments, and spares all workers as many: it goes before training.
     """
-    otherwise: Task = Learn() if can_learn else Rest()
+    otherwise: Task = Score() if can_score else Learn() if can_learn else Rest()
     worth = LEARN_WORTH if can_learn else 0.0
     if costs is None:
         return otherwise

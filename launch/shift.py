@@ -10,9 +10,10 @@ from time import perf_counter, time
 from launch.fleet import Fleet, WorkerLostError, silent
 from launch.forecast import spread
 from launch.hearing import Hearing
-from launch.idle import Learn, Rest, TakeOver
+from launch.idle import Learn, Rest, Score, TakeOver
 from launch.ledger import Ledger
 from launch.pace import Key, Look
+from launch.scoring import Scoring
 from rollout.types import Partial, Prompt, Rollout, Sampling, Span, SpecStats
 
 TICK_S = 0.5  # between looks at those that still sample, while somebody is idle
@@ -63,13 +64,14 @@ class Shift:
         self._director: asyncio.Task[None] | None = None
         self._hearing = Hearing(fleet)
         self.ledger = Ledger()
+        self._scoring = Scoring(fleet, sampling, self._prompts, self.ledger, self._scored)
 
     def begin(self, prompts: Sequence[Prompt]) -> None:
         """Spread the prompts over the workers. Raises ResourceError where none is left."""
         alive = self.fleet.alive
         if not alive:
             raise self.fleet.nobody()
-        self._prompts = {prompt.id: prompt for prompt in prompts}
+        self._prompts.update({prompt.id: prompt for prompt in prompts})
         for number, share in spread(prompts, self.fleet.lengths.expected(prompts), alive).items():
             keys = [(prompt.id, sample) for prompt in share for sample in range(self.sampling.num_samples)]
             self.owner |= dict.fromkeys(keys, number)
@@ -92,7 +94,7 @@ class Shift:
         for _, stream in streams:
             if self.owner:
                 stream.cancel()
-        await asyncio.gather(*map(self._recall, list(self._learning)), self._wait(streams))
+        await asyncio.gather(*map(self._recall, [*self._learning, *self._scoring.under_way]), self._wait(streams))
         await self._hearing.end()
 
     def _start(self, number: int, prompts: Sequence[Prompt], partials: Sequence[Partial]) -> None:
@@ -124,6 +126,7 @@ class Shift:
             self._lengths[rollout.prompt_id, rollout.sample] = len(rollout.token_ids)
             self.arrived.put_nowait(rollout)
             self.ledger.arrived()
+            self._scoring.add(rollout)
 
     async def _direct(self) -> None:
         """Give the idle something to do, whenever somebody becomes idle and at every tick while somebody is.
@@ -180,17 +183,24 @@ class Shift:
             self.owner |= {_key(partial): number for partial in partials}
 
     async def _assign_one(self, number: int) -> None:
+        if number in self._scoring.under_way:
+            return
         # what is greedy is an evaluation: the policy may have been updated since the features were made
         can_learn = self.fleet.learns and number not in self._learned_out and self.sampling.temperature > 0
+        can_score = self._scoring.is_due(is_learning=number in self._learning)
         known = self._looks | self._moves
         busy = [
             self.fleet.pace.load(other, known[other].lengths, limit=self.sampling.max_new_tokens)
             for other in self._streams
             if other in known
         ]
-        match self.fleet.decide(busy, self.fleet.pace.costs(), can_learn=can_learn):
+        match self.fleet.decide(busy, self.fleet.pace.costs(), can_learn=can_learn, can_score=can_score):
             case TakeOver(source, count):
                 await self._take_over(number, source, count)
+            case Score():
+                await self._recall(number)
+                if number not in self.fleet.lost:
+                    self._scoring.begin(number)
             case Learn():
                 if number not in self._learning and number not in self.fleet.lost:
                     turn = self.fleet.num_turns = self.fleet.num_turns + 1
@@ -272,8 +282,16 @@ class Shift:
             self._learned_out.add(number)
             self._changed.set()
 
+    def _scored(self, number: int, lost: WorkerLostError | None) -> None:
+        """A worker is done with what it scored, or lost."""
+        if lost is not None:
+            self._lose(number, lost)
+        self._changed.set()
+
     async def _recall(self, number: int) -> None:
-        """Call a worker away from learning, if that is what it does."""
+        """Call a worker away from learning, or wait for what it scores, if that is what it does."""
+        if number in self._scoring.under_way:
+            await self._wait([(number, self._scoring.under_way[number])])
         if number not in self._learning:
             return
         turn, learning = self._learning.pop(number)

@@ -22,6 +22,7 @@ from launch.idle import Decide, decide
 from launch.learners import RayLearner
 from launch.parts import build_engine, build_trainer, build_worker
 from launch.pulse import GROUP, Pulse
+from rl.trainer import DeepSpeedTrainer
 
 PLACEMENT_TIMEOUT_S = 120.0
 SILENCE_S = 60.0  # of workers that write no checkpoint
@@ -49,6 +50,7 @@ def _start_colocated(config: Config, path: Path, *, device: str, dtype: str, rec
     silence_s = config.run.silence_s
     with start_actors(make, count=count, device=device, slots=slots, silence_s=silence_s, recovery=recovery) as parts:
         parts[0].fleet.needs_all = True
+        parts[0].fleet.scores = DeepSpeedTrainer.scores_alone(config.train)
         yield parts
 
 

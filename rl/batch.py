@@ -1,6 +1,6 @@
 """From groups of rollouts to packed tensors, and to the pieces one forward pass or one rank takes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -8,11 +8,21 @@ import torch
 from rl.types import Batch, Group
 
 
-def pack(groups: Sequence[Group]) -> Batch:
-    """Lay all rollouts end to end, group by group and in each by sample."""
+def pack(groups: Sequence[Group], references: Mapping[tuple[str, int], Sequence[float]] | None = None) -> Batch:
+    """Lay all rollouts end to end, group by group and in each by sample.
+
+    references: the reference policy's log-probs of responses, by prompt id and sample, of those that are known.
+    """
+    known = references or {}
     return _join(
         [
-            _sequence(group.prompt.token_ids, rollout.token_ids, rollout.logprobs, advantage)
+            _sequence(
+                group.prompt.token_ids,
+                rollout.token_ids,
+                rollout.logprobs,
+                advantage,
+                known.get((rollout.prompt_id, rollout.sample)),
+            )
             for group in groups
             for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
         ]
@@ -40,7 +50,7 @@ def split(batch: Batch, n: int) -> list[Batch]:
         lightest = loads.index(min(loads))
         loads[lightest] += lengths[index]
         members[lightest].append(index)
-    return [_select(batch, sorted(indices)) for indices in members]
+    return [select(batch, sorted(indices)) for indices in members]
 
 
 def microbatches(batch: Batch, max_tokens: int) -> list[Batch]:
@@ -53,7 +63,7 @@ def microbatches(batch: Batch, max_tokens: int) -> list[Batch]:
             tokens = 0
         members[-1].append(index)
         tokens += length
-    return [_select(batch, indices) for indices in members]
+    return [select(batch, indices) for indices in members]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -61,19 +71,26 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(**{field.name: getattr(batch, field.name).to(device) for field in fields(Batch)})
 
 
-_Sequence = tuple[Sequence[int], Sequence[int], Sequence[float], float]
+_Sequence = tuple[Sequence[int], Sequence[int], Sequence[float], float, Sequence[float] | None]
 
 
-def _sequence(prompt: Sequence[int], response: Sequence[int], logprobs: Sequence[float], advantage: float) -> _Sequence:
+def _sequence(
+    prompt: Sequence[int],
+    response: Sequence[int],
+    logprobs: Sequence[float],
+    advantage: float,
+    reference: Sequence[float] | None = None,
+) -> _Sequence:
     """One prompt and response with what belongs to them."""
     assert prompt, "the first response token needs a token before it"
     assert len(response) == len(logprobs), f"{len(response)} response tokens, {len(logprobs)} log-probs"
-    return prompt, response, logprobs, advantage
+    assert reference is None or len(response) == len(reference), f"{len(response)} tokens are scored otherwise"
+    return prompt, response, logprobs, advantage, reference
 
 
 def _join(sequences: Sequence[_Sequence]) -> Batch:
     """Pack sequences in the order given."""
-    lengths = [len(prompt) + len(response) for prompt, response, _, _ in sequences]
+    lengths = [len(prompt) + len(response) for prompt, response, *_ in sequences]
     batch = Batch(
         token_ids=torch.zeros(sum(lengths), dtype=torch.int64),
         positions=torch.cat([torch.zeros(0, dtype=torch.int64), *map(torch.arange, lengths)]),
@@ -81,8 +98,9 @@ def _join(sequences: Sequence[_Sequence]) -> Batch:
         old_logprobs=torch.zeros(sum(lengths)),
         advantages=torch.zeros(sum(lengths)),
         loss_mask=torch.zeros(sum(lengths), dtype=torch.bool),
+        reference_logprobs=torch.full((sum(lengths),), torch.nan),
     )
-    for start, end, (prompt, response, logprobs, advantage) in zip(
+    for start, end, (prompt, response, logprobs, advantage, reference) in zip(
         batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), sequences, strict=True
     ):
         answer = slice(start + len(prompt), end)
@@ -90,6 +108,8 @@ def _join(sequences: Sequence[_Sequence]) -> Batch:
         batch.old_logprobs[answer] = torch.tensor(logprobs)
         batch.advantages[answer] = advantage
         batch.loss_mask[answer] = True
+        if reference is not None:
+            batch.reference_logprobs[answer] = torch.tensor(reference)
     return batch
 
 
@@ -98,7 +118,7 @@ def _lengths(batch: Batch) -> list[int]:
     return batch.cu_seqlens.diff().tolist()
 
 
-def _select(batch: Batch, indices: Sequence[int]) -> Batch:
+def select(batch: Batch, indices: Sequence[int]) -> Batch:
     """The sequences at these indices, packed in that order."""
     starts, lengths = batch.cu_seqlens.tolist(), _lengths(batch)
     tokens = torch.cat(
@@ -111,4 +131,5 @@ def _select(batch: Batch, indices: Sequence[int]) -> Batch:
         old_logprobs=batch.old_logprobs[tokens],
         advantages=batch.advantages[tokens],
         loss_mask=batch.loss_mask[tokens],
+        reference_logprobs=batch.reference_logprobs[tokens],
     )

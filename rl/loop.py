@@ -114,7 +114,7 @@ class Loop:
         drafter = self.teach(groups, watch)
         self.progress.phase("train")
         with watch.phase("train"):
-            stats = self.trainer.step(pack(groups))
+            stats = self.trainer.step(pack(groups, self.engine.references()))
         self.step += 1
         with watch.phase("sync"):
             moved = self.engine.update(self.step)

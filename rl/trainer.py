@@ -22,6 +22,7 @@ from rl.batch import microbatches, split, to_device
 from rl.loss import RECORD, clipped_policy_loss, importance_weights, k3_divergence, step_stats
 from rl.offload import Shelf
 from rl.packed import PackedPolicy, Round
+from rl.reference import completed
 from rl.schedule import learning_rate
 from rl.types import Batch, StepStats
 from rl.ulysses import Sharing, require_heads
@@ -233,13 +234,32 @@ class DeepSpeedTrainer:
         )
         loss, kl = weights * loss, torch.zeros_like(loss)
         if self.reference is not None:
-            named = {f"policy.{name}": tensor for name, tensor in self.reference.items()}
-            with torch.no_grad():
-                reference, _ = torch.func.functional_call(self.policy, named, (each, self.temperature))
+            # ranks that compute together must agree on what is to be computed
+            alone = self.scores_alone(config)
+            reference = completed(each, self._referred) if alone else self._referred(each)
             kl = k3_divergence(logprobs, reference)
             loss = loss + config.kl_coef * kl
         prob_diff, logprob_diff = (old.exp() - sampled.exp()).abs(), (old - sampled).abs()
         return torch.stack([loss, entropy.detach(), kl, clipped.float(), weights, prob_diff, logprob_diff])
+
+    @torch.no_grad()
+    def _referred(self, each: Round) -> torch.Tensor:
+        """The reference's log-probs of a round's targets, [R]; before the first step, the policy's."""
+        named = {f"policy.{name}": tensor for name, tensor in (self.reference or {}).items()}
+        logprobs, _ = torch.func.functional_call(self.policy, named, (each, self.temperature))
+        return logprobs
+
+    @staticmethod
+    def scores_alone(config: TrainConfig) -> bool:
+        """Whether there is a reference, which one rank can ask without the others, in memory that nobody else has."""
+        together = config.zero_stage == 3 or config.sequence_parallel > 1
+        return config.kl_coef > 0 and not together and config.offload == "none"
+
+    def score(self, batch: Batch) -> torch.Tensor:
+        """The reference's log-probs of a batch's response tokens, [R] on the host, computed by this rank alone."""
+        assert self.scores_alone(self.config)
+        parts = [to_device(part, self.device) for part in microbatches(batch, self.config.micro_tokens)]
+        return torch.cat([self._referred(Round(part, self.sharing.targets(part), 1.0)).cpu() for part in parts])
 
     def _cross_entropy(self, each: Round, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
         """The supervised loss: nothing was sampled, so nothing is corrected."""

@@ -32,7 +32,8 @@ class Batch:
     """Packed sequences, prompts and responses end to end. T tokens, N sequences.
 
     token_ids, positions [T] int64; cu_seqlens [N + 1] int32; old_logprobs [T] float32: the rollout's log-prob of
-    token_ids[t], 0 off the response; advantages [T] float32; loss_mask [T] bool: True on response tokens.
+    token_ids[t], 0 off the response; advantages [T] float32; loss_mask [T] bool: True on response tokens;
+    reference_logprobs [T] float32: the reference policy's, NaN off the response and where nobody computed them yet.
     Token t is predicted from token t - 1 of the same sequence.
     """
 
@@ -42,6 +43,7 @@ class Batch:
     old_logprobs: torch.Tensor
     advantages: torch.Tensor
     loss_mask: torch.Tensor
+    reference_logprobs: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,6 +180,10 @@ class NativeEngine:
             )
         ]
 
+    def references(self) -> dict[tuple[str, int], list[float]]:
+        """Nothing: nobody is idle while this samples."""
+        return {}
+
     def figures(self) -> dict[str, Any]:
         """Nothing: nobody waits for another here, and no weights move."""
         return {}

@@ -1,6 +1,6 @@
 """What flows through the rollout engine: prompts in, rollouts out. Plain values that may cross processes."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -136,6 +136,12 @@ class Engine(Protocol):
 
     def activity(self) -> list[Activity]:
         """What every worker does, as far as is known now; never waits for one. [] where there is nothing to tell."""
+
+    def references(self) -> Mapping[tuple[str, int], Sequence[float]]:
+        """The reference policy's log-probs of rollouts of the last generate, by prompt id and sample.
+
+        Of those alone that idle workers have scored.
+        """
 
     def figures(self) -> dict[str, Any]:
         """What the last generate measured beside what rollouts tell, for a step's record: of a fleet, its idle time."""

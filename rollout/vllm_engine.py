@@ -196,6 +196,10 @@ class VllmEngine:
         is_generating = bool(self._running)
         return [self._tally.activity(running=running, waiting=waiting, preempted=0, is_generating=is_generating)]
 
+    def references(self) -> dict[tuple[str, int], list[float]]:
+        """Nothing: nobody is idle while this samples."""
+        return {}
+
     def figures(self) -> dict[str, Any]:
         """Nothing, as NativeEngine's."""
         return {}

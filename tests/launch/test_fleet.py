@@ -13,7 +13,7 @@ import pytest
 from configs.errors import DataError, ResourceError
 from launch import shift
 from launch.fleet import Fleet, WorkerLostError
-from launch.idle import Learn, Rest, TakeOver, Task
+from launch.idle import Learn, Rest, TakeOver, Task, decide
 from launch.ledger import IdleReport
 from launch.shift import sample
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling, SpecStats
@@ -40,6 +40,9 @@ class Scripted:
         self.sampling = asyncio.Event()
         self.is_learning = asyncio.Event()
         self.away: dict[int, asyncio.Future[float]] = {}
+        self.scored: list[Key] = []
+        self.may_score = asyncio.Event()
+        self.may_score.set()
         self.closed = 0
         self.dead: Exception | None = None
 
@@ -121,6 +124,15 @@ class Scripted:
         finally:
             self.is_learning.clear()
 
+    async def score(self, pairs: Sequence[tuple[Prompt, Rollout]]) -> dict[Key, list[float]]:
+        self.check()
+        assert not self.sequences and not self.is_learning.is_set(), "it does two things at once"
+        await self.may_score.wait()
+        self.check()
+        keys = [(prompt.id, rollout.sample) for prompt, rollout in pairs]
+        self.scored += keys
+        return {key: [-1.0] for key in keys}
+
     async def call_away(self, turn: int) -> None:
         self.check()
         ended = self.away.setdefault(turn, asyncio.get_running_loop().create_future())
@@ -134,7 +146,7 @@ class Advice:
     def __init__(self, *tasks: Task) -> None:
         self.tasks = list(tasks)
 
-    def __call__(self, busy: Sequence[Any], costs: Any, *, can_learn: bool) -> Task:
+    def __call__(self, busy: Sequence[Any], costs: Any, *, can_learn: bool, can_score: bool) -> Task:
         known = {load.worker for load in busy}
         if self.tasks and isinstance(task := self.tasks[0], TakeOver) and task.source not in known:
             return Rest()
@@ -239,6 +251,79 @@ def test_workers_are_heard_while_they_sample_and_once_more_at_the_end() -> None:
         assert [each.running for each in fleet.activity()] == [0, 0]
         (lesson,) = fleet.activity()[1].spans
         assert lesson.kind == "drafter" and lesson.end - lesson.begin == pytest.approx(0.001, abs=1e-5)
+
+    asyncio.run(run())
+
+
+def test_an_idle_worker_scores_what_is_finished_before_it_learns() -> None:
+    async def run() -> None:
+        workers, fleet = make(2)
+        fleet.scores = True
+        fleet.decide = decide
+        call = Call(fleet, 2)
+        await until(lambda: all(worker.sequences for worker in workers))
+        first = list(workers[1].sequences)
+        workers[1].finish_all()
+        await until(workers[1].is_learning.is_set)
+        assert sorted(workers[1].scored) == sorted(first)
+        workers[0].finish_all()
+        await ends(call)
+        assert fleet.references == {key: [-1.0] for key in first}, "the rest is left to training"
+        assert 0 < fleet.report.scored_s <= fleet.report.idle_s
+
+    asyncio.run(run())
+
+
+def test_a_worker_lost_while_it_scores_costs_its_scores_alone() -> None:
+    async def run() -> None:
+        workers, fleet = make(2)
+        fleet.scores, fleet.decide = True, decide
+        workers[1].may_score.clear()
+        call = Call(fleet, 2)
+        await until(lambda: all(worker.sequences for worker in workers))
+        workers[1].finish_all()
+        await until(lambda: workers[1].closed == 1 and not workers[1].sequences)
+        workers[1].kill()
+        workers[1].may_score.set()
+        await until(lambda: 1 in fleet.lost)
+        workers[0].finish_all()
+        await ends(call)
+        assert sorted(call.keys) == sorted(keys(2)) and fleet.references == {}
+
+    asyncio.run(run())
+
+
+def test_a_score_that_fails_is_left_to_training(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        workers, fleet = make(2)
+        fleet.scores, fleet.decide = True, decide
+
+        async def fails(pairs: Sequence[tuple[Prompt, Rollout]]) -> dict[Key, list[float]]:
+            raise RuntimeError("out of memory")
+
+        workers[1].score = fails  # type: ignore[method-assign]
+        call = Call(fleet, 2)
+        await until(lambda: all(worker.sequences for worker in workers))
+        workers[1].finish_all()
+        await until(workers[1].is_learning.is_set)
+        workers[0].finish_all()
+        await ends(call)
+        assert fleet.references == {} and not fleet.lost
+
+    asyncio.run(run())
+    assert caplog.text.count("scores no rollouts") == 1
+
+
+def test_evaluations_are_not_scored() -> None:
+    async def run() -> None:
+        workers, fleet = make(2)
+        fleet.scores, fleet.decide = True, decide
+        call = Call(fleet, 2, replace(SAMPLING, temperature=0.0))
+        await until(lambda: all(worker.sequences for worker in workers))
+        for worker in workers[::-1]:
+            worker.finish_all()
+        await ends(call)
+        assert not workers[0].scored and not workers[1].scored
 
     asyncio.run(run())
 
@@ -528,7 +613,7 @@ def test_every_rollout_arrives_once_whatever_happens(seed: int) -> None:
         source = random.Random(seed)
         workers = [Scripted() for _ in range(4)]
 
-        def advise(busy: Sequence[Any], costs: Any, *, can_learn: bool) -> Task:
+        def advise(busy: Sequence[Any], costs: Any, *, can_learn: bool, can_score: bool) -> Task:
             if busy and source.random() < 0.5:
                 return TakeOver(source.choice(busy).worker, source.randrange(1, 3))
             return Learn() if can_learn else Rest()
@@ -553,11 +638,12 @@ def test_every_rollout_arrives_once_whatever_happens(seed: int) -> None:
 
 def test_no_idle_time_is_all_used() -> None:
     assert IdleReport().used == 1
-    report = IdleReport(seconds=20, idle_s=10, sampled_s=3, learned_s=5, num_moved=2)
-    assert report.used == 0.8
+    report = IdleReport(seconds=20, idle_s=10, sampled_s=3, learned_s=5, scored_s=1, num_moved=2)
+    assert report.used == 0.9
     assert report.figures() == {
         "idle_seconds": 10,
-        "idle_used_share": 0.8,
+        "idle_used_share": 0.9,
         "sequences_moved": 2,
         "learned_seconds": 5,
+        "scored_seconds": 1,
     }

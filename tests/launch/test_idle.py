@@ -13,6 +13,7 @@ from launch.idle import (
     Learn,
     Load,
     Rest,
+    Score,
     TakeOver,
     counts,
     decide,
@@ -53,7 +54,7 @@ def test_a_takeover_is_of_some_that_are_there_and_pays_for_its_move(
     tokens: list[float], rate: DecodeRate, can_learn: bool
 ) -> None:
     given = costs(rate)
-    task = decide([Load(3, tuple(tokens))], given, can_learn=can_learn)
+    task = decide([Load(3, tuple(tokens))], given, can_learn=can_learn, can_score=False)
     if not isinstance(task, TakeOver):
         assert task == (Learn() if can_learn else Rest())
         return
@@ -66,7 +67,7 @@ def test_a_takeover_is_of_some_that_are_there_and_pays_for_its_move(
 def test_only_the_worker_that_would_finish_last_is_relieved(loads: list[list[float]], rate: DecodeRate) -> None:
     given = costs(rate)
     busy = [Load(number, tuple(tokens)) for number, tokens in enumerate(loads)]
-    task = decide(busy, given, can_learn=False)
+    task = decide(busy, given, can_learn=False, can_score=False)
     if isinstance(task, TakeOver):
         finish = [finish_s(load.remaining, given) for load in busy]
         assert finish[task.source] == max(finish)
@@ -74,26 +75,36 @@ def test_only_the_worker_that_would_finish_last_is_relieved(loads: list[list[flo
 
 def test_one_straggler_leaves_everybody_else_to_learn() -> None:
     given = costs(DecodeRate(0.01, 0.0001))
-    assert decide([Load(0, (500.0,))], given, can_learn=True) == Learn()
-    assert decide([Load(0, (500.0,))], given, can_learn=False) == Rest()
+    assert decide([Load(0, (500.0,))], given, can_learn=True, can_score=False) == Learn()
+    assert decide([Load(0, (500.0,))], given, can_learn=False, can_score=False) == Rest()
+
+
+def test_what_is_finished_is_scored_before_anybody_learns_and_after_what_ends_the_step_sooner() -> None:
+    given = costs(DecodeRate(0.01, 0.0001))
+    for can_learn in (True, False):
+        assert decide([Load(0, (500.0,))], given, can_learn=can_learn, can_score=True) == Score()
+    relief = costs(DecodeRate(0.01, 0.0), slots=4)
+    assert decide([Load(1, (400.0,) * 8)], relief, can_learn=True, can_score=True) == TakeOver(1, 4)
 
 
 def test_sequences_that_wait_for_a_slot_are_taken_over_and_those_that_cost_nothing_are_not() -> None:
     waiting = costs(DecodeRate(0.01, 0.0), slots=4)
-    assert decide([Load(1, (400.0,) * 8)], waiting, can_learn=True) == TakeOver(1, 4)
+    assert decide([Load(1, (400.0,) * 8)], waiting, can_learn=True, can_score=False) == TakeOver(1, 4)
     together = costs(DecodeRate(0.01, 0.0), slots=64)
-    assert decide([Load(1, (400.0,) * 8)], together, can_learn=True) == Learn()
+    assert decide([Load(1, (400.0,) * 8)], together, can_learn=True, can_score=False) == Learn()
 
 
 def test_nothing_is_moved_before_anything_was_measured() -> None:
-    assert decide([Load(0, (900.0,) * 64)], None, can_learn=True) == Learn()
-    assert decide([Load(0, (900.0,) * 64)], None, can_learn=False) == Rest()
+    assert decide([Load(0, (900.0,) * 64)], None, can_learn=True, can_score=False) == Learn()
+    assert decide([Load(0, (900.0,) * 64)], None, can_learn=False, can_score=False) == Rest()
 
 
 def test_a_move_that_takes_longer_than_it_saves_is_not_made() -> None:
     rate = DecodeRate(0.0, 0.001)
-    assert isinstance(decide([Load(0, (100.0,) * 16)], costs(rate, move_s=0.1), can_learn=False), TakeOver)
-    assert decide([Load(0, (100.0,) * 16)], costs(rate, move_s=2.0), can_learn=False) == Rest()
+    assert isinstance(
+        decide([Load(0, (100.0,) * 16)], costs(rate, move_s=0.1), can_learn=False, can_score=False), TakeOver
+    )
+    assert decide([Load(0, (100.0,) * 16)], costs(rate, move_s=2.0), can_learn=False, can_score=False) == Rest()
 
 
 @given(st.integers(0, 500))
@@ -158,7 +169,7 @@ class Simulation:
             if left and self.held_until[other] <= self.now:
                 expected = tuple(expected_remaining(length, self.finished, limit) for length in said)
                 busy.append(Load(other, expected))
-        task = decide(busy, self.given, can_learn=self.can_learn)
+        task = decide(busy, self.given, can_learn=self.can_learn, can_score=False)
         if isinstance(task, TakeOver):
             source = task.source
             order = sorted(range(len(self.left[source])), key=lambda at: self.total[source][at] - self.left[source][at])

@@ -22,7 +22,7 @@ JOB = Job("tiny", None, running=4, prompt_len=20, new_tokens=200, batch_tokens=2
 SAMPLING = Sampling(num_samples=8, max_new_tokens=JOB.new_tokens, stop_token_ids=(7, 8), seed=2, step=9)
 
 
-def grab(busy: Sequence[Load], costs: Costs | None, *, can_learn: bool) -> Task:
+def grab(busy: Sequence[Load], costs: Costs | None, *, can_learn: bool, can_score: bool) -> Task:
     """Take what there is, as often as it goes."""
     loads = [load for load in busy if len(load.remaining) > 1]
     return TakeOver(loads[0].worker, len(loads[0].remaining) // 2) if loads else Rest()

@@ -71,10 +71,11 @@ def test_a_learned_drafter_changes_no_token_of_a_run(recipe: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_workers_agree_on_one_drafter(recipe: Path, tmp_path: Path, paceline: Paceline) -> None:
     overrides = ("spec.source=eagle", "spec.top_k=1", "compute.backend=ray", "compute.workers=2", "train.steps=4")
-    result = paceline("train", recipe, *overrides, *DRAFTER)
+    result = paceline("train", recipe, *overrides, "train.kl_coef=0.1", *DRAFTER)
     assert result.returncode == 0, result.stderr
     steps = records(tmp_path / "run")
     assert steps[-1]["drafter_version"] > 0 and not any("drafter_off" in record for record in steps)
     assert all(0 <= record["idle_used_share"] <= 1 and record["idle_seconds"] >= 0 for record in steps)
     assert all(record["sequences_moved"] >= 0 and record["learned_seconds"] >= 0 for record in steps)
+    assert sum(record["scored_seconds"] for record in steps) > 0 and steps[-1]["kl"] > 0
     assert "different drafters" not in result.stderr + result.stdout
