@@ -62,7 +62,10 @@ CASES: dict[str, Case] = {
         "out of memory in a step", "train.backward:3:oom", f"exit 4, with what to lower; {LAST}", 4, said="OutOfMemory"
     ),
     "data-unreadable": Case(
-        "the data cannot be read", "data.load:1:raise", "exit 1 before anything starts; resume starts over", 1
+        "an unexpected error while the data are read",
+        "data.load:1:raise",
+        "exit 1 before anything starts; resume starts over",
+        1,
     ),
     # a checkpoint
     **{
@@ -258,7 +261,7 @@ ELSEWHERE: tuple[tuple[str, str, str, str], ...] = (
     (
         "a node is lost with its worker",
         "rollout.cycle@1:30:node",
-        "the others are named a worker short; all start again on the nodes left, from the newest checkpoint",
+        "a rank's: all start again on the nodes left, from the newest checkpoint; one that only samples: the others go on",
         "test_nodes.py",
     ),
     (
