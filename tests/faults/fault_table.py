@@ -261,7 +261,7 @@ ELSEWHERE: tuple[tuple[str, str, str, str], ...] = (
     (
         "a node is lost with its worker",
         "rollout.cycle@1:30:node",
-        "a rank's: all start again on the nodes left, from the newest checkpoint; one that only samples: the others go on",
+        "a rank's: all start again on the nodes left, from the newest checkpoint; another's: the others go on",
         "test_nodes.py",
     ),
     (
