@@ -25,10 +25,12 @@ def write_bundle(run: Path, out: Path) -> list[str]:
     staged = out.with_name(f".{out.name}.partial")
     root = run.resolve().name
     names, cut = [], []
+    with storing(out):
+        staged.unlink(missing_ok=True)  # of one that was killed, or a link that another user laid there
     try:
         with (
             storing(out),
-            open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file,
+            open(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
             tarfile.open(fileobj=file, mode="w:gz") as bundle,
         ):
             for path in taken(run):

@@ -34,13 +34,18 @@ def logs(
     require_run(run)
     first, *others = reading.log_files(run, attempt)
     last_attempt = first.parent.name == f"attempt_{reading.attempts(run)[-1]}"
+    is_empty = True
     try:
         for text in reading.follow(first, lambda: not (follow and last_attempt and read_status(run)["alive"])):
             sys.stdout.write(text)
             sys.stdout.flush()
+            is_empty = False
         for log in others:
             if log.stat().st_size:
                 print(f"\n==> {log.name} <==\n{log.read_text(encoding='utf-8', errors='replace')}", end="")
+                is_empty = False
+        if is_empty:
+            print(f"nothing was logged in {first.parent}; `paceline status {run}` says where it is", file=sys.stderr)
     except KeyboardInterrupt:
         return
     except BrokenPipeError:  # whoever was reading has seen enough

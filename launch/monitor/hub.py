@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,8 @@ _TYPES = {
     ".woff2": "font/woff2",
 }
 
+log = logging.getLogger(__name__)
+
 
 class Hub:
     """One run's reader, and the pages that listen to it."""
@@ -41,12 +44,20 @@ class Hub:
         self.reader.poll()
         self._listeners: set[asyncio.Queue[str]] = set()
         self._tokenizers: dict[str, Any] = {}
+        self._trouble = ""
 
     async def watch(self) -> None:
         """Look at the files for ever, and tell the pages what is new."""
         while True:
             await asyncio.sleep(POLL_S)
-            changed, cut = self.reader.poll()
+            try:
+                changed, cut = self.reader.poll()
+            except OSError as error:  # a file system that is away for a while: what was known stands
+                if str(error) != self._trouble:
+                    log.warning("cannot read %s: %s", self.reader.path, error)
+                self._trouble = str(error)
+                continue
+            self._trouble = ""
             if changed and self._listeners:
                 self.tell(changed, cut=cut)
 

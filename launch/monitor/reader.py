@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from launch.monitor.tail import Line, Record, StepIndex, Tail
 from rl.rundir import read_status, require_run
 
 ALIVE_EVERY_S = 2.0  # to learn whether a run is alive its lock is touched, which a resume must not meet too often
+
+# what every line of a file has, in every version
+NUMBERS = {
+    "steps": ("step", "total_steps", "seconds", "tokens", "num_rollouts", "truncated_fraction", "draft_tokens",
+              "accept_length", "reward_mean"),
+    "curve": ("step", "time", "finished", "total", "tokens"),
+    "lanes": ("step", "worker", "begin", "end"),
+}  # fmt: skip
 
 
 class RunReader:
@@ -61,8 +70,10 @@ class RunReader:
                 changed.add(name)
                 cut = True
             for line in lines:
-                add(line)
-                changed.add(name)
+                # a line of something else is passed over, as a torn one is
+                if all(isinstance(line.record.get(key), int | float) for key in NUMBERS.get(name, ())):
+                    add(line)
+                    changed.add(name)
         if self._is_new(self.path / "config" / "resolved.yaml"):
             self.config = _yaml(self.path / "config" / "resolved.yaml")
             changed.add("config")
@@ -103,8 +114,8 @@ class RunReader:
 
     def _add_curve(self, line: Line) -> None:
         self.latest = line.record
-        if isinstance(step := line.record.get("step"), int) and not line.record.get("eval"):
-            self._curve.add(step, line)
+        if not line.record.get("eval"):
+            self._curve.add(line.record["step"], line)
 
     def _forget_curve(self) -> None:
         self._curve.ranges.clear()
@@ -112,8 +123,7 @@ class RunReader:
 
     def _add_lane(self, line: Line) -> None:
         record = line.record
-        if isinstance(step := record.get("step"), int):
-            self._lanes.add(step, line)
+        self._lanes.add(record["step"], line)
         if record["worker"] >= 0:
             self.activity_seconds[record["kind"]] += record["end"] - record["begin"]
 
@@ -141,7 +151,11 @@ class RunReader:
 
     def _last_written(self) -> float:
         files: Iterable[Path] = (self.path / "STATUS.json", *(tail.path for tail, *_ in self._tails.values()))
-        return max((path.stat().st_mtime for path in files if path.exists()), default=0.0)
+        times = []
+        for path in files:
+            with suppress(FileNotFoundError):
+                times.append(path.stat().st_mtime)
+        return max(times, default=0.0)
 
 
 def _into(records: list[Record]) -> tuple[Callable[[Line], None], Callable[[], None]]:
@@ -149,5 +163,8 @@ def _into(records: list[Record]) -> tuple[Callable[[Line], None], Callable[[], N
 
 
 def _yaml(path: Path) -> Record:
-    value: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        value: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:  # mended by hand just now; it names the run, and nothing depends on it
+        value = None
     return value if isinstance(value, dict) else {}

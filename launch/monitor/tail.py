@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,21 +40,20 @@ class Tail:
 
         It does where the file was cut or replaced, as a resumed run does with steps that are to be done again.
         """
-        try:
-            file = self.path.open("rb")
-        except FileNotFoundError:
+        file = _opened(self.path)
+        if file is None:
             restarted, self._offset, self._inode, self._mark = self._offset > 0, 0, 0, b""
             return restarted, iter(())
-        stat = os.fstat(file.fileno())
-        restarted = self._offset > 0 and not self._stands(file.fileno(), stat)
+        about = os.fstat(file.fileno())
+        restarted = self._offset > 0 and not self._stands(file.fileno(), about)
         if restarted:
             self._offset, self._mark = 0, b""
-        self._inode = stat.st_ino
+        self._inode = about.st_ino
         return restarted, self._lines(file)
 
-    def _stands(self, file: int, stat: os.stat_result) -> bool:
+    def _stands(self, file: int, about: os.stat_result) -> bool:
         """Whether what was read is still there."""
-        if stat.st_ino != self._inode or stat.st_size < self._offset:
+        if about.st_ino != self._inode or about.st_size < self._offset:
             return False
         return os.pread(file, len(self._mark), self._offset - len(self._mark)) == self._mark
 
@@ -89,20 +89,32 @@ class StepIndex:
         """The step's lines, read anew. Others that have taken their place since are left out."""
         records = []
         ranges = list(self.ranges.get(step, ()))
-        try:
-            with self.path.open("rb") as file:
-                for begin, end in ranges:
-                    texts = os.pread(file.fileno(), end - begin, begin).split(b"\n")
-                    records += [record for text in texts if (record := parse(text)) is not None]
-        except FileNotFoundError:
+        file = _opened(self.path)
+        if file is None:
             return []
+        with file:
+            for begin, end in ranges:
+                texts = os.pread(file.fileno(), end - begin, begin).split(b"\n")
+                records += [record for text in texts if (record := parse(text)) is not None]
         return [record for record in records if record.get("step") == step]
 
 
 def parse(text: bytes) -> Record | None:
-    """The JSON object in a line, or None."""
+    """The JSON object in a line, or None. A number that is not finite is null, as in the lines of a run."""
     try:
-        record = json.loads(text)
-    except ValueError:
+        record = json.loads(text, parse_constant=lambda name: None)
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _opened(path: Path) -> BinaryIO | None:
+    """The file to read; None where there is none, or a pipe or a device, which would be waited for or never end."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        return None
+    return os.fdopen(file, "rb")

@@ -49,6 +49,8 @@ def view(reader: RunReader, width: int, *, height: int = 0) -> RenderableType:
     """Everything there is to see. height: of the screen, which "q" quits; 0 where there is none."""
     width = min(width, WIDEST)
     last = reader.steps[-1] if reader.steps else {}
+    if last and reader.evals and (reward := reader.evals[-1].get("reward_mean")) is not None:
+        last = last | {"eval_reward": reward}  # of the newest evaluation, as the run's own display has it
     step = reader.drawn_steps[-1] if reader.drawn_steps else 0
     points = reader.curve(step)
     parts: list[RenderableType] = [header(reader, width), Text()]

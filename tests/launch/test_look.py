@@ -36,6 +36,7 @@ def run(tmp_path: Path, tiny_model_dir: Path) -> Path:
             made.write_samples(step, [row(number, step) for number in range(4)])
         for place in range(12):
             made.append_metrics("curve", point(3, place))
+        made.append_metrics("eval", {"step": 1, "stage": "rl", "reward_mean": 0.875})
         made.append_event("drift", step=2, level="warn", prob_diff_mean=0.006, limit=0.005)
         made.write_status(state="running", step=2, total_steps=9)
         (made.logs / "run.log").write_text("first line\nlast line\n")
@@ -47,7 +48,8 @@ def record(step: int) -> dict[str, object]:
         "step": step, "total_steps": 9, "reward_mean": step / 4, "reward_std": 0.1, "response_len_mean": 20.0,
         "tokens_per_s": 100.0, "accept_length": 1.5, "accept_length_suffix": 2.25, "draft_share_suffix": 0.4,
         "loss": 0.1, "grad_norm": 1.0, "prob_diff_mean": 0.006, "seconds": 4.0, "seconds_rollout": 3.0,
-        "seconds_train": 1.0, "time": 1000.0 + step,
+        "seconds_train": 1.0, "time": 1000.0 + step, "tokens": 300, "num_rollouts": 4, "truncated_fraction": 0.0,
+        "draft_tokens": 200,
     }  # fmt: skip
 
 
@@ -92,6 +94,7 @@ def test_top_shows_where_a_run_is_and_fits_the_screen(run: Path, width: int) -> 
         "suffix d4 k1 v4",
         "2.25 tokens a forward in 40%",
         "drift",
+        "0.875",
     ):
         assert expected in text, expected
     assert "200" in text, "tokens a second of a worker: 50 in a quarter of one"
@@ -148,6 +151,9 @@ def test_logs_are_the_last_attempts_unless_another_is_named(run: Path, capsys: p
     assert capsys.readouterr().out == "second attempt\n\n==> crash.log <==\nthe cause\n"
     look.logs(run, follow=False, attempt=1)
     assert capsys.readouterr().out == "first line\nlast line\n"
+    (run / "logs" / "attempt_1" / "run.log").write_text("")
+    look.logs(run, follow=False, attempt=1)
+    assert "nothing was logged in" in capsys.readouterr().err
     with pytest.raises(PreflightError, match="no logs of attempt 7; attempts: 1, 2"):
         look.logs(run, follow=False, attempt=7)
 
@@ -220,6 +226,14 @@ def test_a_bundle_holds_what_helps_and_neither_samples_nor_weights_nor_links(run
     assert out.stat().st_mode & 0o077 == 0
     with pytest.raises(PreflightError, match="exists; name another"):
         write_bundle(run, out)
+
+
+def test_a_link_where_a_bundle_is_staged_is_not_followed(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / ".bundle.tar.gz.partial").symlink_to(tmp_path / "precious")
+    write_bundle(run, tmp_path / "bundle.tar.gz")
+    assert (tmp_path / "precious").read_text() == "kept"
+    assert not (tmp_path / "bundle.tar.gz").is_symlink()
 
 
 def test_a_long_file_is_bundled_with_its_last_whole_lines(

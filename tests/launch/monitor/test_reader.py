@@ -1,6 +1,7 @@
 """Reading a run's files while they grow, are cut and end."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,18 @@ def test_torn_last_line_waits_for_its_rest(tmp_path: Path) -> None:
 def test_line_that_a_crash_tore_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"step": 1}\n{"st\n[3]\n{"step": 2}\n')
     assert records(Tail(tmp_path / "a.jsonl")) == (False, [{"step": 1}, {"step": 2}])
+
+
+def test_numbers_that_are_not_finite_are_read_as_a_run_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"step": 1, "loss": NaN, "kl": -Infinity}\n')
+    assert records(Tail(tmp_path / "a.jsonl")) == (False, [{"step": 1, "loss": None, "kl": None}])
+
+
+def test_pipe_or_device_is_neither_waited_for_nor_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("pipe", "link"):
+        assert records(Tail(tmp_path / name)) == (False, [])
 
 
 @pytest.mark.parametrize("after", ['{"step": 1}\n', '{"step": 1}\n{"step": 7}\n{"step": 8}\n', None])
@@ -74,6 +87,20 @@ def test_live_and_finished_reading_agree(written) -> None:
         assert state(reader) == "done"
     assert live.activity_seconds == finished.activity_seconds
     assert live.poll()[0] <= {"status"}
+
+
+def test_lines_of_something_else_stop_neither_the_reader_nor_what_it_shows(written) -> None:
+    reader = RunReader(written.path)
+    written.step(1)
+    for name in ("steps", "curve", "lanes"):
+        written.line(name, {"step": 2})
+        written.line(name, {"step": "3", "seconds": None, "workers": 1})
+    (written.path / "config" / "resolved.yaml").write_text("run: [")
+    written.step(2)
+    reader.poll()
+    assert [record["step"] for record in reader.steps] == [1, 2]
+    assert (len(reader.curve(2)), len(reader.lanes(2))) == (9, 6)
+    assert (summary(reader)["step"], summary(reader)["run"]) == (2, "")
 
 
 def test_resumed_run_that_does_steps_again_shows_each_once(written) -> None:

@@ -1,0 +1,41 @@
+"""The hub itself, without a server: that it goes on."""
+
+import asyncio
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from launch.monitor import hub as module
+from launch.monitor.hub import Hub
+
+
+def test_file_system_that_is_away_for_a_while_does_not_end_the_watch(
+    written, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.0)
+    hub = Hub(written.path)
+    poll, looks = hub.reader.poll, 0
+
+    def broken() -> tuple[set[str], bool]:
+        nonlocal looks
+        looks += 1
+        if looks < 3:
+            raise OSError(116, "Stale file handle", str(Path("steps.jsonl")))
+        return poll()
+
+    async def run() -> None:
+        monkeypatch.setattr(hub.reader, "poll", broken)
+        watching = asyncio.create_task(hub.watch())
+        written.step(1)
+        while not hub.reader.steps:
+            assert not watching.done()
+            await asyncio.sleep(0)
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+
+    asyncio.run(run())
+    assert [record.message for record in caplog.records if "Stale" in record.message] == [
+        f"cannot read {written.path}: [Errno 116] Stale file handle: 'steps.jsonl'"
+    ]
