@@ -60,13 +60,16 @@ def _points(records: list[Record], begin: float) -> dict[str, list[float]]:
 
 
 def _strategies(records: list[Record], begin: float) -> list[list[Any]]:
-    """What each worker drafted with, as stretches without a change."""
+    """What each worker drafted with while it had sequences to run, as stretches without a change."""
     found: list[list[Any]] = []
     for worker in range(max(len(record["workers"]) for record in records)):
-        known = [(r["time"] - begin, r["workers"][worker]["strategy"]) for r in records if worker < len(r["workers"])]
+        known = [(r["time"] - begin, r["workers"][worker]) for r in records if worker < len(r["workers"])]
         last: list[Any] = []
-        for (start, strategy), (end, _) in pairwise([*known, known[-1]]):
-            if last and last[3] == strategy:
+        for (start, doing), (end, _) in pairwise(known):
+            strategy = doing["strategy"]
+            if not doing["running"]:
+                last = []
+            elif last and last[3] == strategy:
                 last[2] = round(end, 3)
             else:
                 last = [worker, round(start, 3), round(end, 3), strategy]

@@ -5,10 +5,10 @@ import hmac
 import ipaddress
 import socket
 from collections.abc import Iterable
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -44,6 +44,8 @@ class Guard:
         self._token = token
         # what the cookie holds is not the token itself: a browser shows cookies to every port of a host
         self._session = hmac.new(token.encode(), b"paceline monitor session", hashlib.sha256).hexdigest()
+        # named by the token: the hubs of other runs on this host, which a browser does not tell apart, have their own
+        self._cookie = f"paceline_{hmac.new(token.encode(), b'name', hashlib.sha256).hexdigest()[:8]}"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it with what is wrong."""
@@ -92,11 +94,8 @@ class Guard:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and _same(given.strip(), self._token):
             return True
-        try:
-            cookies = SimpleCookie(headers.get("cookie", ""))
-        except CookieError:
-            return False
-        return any(name == COOKIE and _same(morsel.value, self._session) for name, morsel in cookies.items())
+        # unlike http.cookies this reads past what other programs on this host have stored
+        return _same(cookie_parser(headers.get("cookie", "")).get(self._cookie, ""), self._session)
 
     def _login(self, scope: Scope) -> ASGIApp:
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
@@ -104,11 +103,8 @@ class Guard:
             return PlainTextResponse("wrong token", 401)
         answer = RedirectResponse("/", 303)
         # lax: the link may be followed from another page, and nothing here changes anything
-        answer.set_cookie(COOKIE, self._session, httponly=True, samesite="lax", path="/")
+        answer.set_cookie(self._cookie, self._session, httponly=True, samesite="lax", path="/")
         return answer
-
-
-COOKIE = "paceline_monitor"
 
 
 def own_names() -> set[str]:

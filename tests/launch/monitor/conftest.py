@@ -117,7 +117,9 @@ def served(path: Path, door: Door) -> Iterator[str]:
     """The origin of a hub as launch.monitor.serve makes it."""
     listener = bind("127.0.0.1", [0])
     app = Guard(make_app(path), hosts=door.hosts, any_address=door.any_address, token=door.token)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import pytest
+from starlette.responses import RedirectResponse
 
 from configs.errors import ConfigError
 from launch.monitor.guard import Guard
@@ -30,6 +31,18 @@ def ask(
     answer.body = answer.read()  # type: ignore[attr-defined]
     connection.close()
     return answer
+
+
+def login_cookie(token: str) -> str:
+    """What a hub with this token has a browser keep."""
+    guard = Guard(None, hosts=["localhost"], any_address=False, token=token)  # type: ignore[arg-type]
+    scope = {
+        "type": "http", "method": "GET", "path": "/login", "query_string": f"token={token}".encode(),
+        "headers": [(b"host", b"localhost")],
+    }  # fmt: skip
+    answer = guard._refusal(scope)
+    assert isinstance(answer, RedirectResponse)
+    return answer.headers["set-cookie"].partition(";")[0]
 
 
 @pytest.fixture
@@ -97,7 +110,7 @@ def test_every_answer_carries_the_security_headers(origin: str) -> None:
         assert headers["x-frame-options"] == "DENY"
         assert headers["referrer-policy"] == "no-referrer"
         assert headers["cache-control"] == "no-store"
-        assert "server" not in headers or "uvicorn" in headers["server"]
+        assert "server" not in headers
 
 
 def test_page_has_nothing_inline_and_nothing_from_elsewhere() -> None:
@@ -123,7 +136,9 @@ def test_without_its_token_nothing_is_told(written, serving: Callable[..., str])
         assert ask(origin, path).status == 401, path
     assert ask(origin, "/api/state", Authorization="Bearer wrong").status == 401
     assert ask(origin, "/api/state", Authorization=f"Basic {SECRET}").status == 401
-    assert ask(origin, "/api/state", Cookie=f"paceline_monitor={SECRET}").status == 401
+    for name in (login_cookie(SECRET).partition("=")[0], "paceline_monitor"):
+        assert ask(origin, "/api/state", Cookie=f"{name}={SECRET}").status == 401
+        assert ask(origin, "/api/state", Cookie=f"{name}=").status == 401
 
 
 def test_token_opens_by_header_and_by_the_cookie_of_the_login_url(written, serving: Callable[..., str]) -> None:
@@ -133,7 +148,12 @@ def test_token_opens_by_header_and_by_the_cookie_of_the_login_url(written, servi
     assert (login.status, login.headers["location"]) == (303, "/")
     cookie = login.headers["set-cookie"]
     assert "httponly" in cookie.lower() and "samesite=lax" in cookie.lower() and SECRET not in cookie
-    assert ask(origin, "/", Cookie=cookie.partition(";")[0]).status == 200
+    own = cookie.partition(";")[0]
+    assert ask(origin, "/", Cookie=own).status == 200
+    # what other programs on this host store, or another run's hub, is in nobody's way
+    other = login_cookie(SECRET + "s")
+    assert ask(origin, "/", Cookie=f'view={{"open": [1]}}; {other}; {own}').status == 200
+    assert ask(origin, "/", Cookie=other).status == 401
 
 
 def test_listening_elsewhere_always_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +188,8 @@ def test_hub_answers_with_what_the_files_hold(origin: str) -> None:
     assert get("/api/steps?after=1")["columns"] == {}
     curve = get("/api/curve?step=1")
     assert curve["running"] == [8, 7, 6, 5, 4, 3, 2, 1, 0]
-    assert curve["strategies"][:2] == [[0, 0.0, 2.0, "off"], [0, 2.0, 4.0, "suffix d4 k1 v4"]]
+    # after the last sequence nothing is drafted with anything: that is no switch
+    assert curve["strategies"] == [[0, 0.0, 2.0, "off"], [0, 2.0, 4.0, "suffix d4 k1 v4"]]
     lanes = get("/api/lanes?step=1")
     assert lanes["workers"] == [0, 1] and lanes["seconds"]["train"] == 6.0
     assert get("/api/samples?step=1&limit=3")["total"] == 8
