@@ -12,7 +12,8 @@ from configs.errors import ConfigError
 def monitor(
     run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run directory.")] = None,
     port: Annotated[
-        int | None, typer.Option(help="Port of the page; by default the first free one of 8470 to 8489.")
+        int | None,
+        typer.Option(min=0, max=65535, help="Port of the page; by default the first free one of 8470 to 8489."),
     ] = None,
     listen: Annotated[
         str, typer.Option(metavar="ADDR", help="Listen here, not on this machine alone; asks for a token then.")
@@ -33,8 +34,10 @@ def monitor(
 
     if write is not None:
         from launch.monitor.generate import write_monitoring
+        from rl.rundir import storing
 
-        write_monitoring(write, port=port or DEFAULT_PORT)
+        with storing(write):
+            write_monitoring(write, port=port or DEFAULT_PORT)
         print(f"wrote {write}/prometheus.yml, rules.yml and grafana/paceline.json")
         return
     if run is None:

@@ -2,7 +2,7 @@
 
 import argparse
 import ctypes
-import logging
+import errno
 import os
 import secrets
 import signal
@@ -20,8 +20,6 @@ TOKEN = "PACELINE_MONITOR_TOKEN"
 DEFAULT_PORT = 8470
 LOOPBACK_ADDRESS = "127.0.0.1"
 PR_SET_PDEATHSIG = 1
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +56,15 @@ def open_door(listen: str, hosts: Iterable[str] = ()) -> Door:
 def bind(address: str, ports: Sequence[int]) -> socket.socket:
     """A socket that listens there, on the first of the ports that is free; 0 is any. Raises PreflightError."""
     reason = ""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise PreflightError(
+            f"cannot listen on {address}: {error.strerror}; name an address of this machine"
+        ) from error
     for port in ports:
         try:
-            family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+            where = (place[0], port, *place[2:])
             with ExitStack() as stack:
                 listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -69,8 +73,11 @@ def bind(address: str, ports: Sequence[int]) -> socket.socket:
                 stack.pop_all()
                 return listener
         except OSError as error:
-            reason = f"cannot listen on {address} port {port}: {error.strerror or error}"
-    raise PreflightError(f"{reason}; choose another port")
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise PreflightError(f"{address} is no address of this machine; name one that is") from error
+            reason = error.strerror or str(error)
+    asked = f"port {ports[0]}" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]}"
+    raise PreflightError(f"cannot listen on {address} {asked}: {reason}; choose another port")
 
 
 def serve(path: Path, listener: socket.socket, door: Door) -> None:

@@ -64,15 +64,21 @@ class WeightsAndBiases:
     """
 
     def __init__(self, path: Path, *, config: Record, identity: str) -> None:
-        """identity: of the run, the same in every attempt of it and in no other run of that name."""
+        """identity: of the run, the same in every attempt of it and in no other run of that name.
+
+        Raises ConfigError where W&B refuses, as without a login.
+        """
         import wandb
 
         self._wandb = wandb
         name = path.resolve().name
         mark = hashlib.sha256(identity.encode()).hexdigest()[:8]
-        self._run = wandb.init(
-            project="paceline", name=name, id=f"{name}-{mark}", dir=str(path), config=config, resume="allow"
-        )
+        try:
+            self._run = wandb.init(
+                project="paceline", name=name, id=f"{name}-{mark}", dir=str(path), config=config, resume="allow"
+            )
+        except wandb.Error as error:
+            raise ConfigError(f"wandb: {error} Or set WANDB_MODE=offline, which sends nothing.") from error
         self._last = 0
 
     def restart(self) -> None:

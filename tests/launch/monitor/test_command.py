@@ -40,11 +40,17 @@ def test_mistakes_are_one_line_with_their_remedy(tmp_path: Path, capsys: pytest.
     assert paceline() == 2
     assert paceline(str(tmp_path)) == 3
     assert paceline(str(written.path), "--sink", "mlflow") == 2
+    assert paceline(str(written.path), "--port", "99999") == 2
+    assert paceline(str(written.path), "--listen", "192.0.2.1") == 3
+    assert paceline("--write", "/proc/there") == 6
     errors = capsys.readouterr().err.splitlines()
     assert errors == [
         "error: monitor needs a RUN, as in `paceline monitor runs/smoke-20260101-120000`",
         f"error: {tmp_path} is not a run directory; `paceline train CONFIG` makes one under runs/",
         "error: sink 'mlflow' is none of tensorboard, wandb",
+        "error: Invalid value for '--port': Input should be less than or equal to 65535; see paceline --help",
+        "error: 192.0.2.1 is no address of this machine; name one that is",
+        "error: cannot write /proc/there: No such file or directory",
     ]
 
 

@@ -82,6 +82,17 @@ def test_wandb_keeps_an_offline_run(written, monkeypatch: pytest.MonkeyPatch, tm
     assert b"reward/mean" in kept.read_bytes()
 
 
+def test_wandb_without_a_login_says_what_to_do(written, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def refuse(**_: object) -> None:
+        raise wandb.Error("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match="wandb: No API key configured. Or set WANDB_MODE=offline"):
+        feed(written.path, ["wandb"], over())
+
+
 def test_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sinks, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'paceline\[wandb\]'"):
