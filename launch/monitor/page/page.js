@@ -78,7 +78,8 @@ async function show(step) {
   loading = new AbortController();
   const { signal } = loading;
   try {
-    await Promise.all([drawRollout(run.shown, run.shown > finished(), signal), showRecord(whole, signal), showSamples(whole, signal)]);
+    const standing = run.shown <= finished() ? "" : run.state.alive ? "under way" : "never finished";
+    await Promise.all([drawRollout(run.shown, standing, signal), showRecord(whole, signal), showSamples(whole, signal)]);
   } catch (error) {
     if (error.name !== "AbortError") throw error;
   }

@@ -6,7 +6,7 @@ import { color, element, get, keyItem, number, replace } from "/dom.js";
 const GUTTER = 64, RIGHT = 10, HEIGHT = 210;
 const MAX_MARKS = 24; // switches of strategy drawn as lines with names; more than that are ticks above the curve
 const $ = (id) => document.getElementById(id);
-let shown = { step: 0, underWay: false, curve: null, lanes: null, whole: 1, end: 1, plot: null, waits: false };
+let shown = { step: 0, standing: "", curve: null, lanes: null, whole: 1, end: 1, plot: null, waits: false };
 let rolloutsOnly = false;
 
 $("zoom").onclick = () => {
@@ -15,7 +15,8 @@ $("zoom").onclick = () => {
   if (shown.curve) draw();
 };
 
-export async function drawRollout(step, underWay, signal) {
+/** standing: what is to be said of a step that is not finished. */
+export async function drawRollout(step, standing, signal) {
   const [curve, lanes] = step
     ? await Promise.all([get(`/api/curve?step=${step}`, signal), get(`/api/lanes?step=${step}`, signal)])
     : [{ time: [], strategies: [] }, { spans: [], workers: [], seconds: {} }];
@@ -25,7 +26,7 @@ export async function drawRollout(step, underWay, signal) {
   const strategies = curve.strategies.map(([worker, from, to, name]) => [worker, from + shiftCurve, to + shiftCurve, name]);
   const spans = lanes.spans.map(([lane, kind, from, to]) => [lane, lanes.kinds[kind], from + shiftLanes, to + shiftLanes]);
   const whole = spans.reduce((last, span) => Math.max(last, span[3]), time.at(-1) ?? 1e-3);
-  shown = { ...shown, step, underWay, curve: { ...curve, time, strategies }, lanes: { ...lanes, spans }, whole };
+  shown = { ...shown, step, standing, curve: { ...curve, time, strategies }, lanes: { ...lanes, spans }, whole };
   draw();
 }
 
@@ -37,12 +38,12 @@ function draw() {
 }
 
 function note() {
-  const { step, underWay, curve, whole } = shown;
+  const { step, standing, curve, whole } = shown;
   $("rollout-title").textContent = step ? `Rollouts of step ${step}` : "Rollouts";
   const parts = [];
   if (curve.time.length) parts.push(`${number(curve.finished.at(-1), 0)} of ${number(curve.total, 0)} finished`, `${number(curve.tokens.at(-1), 0)} tokens`);
   if (curve.time.length || shown.lanes.spans.length) parts.push(`${number(whole, 1)} s`);
-  if (underWay) parts.push("under way");
+  if (standing) parts.push(standing);
   $("rollout-note").textContent = parts.join("  ·  ");
 }
 

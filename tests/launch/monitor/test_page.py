@@ -81,6 +81,14 @@ def test_step_under_way_is_drawn_while_it_runs(written, serving, page) -> None:
     assert text(page, "#samples-title") == "Samples of step 1"
 
 
+def test_step_that_a_dead_run_left_is_not_said_to_go_on(written, serving, page) -> None:
+    written.step(1)
+    written.point(2, time.time(), running=8, finished=0)
+    written.run.close()
+    opened(page, serving(written.path))
+    wait_for(page, "#rollout-note", "0 of 8 finished · 0 tokens · 0.0 s · never finished")
+
+
 def test_finished_run_is_replayed(written, serving, page) -> None:
     for step in range(1, 6):
         written.step(step)
