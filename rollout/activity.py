@@ -13,7 +13,7 @@ from rollout.types import Activity, Span
 
 SHORT_S = 0.05  # a span shorter than that joins the one after it
 LONG_S = 5.0  # a span longer than that is ended and another begun: whoever watches sees a long rollout go on
-KEPT = 128  # spans; they are asked for twice a second at least, in which a few are made
+KEPT = 128  # spans; they are asked for every second at least, in which a few are made
 
 
 @dataclass(slots=True)
