@@ -206,7 +206,7 @@ def gain(
     model: Model = None,
     batches: Annotated[str, typer.Option(help="Rollouts at once.")] = "1,8,32,128,256",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a rollout at most.")] = 512,
-    rounds: Rounds = 3,
+    rounds: Rounds = 9,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,

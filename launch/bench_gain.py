@@ -1,5 +1,8 @@
 """Whether speculation ever loses: rollouts of a model with the strategy chosen as they run, over none at all."""
 
+import gc
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +12,7 @@ from configs.schema import SpecConfig
 from drafter.types import OFF
 from launch.agreement import verify
 from launch.bench_cycle import Hopeless
-from launch.bench_report import in_turns, plain_table, provenance, say, shape, spread
+from launch.bench_report import plain_table, provenance, say, shape, spread
 from launch.bench_rollout import (
     SPECULATIVE,
     Switch,
@@ -20,15 +23,18 @@ from launch.bench_rollout import (
     sampling,
     subject_prompts,
 )
+from launch.bench_stalls import Watch, is_busy
 from launch.geometry import Subject
 from rollout.engine import NativeEngine
 from rollout.graphs import BUCKETS
 from rollout.strategy import Chooser, FixedChooser, arms, make_chooser
-from rollout.types import Prompt
+from rollout.types import Prompt, Sampling
 
 LIMIT = 0.98  # tokens a second of the chosen strategy over those without drafts, at least (issue 3)
 GROUP = 8  # samples of a prompt, which quote one another
-SEQUENCES = 8  # a round at least: with one alone, where it happens to stop would decide
+SEQUENCES, CALLS = 8, 2  # a round at least: with one alone, where it happens to stop or to stall would decide
+WARM_ROUNDS = 4  # at most, until one of them compiles and captures nothing any more
+SEEDS = 1000  # of a batch size: prompts of warm rounds have the last of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,9 @@ def run(subject: Subject, job: Job) -> dict[str, Any]:
     }
     verified = {name: verify(engine, model, seed=job.seed) for name, engine in engines.items()}
     captured = {name: _capture(engine, choosers[name], subject, job) for name, engine in engines.items()}
-    cells = [_cell(engines, subject, batch, job) for batch in job.batches]
+    with Watch({name: engine.graphs for name, engine in engines.items()}) as watch:
+        cells = [_cell(engines, subject, batch, job, watch) for batch in job.batches]
+    gc.unfreeze()
     return {
         "what": "tokens per second of whole rollouts",
         "model": subject.name,
@@ -117,50 +125,104 @@ def _capture(engine: NativeEngine, chooser: Switch, subject: Subject, job: Job) 
     return seconds
 
 
-def _compile_prefill(engine: NativeEngine, prompts: list[Prompt], calls: int, samples: int) -> None:
+def calls_each(batch: int) -> int:
+    """Calls of generate that a side's figure of one round is taken over."""
+    return max(-(-SEQUENCES // batch), CALLS)
+
+
+def in_alternation(sides: Sequence[str], rounds: int) -> list[tuple[int, str]]:
+    """Every side in each round, with the round's number: in order, then in reverse, and so on."""
+    return [(number, side) for number in range(rounds) for side in (sides if number % 2 == 0 else sides[::-1])]
+
+
+def _prompts(subject: Subject, batch: int, *, seed: int) -> list[list[Prompt]]:
+    """Prompts of one round, by call."""
+    each = -(-batch // min(batch, GROUP))
+    made = subject_prompts(subject, calls_each(batch) * each, seed=seed)
+    return [made[start : start + each] for start in range(0, len(made), each)]
+
+
+def _compile_prefill(engine: NativeEngine, prompts: Sequence[list[Prompt]], samples: int) -> None:
     """Compute these prompts once, so that whoever is timed first compiles no kernel for their numbers of tokens."""
-    share = len(prompts) // calls
-    for call in range(calls):
-        generate(engine, prompts[call * share : (call + 1) * share], sampling(1, seed=0, num_samples=samples))
+    for call in prompts:
+        generate(engine, call, sampling(2, seed=0, num_samples=samples))
     engine.update(engine.version + 1)  # forget them
 
 
-def _cell(engines: dict[str, NativeEngine], subject: Subject, batch: int, job: Job) -> dict[str, Any]:
-    """One batch size; in the first round the choosers learn what cycles cost."""
-    samples = min(batch, GROUP)
-    rates: dict[str, list[float]] = {name: [] for name in engines}
-    lengths: dict[str, list[float]] = {name: [] for name in engines}
-    names = list(engines)
-    stop = subject.stop_token_ids()
-    seeds = [job.seed + 1000 * batch + number for number in range(job.rounds + 1)]
-    calls = -(-SEQUENCES // batch)
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What one engine did in one round. happened: as Watch.since."""
+
+    tokens_per_s: float
+    accept_length: float
+    happened: Mapping[str, Any]
+
+
+def _side(engine: NativeEngine, prompts: Sequence[list[Prompt]], how: Sampling, watch: Watch) -> Side:
+    """Time one engine over all calls of a round."""
+    gc.collect()  # before the clock starts, rather than at a moment of its own
+    watch.since()
+    timed = [generate(engine, call, how) for call in prompts]
+    rollouts = [rollout for one in timed for rollout in one.rollouts]
+    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    return Side(
+        tokens_per_s=tokens / sum(call.seconds for call in timed),
+        accept_length=tokens / sum(rollout.spec.forwards for rollout in rollouts),
+        happened=watch.since(),
+    )
+
+
+def _cell(engines: Mapping[str, NativeEngine], subject: Subject, batch: int, job: Job, watch: Watch) -> dict[str, Any]:
+    """One batch size: rounds that count for nothing until they are quiet, in which choosers learn, then those timed."""
+    samples, stop = min(batch, GROUP), subject.stop_token_ids()
+    first = job.seed + SEEDS * batch
+
+    def round_of(number: int, order: Sequence[str]) -> dict[str, Side]:
+        prompts = made.get(number) or _prompts(subject, batch, seed=first + number)
+        how = sampling(job.new_tokens, seed=first + number, num_samples=samples, stop_token_ids=stop)
+        return {name: _side(engines[name], prompts, how, watch) for name in order}
+
     # made once a round: random prompts have new names, and so other noise, each time they are made
-    prompts = [subject_prompts(subject, calls * -(-batch // samples), seed=seed) for seed in seeds]
-    for one in prompts:
-        _compile_prefill(engines["off"], one, calls, samples)
-    for number, name in in_turns(names, job.rounds):
-        how = sampling(job.new_tokens, seed=seeds[number], num_samples=samples, stop_token_ids=stop)
-        share = len(prompts[number]) // calls
-        timed = [
-            generate(engines[name], prompts[number][call * share : (call + 1) * share], how) for call in range(calls)
-        ]
-        rollouts = [rollout for one in timed for rollout in one.rollouts]
-        tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-        rates[name].append(tokens / sum(call.seconds for call in timed))
-        lengths[name].append(tokens / sum(rollout.spec.forwards for rollout in rollouts))
-    cell: dict[str, Any] = {"batch": batch}
+    made = {number: _prompts(subject, batch, seed=first + number) for number in range(job.rounds)}
+    for prompts in made.values():
+        _compile_prefill(engines["off"], prompts, samples)
+    names = list(engines)
+    warm: list[dict[str, Any]] = []
+    while len(warm) < WARM_ROUNDS and (not warm or any(map(is_busy, warm[-1].values()))):
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()  # all that lasts is walked no more
+        order = names if len(warm) % 2 else names[::-1]
+        warm.append({name: dict(side.happened) for name, side in round_of(SEEDS - 1 - len(warm), order).items()})
+    rounds: list[dict[str, Side]] = [{} for _ in range(job.rounds)]
+    for number, name in in_alternation(names, job.rounds):
+        rounds[number] |= round_of(number, [name])
+    cell: dict[str, Any] = {"batch": batch, "calls": calls_each(batch), "warm": warm}
     for name in names:
-        cell[name] = {"tokens_per_s": spread(rates[name][1:]), "accept_length": spread(lengths[name][1:])}
-        # round by round, on the same prompts: their lengths differ more than the engines do
-        cell[name]["gain"] = spread([a / b for a, b in zip(rates[name][1:], rates["off"][1:], strict=True)])
+        cell[name] = {
+            "tokens_per_s": quartiles([sides[name].tokens_per_s for sides in rounds]),
+            "accept_length": quartiles([sides[name].accept_length for sides in rounds]),
+            # round by round, on the same prompts: their lengths differ more than the engines do
+            "gain": quartiles([sides[name].tokens_per_s / sides["off"].tokens_per_s for sides in rounds]),
+            "happened": [dict(sides[name].happened) for sides in rounds],
+        }
+    busy = [f"{name} in round {n}" for n, sides in enumerate(rounds) for name in names if is_busy(sides[name].happened)]
+    if busy:
+        say(f"batch {batch}: kernels or graphs were made under the clock by {', '.join(busy)}")
     gains = ", ".join(f"{name} {cell[name]['gain']['median']:.3f}" for name in names[1:])
-    say(f"batch {batch}: {gains}")
+    say(f"batch {batch}, {len(warm)} rounds before: {gains}")
     return cell
+
+
+def quartiles(values: Sequence[float]) -> dict[str, Any]:
+    """As spread, with the first and the third quartile."""
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return spread(values) | {"q1": first, "q3": third}
 
 
 def table(result: dict[str, Any]) -> Table:
     """Tokens a second and what drafts make of them, by batch size."""
-    headings = ["batch", "off tok/s", "chosen", "accept", "gain", "min", "max", "never matching", "gain", "min", "max"]
+    headings = ["batch", "off tok/s", "chosen", "accept", "gain", "q1", "q3", "never matching", "gain", "q1", "q3"]
     shown = plain_table(f"{result['what']}, {result['model']}, {result['shape']['dtype']}; asked {LIMIT}", headings)
     for cell in result["cells"]:
         row = [str(cell["batch"]), f"{cell['off']['tokens_per_s']['median']:.0f}"]
@@ -168,6 +230,6 @@ def table(result: dict[str, Any]) -> Table:
             row.append(f"{cell[name]['tokens_per_s']['median']:.0f}")
             if name == "chosen":
                 row.append(f"{cell[name]['accept_length']['median']:.2f}")
-            row += [f"{cell[name]['gain'][which]:.3f}" for which in ("median", "min", "max")]
+            row += [f"{cell[name]['gain'][which]:.3f}" for which in ("median", "q1", "q3")]
         shown.add_row(*row)
     return shown

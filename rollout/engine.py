@@ -227,6 +227,11 @@ class NativeEngine:
         self._queue([*scheduler.waiting, *sequences], self._sampling)
 
     @property
+    def graphs(self) -> GraphPool:
+        """The CUDA graphs held now, and what was captured lately."""
+        return self._graphs
+
+    @property
     def graph_bytes(self) -> int:
         """Device memory of the CUDA graphs held now."""
         return self._graphs.num_bytes

@@ -132,6 +132,8 @@ def test_gains_are_taken_round_by_round_against_an_engine_without_drafts(
     assert cell["chosen"]["gain"]["rounds"] == pytest.approx([a / b for a, b in zip(*rates, strict=True)])
     assert cell["never matching"]["accept_length"]["median"] == 1.0
     assert result["choosers"]["chosen"]["choice"] == "goodput"
+    assert cell["chosen"]["gain"]["q1"] <= cell["chosen"]["gain"]["median"] <= cell["chosen"]["gain"]["q3"]
+    assert len(cell["warm"]) == 1 and len(cell["chosen"]["happened"]) == 2
 
 
 def test_kernels_are_measured_beside_torch(measure: Callable[..., dict[str, Any]]) -> None:

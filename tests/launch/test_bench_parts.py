@@ -136,7 +136,7 @@ def test_every_strategys_graphs_are_captured_at_every_batch_the_largest_first(mo
     keys: list[tuple[Any, ...]] = []
     run = GraphPool.run
 
-    def seen(pool: GraphPool, key: tuple[Any, ...], launch: Callable[[], None]) -> bool:
+    def seen(pool: GraphPool, key: tuple[Any, ...], launch: Callable[[], None]) -> float:
         keys.append(key)
         return run(pool, key, launch)
 
@@ -184,7 +184,7 @@ def test_engines_whose_gains_are_taken_sample_the_same_tokens(monkeypatch: pytes
     monkeypatch.setattr("launch.bench_gain.generate", kept)
     subject = Subject.load("tiny", None, device="cpu", dtype="float32", seed=0)
     bench_gain.run(subject, bench_gain.Job(batches=(3,), new_tokens=6, rounds=1, seed=0))
-    calls = -(-bench_gain.SEQUENCES // 3)
+    calls = bench_gain.calls_each(3)
     timed = sampled[-2 * 3 * calls :]  # two rounds of three engines; before them graphs are captured
     first, second = (
         [timed[start : start + calls] for start in range(begin, begin + 3 * calls, calls)] for begin in (0, 3 * calls)
