@@ -15,10 +15,11 @@ SHORTEST = 6  # characters of an environment's secret: shorter ones, as "none", 
 
 # A name that ends like this. A tokenizer's special tokens are no secrets.
 _SPECIAL = "".join(rf"(?<!{name}_)" for name in ("eos", "bos", "pad", "unk", "sep", "cls", "mask", "stop", "image"))
-_CALLED = (
-    rf"(?<![\w.-])[\w.-]*?(?:{_SPECIAL}token|secret|passw(?:or)?d|passphrase|credentials?|authorization"
-    r"|(?:api|access|private|signing|secret)[_-]?key)"
+_ENDS = (
+    rf"[\w.-]*?(?:{_SPECIAL}token|secret|passw(?:or)?d|(?<=_)(?:pwd|pass)|passphrase|credentials?|authorization|cookie"
+    r"|signature|(?:api|access|private|signing|secret)[_-]?key)"
 )
+_CALLED = rf"(?<![\w.-]){_ENDS}"
 _NAME = re.compile(rf"(?i)^{_CALLED}$")
 # A line of YAML: the value is what follows on it.
 _LINE = re.compile(rf"(?im)^([ \t]*(?:-[ \t]+)?{_CALLED}[ \t]*:[ \t]+)(?![\s\"'|>&*!\[{{])(\S.*)$")
@@ -27,11 +28,13 @@ _ASSIGNED = re.compile(
     rf"""(?i)({_CALLED}\\?["']?\s*[=:]\s*(?:(?:bearer|basic)\s+)?)"""
     r"""("(?:\\.|[^"\\\n])*"|'[^'\n]*'|\\"[^"\\\n]*\\"|(?![\s"'\\])(?:[^\s"'\\,;&}\])]|(?<=\S)[,;](?=\S))+)"""
 )
+# An option of a command and, after a space, its value.
+_OPTION = re.compile(rf"(?i)((?<!\S)--{_ENDS}[ \t]+)([^\s\"'-][^\s\"']*)")
 _PLAIN = re.compile(r"""(?i)["'\\]*(?:null|none|true|false|\*+|[\d.]{0,5})["'\\]*""")  # values that hide nothing
 _IN_URL = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/@\"'?#]+@")
 _SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
-    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+)"
+    r"|nvapi-[\w-]{16,}|A[KS]IA[0-9A-Z]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{10,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+)"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----"
 )
 
@@ -42,7 +45,7 @@ def redact(text: str) -> str:
         text = text.replace(secret, HIDDEN)
     text = _IN_URL.sub(rf"\1{HIDDEN}@", text)
     text = _SHAPES.sub(HIDDEN, text)
-    return _ASSIGNED.sub(_hide, _LINE.sub(_hide, text))
+    return _OPTION.sub(_hide, _ASSIGNED.sub(_hide, _LINE.sub(_hide, text)))
 
 
 def redacted(value: Any) -> Any:

@@ -26,6 +26,10 @@ from configs.redact import holds_secret, is_secret, redact, redacted
         ("git+https://hush@host/x.git", "git+https://***@host/x.git"),
         ("failed with hf_abcdefghijklmnopqrst!", "failed with ***!"),
         ("AKIAABCDEFGHIJKLMNOP", "***"),
+        ("serve --auth-token hush --port 3", "serve --auth-token *** --port 3"),
+        ("Set-Cookie: paceline_1=hush; HttpOnly", "Set-Cookie: ***"),
+        ("DB_PASS=hush1 MYSQL_PWD=hush2", "DB_PASS=*** MYSQL_PWD=***"),
+        ("s3/x?X-Amz-Signature=hush&a=1", "s3/x?X-Amz-Signature=***&a=1"),
         ("-----BEGIN RSA PRIVATE KEY-----\nhush\n-----END RSA PRIVATE KEY-----", "***"),
     ],
 )
@@ -45,6 +49,7 @@ def test_a_secret_is_taken_out_and_the_rest_stays(text: str, kept: str) -> None:
         "http://127.0.0.1:8470/ and https://host/path@2x.png",
         "step 3 of 10, tokens: 5, key: value, monkey=banana",
         "sampled tokens give the secret away",
+        "PWD=/work/main, --max-tokens 5, a bypass: no; forward pass: done; --token --port 3",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
