@@ -73,6 +73,10 @@ def log_files(run: Path, attempt: int | None) -> list[Path]:
         attempt = known[-1]
     files = sorted((run / "logs" / f"attempt_{attempt}").glob("*.log"), key=lambda file: (file.name != RUN_LOG, file))
     if not files:
+        if attempt in known:
+            raise PreflightError(
+                f"attempt {attempt} of {run} has logged nothing; `paceline status {run}` says what it does"
+            )
         have = ", ".join(map(str, known)) or "none"
         raise PreflightError(f"{run} has no logs of attempt {attempt}; attempts: {have}")
     return files

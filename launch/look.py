@@ -61,7 +61,7 @@ def samples(
     count: Annotated[int, typer.Option("-n", min=1, max=200, metavar="COUNT", help="How many.")] = 3,
 ) -> None:
     """Print rollouts of a step, accepted drafts in colour."""
-    from configs.load import load
+    from launch.monitor.reader import read_config
     from launch.samples import Order, show_samples
     from rl.rundir import require_run
 
@@ -69,7 +69,7 @@ def samples(
     if len(orders) > 1:
         raise ConfigError("give one of --worst, --best and --longest")
     require_run(run)
-    model = load(run / "config" / "resolved.yaml").model
+    model = str(read_config(run).get("model", ""))
     order = orders[0] if orders else "prompt"
     show_samples(run, Console(highlight=False), step=step, order=order, count=count, model=model)
 

@@ -72,6 +72,8 @@ class Hub:
 
     async def listen(self) -> AsyncGenerator[str]:
         """Server-sent events for one page, beginning with where the run stands."""
+        if self.is_full:  # others came since this one was let in
+            return
         queue: asyncio.Queue[str] = asyncio.Queue(maxsize=64)
         self._listeners.add(queue)
         try:

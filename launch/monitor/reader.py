@@ -75,7 +75,7 @@ class RunReader:
                     add(line)
                     changed.add(name)
         if self._is_new(self.path / "config" / "resolved.yaml"):
-            self.config = _yaml(self.path / "config" / "resolved.yaml")
+            self.config = read_config(self.path)
             changed.add("config")
         now = time.monotonic()
         if self._is_new(self.path / "STATUS.json") or now - self._asked_alive > ALIVE_EVERY_S:
@@ -162,9 +162,10 @@ def _into(records: list[Record]) -> tuple[Callable[[Line], None], Callable[[], N
     return (lambda line: records.append(line.record)), records.clear
 
 
-def _yaml(path: Path) -> Record:
+def read_config(run: Path) -> Record:
+    """A run's configuration, of whatever version; empty where it is none."""
     try:
-        value: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value: Any = yaml.safe_load((run / "config" / "resolved.yaml").read_text(encoding="utf-8"))
     except yaml.YAMLError:  # mended by hand just now; it names the run, and nothing depends on it
         value = None
     return value if isinstance(value, dict) else {}

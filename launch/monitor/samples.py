@@ -1,5 +1,7 @@
 """A step's rollouts from samples/step_N.parquet: a page of them, and one in full with its accepted drafts marked."""
 
+import re
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+HASH = re.compile("-[0-9a-f]{12}")
 PREVIEW = 160  # characters of a response in the list
 LONGEST_PAGE = 200
 ORDERS = {"prompt": None, "reward": "ascending", "best": "descending", "long": "descending"}
@@ -77,8 +80,12 @@ def find_tokenizer(model: str) -> Tokenizer | None:
 
     from rollout.pretrained import SHIPPED, cache_root
 
-    folders = [Path(model).expanduser(), *(cache_root() / "models").glob(f"{Path(model).stem}-*")]
-    for folder in folders:
+    if not model:
+        return None
+    # a shipped model or one of a .gguf file, as rollout.pretrained converted it: its name, and a hash
+    converted = (cache_root() / "models").glob(f"{escape(Path(model).stem)}-*")
+    named = [path for path in converted if HASH.fullmatch(path.name[len(Path(model).stem) :])]
+    for folder in [Path(model).expanduser(), *named]:
         if (folder / "tokenizer.json").is_file():
             return Tokenizer.from_file(str(folder / "tokenizer.json"))
     shipped = SHIPPED.get(model.lower())

@@ -158,6 +158,19 @@ def test_logs_are_the_last_attempts_unless_another_is_named(run: Path, capsys: p
         look.logs(run, follow=False, attempt=7)
 
 
+def test_logs_of_a_run_that_has_only_begun_are_told_apart_from_no_attempt(tmp_path: Path) -> None:
+    RunDir.create(Config(run=RunConfig(dir=str(tmp_path / "new"))), "").close()
+    with pytest.raises(PreflightError, match="attempt 1 of .*new has logged nothing; `paceline status"):
+        look.logs(tmp_path / "new", follow=False, attempt=None)
+
+
+def test_samples_of_a_run_of_another_version_are_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run / "config" / "resolved.yaml").open("a") as file:
+        file.write("later: {than: this}\n")
+    look.samples(run, step=None, worst=False, best=False, longest=False, count=1)
+    assert "how many?" in capsys.readouterr().out
+
+
 def test_logs_are_followed_until_the_run_is_over(tmp_path: Path) -> None:
     log = tmp_path / "run.log"
     log.write_text("a\n")

@@ -10,6 +10,21 @@ from launch.monitor import hub as module
 from launch.monitor.hub import Hub
 
 
+def test_pages_that_come_all_at_once_are_no_more_than_may(written, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LISTENERS", 3)
+    hub = Hub(written.path)
+
+    async def run() -> None:
+        pages = [hub.listen() for _ in range(5)]  # let in before any of them listens
+        heard = [await anext(page, None) for page in pages]
+        assert [word is not None for word in heard] == [True] * 3 + [False] * 2
+        for page in pages:
+            await page.aclose()
+        assert not hub.is_full
+
+    asyncio.run(run())
+
+
 def test_file_system_that_is_away_for_a_while_does_not_end_the_watch(
     written, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

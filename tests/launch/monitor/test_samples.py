@@ -45,6 +45,18 @@ def test_text_without_its_tokenizer_is_whole_and_says_so(samples: Path) -> None:
     assert "tokenizer is not on this machine" in found["plain"]
 
 
+def test_tokenizer_is_that_of_the_model_and_of_none_whose_name_only_begins_alike(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny-large-0123456789ab").symlink_to(tiny_model_dir)
+    assert find_tokenizer("there/tiny-large.gguf") is not None
+    assert find_tokenizer("tiny-large") is not None
+    assert find_tokenizer("there/tiny.gguf") is None
+    assert find_tokenizer("") is None
+
+
 def test_character_of_several_tokens_stays_whole(tiny_model_dir: Path) -> None:
     tokenizer = find_tokenizer(str(tiny_model_dir))
     assert tokenizer is not None
