@@ -18,6 +18,7 @@ from typing import Any, Self
 import pyarrow.parquet as pq
 import yaml
 
+from configs.faults import EXIT
 from drafter.sealed import is_sound, step_folders
 
 ROOT = Path(__file__).parents[2]
@@ -155,7 +156,7 @@ def check_end(run: Path, ended: Ended, *, damaged: Path | None = None) -> dict[s
     assert all(map(is_sound, folders)), "a checkpoint is not whole"
     status = json.loads((run / "STATUS.json").read_text())
     report_path = run / "logs" / f"attempt_{status['attempt']}" / "crash.json"
-    if ended.code < 0:
+    if ended.code < 0 or ended.code == EXIT:
         assert "exit_code" not in status
         return None
     assert status["exit_code"] == json.loads((run / "EXIT.json").read_text())["code"] == ended.code, ended.said
