@@ -17,6 +17,7 @@ import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,14 +67,16 @@ class Cell:
 
     def __init__(self, kind: Kind, *, memory_mb: int) -> None:
         """memory_mb: of each process in it. Raises CellError with what the sandbox said."""
-        ours, theirs = socket.socketpair()
-        archive, self._log = os.memfd_create("cell"), os.memfd_create("cell-log")
-        try:
-            with open(archive, "wb", closefd=False) as stream:
-                stream.write(_archive())
-            with theirs:
-                fds = (theirs.fileno(), archive)
-                command = _command(kind, fd=fds[0], archive=archive, memory_mb=memory_mb)
+        self._channel, theirs = socket.socketpair()
+        self._log = os.memfd_create("cell-log")
+        with ExitStack() as undone, theirs, open(os.memfd_create("cell"), "wb") as archive:
+            undone.callback(self._channel.close)
+            undone.callback(os.close, self._log)
+            archive.write(_archive())
+            archive.flush()
+            fds = (theirs.fileno(), archive.fileno())
+            command = _command(kind, fd=fds[0], archive=fds[1], memory_mb=memory_mb)
+            try:
                 self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -82,16 +85,12 @@ class Cell:
                     pass_fds=fds,
                     env=_environment(kind),
                 )
-        except OSError as error:
-            ours.close()
-            os.close(self._log)
-            raise CellError(f"cannot start {command[0]}: {error.strerror}") from error
-        finally:
-            os.close(archive)
-        self._channel = ours
+            except OSError as error:
+                raise CellError(f"cannot start {command[0]}: {error.strerror}") from error
+            undone.pop_all()
         self._wait_at_most(START_S)
         try:
-            if receive(ours) is None:
+            if receive(self._channel) is None:
                 raise CellError(self._last_words())
         except (OSError, FrameError):
             raise CellError(self._last_words()) from None

@@ -6,7 +6,7 @@ import re
 import time
 from decimal import Decimal, InvalidOperation
 from itertools import zip_longest
-from typing import Any, cast
+from typing import Any
 
 from configs.errors import PreflightError
 from configs.schema import RewardConfig
@@ -51,13 +51,14 @@ class CodeReward:
     def _passed(self, program: str, tests: list[str] | list[Pair], deadline: float) -> int:
         """How many tests pass before the deadline; for reward.tests=all, before one fails."""
         go_on = self._config.tests == "share"
-        num_passed = 0
-        for test in tests:
+        if isinstance(tests[0], str):  # all are
             left_s = deadline - time.monotonic()
-            if isinstance(test, str):  # all are
-                return sum(self._cell.call(program, cast(list[str], tests), timeout_s=left_s, go_on=go_on))
-            output = self._cell.feed(program, test[0], timeout_s=left_s) if left_s > 0 else None
-            if output is not None and same_output(output, test[1]):
+            return sum(self._cell.call(program, tests, timeout_s=left_s, go_on=go_on))
+        num_passed = 0
+        for given, expected in tests:
+            left_s = deadline - time.monotonic()
+            output = self._cell.feed(program, given, timeout_s=left_s) if left_s > 0 else None
+            if output is not None and same_output(output, expected):
                 num_passed += 1
             elif not go_on:
                 break

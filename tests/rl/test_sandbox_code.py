@@ -346,6 +346,17 @@ def test_a_cell_says_why_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> N
         Cell("none", memory_mb=512)
 
 
+def test_a_cell_that_does_not_start_keeps_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patch, pytest.raises(CellError, match="bwrap is not installed"):
+        patch.setattr(shutil, "which", lambda name: None)
+        Cell("bubblewrap", memory_mb=512)
+    with monkeypatch.context() as patch, pytest.raises(CellError, match="cannot start /nowhere/"):
+        patch.setattr(sys, "base_prefix", "/nowhere")
+        Cell("none", memory_mb=512)
+    assert os.listdir("/proc/self/fd") == before
+
+
 @pytest.mark.parametrize(
     ("text", "program"),
     [
