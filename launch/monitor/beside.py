@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from configs.errors import PreflightError
+from configs.errors import PacelineError
 from configs.schema import MonitorConfig
 from launch.monitor.generate import write_monitoring
 from launch.monitor.serve import DEFAULT_PORT, bind, open_door
@@ -42,10 +42,10 @@ def start(path: Path, config: MonitorConfig, *, log: Path) -> subprocess.Popen[b
     """The process that serves and feeds what the configuration asks for; None where there is none, or it cannot."""
     listener = None
     if config.port:
-        door = open_door("")
         try:
+            door = open_door("")
             listener = bind(door.address, [config.port])
-        except PreflightError as error:
+        except PacelineError as error:
             print(f"warning: no page: monitor.port: {error}", file=sys.stderr)
         else:
             print(f"monitor {door.url(config.port)}", flush=True)

@@ -73,6 +73,15 @@ def test_taken_port_is_said_and_the_run_goes_on(written, capsys: pytest.CaptureF
     assert f"no page: monitor.port: cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
 
 
+def test_token_that_is_too_short_costs_the_page_and_not_the_run(
+    written, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACELINE_MONITOR_TOKEN", "short")
+    with watched(written.path, MonitorConfig(port=8470), log=written.path / "monitor.log"):
+        assert hubs(written.path) == []
+    assert "no page: monitor.port: PACELINE_MONITOR_TOKEN has 5 characters" in capsys.readouterr().err
+
+
 def test_sinks_hold_the_last_step_when_the_run_ends(written) -> None:
     with watched(written.path, MonitorConfig(sinks=("tensorboard",)), log=written.path / "monitor.log"):
         written.step(1)
