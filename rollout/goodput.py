@@ -155,15 +155,13 @@ class GoodputChooser:
         sources = {
             name: {"coverage": source.coverage, "acceptance": source.rates()} for name, source in self._sources.items()
         }
-        probes = {"count": self._probes, "loss_s": self._probe_loss_s}
-        captures = {"spent_s": self._captures.spent_s, "cost_s": self._captures.cost_s}
         return {
             "choice": "goodput",
             "cycles": self._cycle,
             "arms": arms,
             "sources": sources,
-            "probes": probes,
-            "captures": captures,
+            "probes": {"count": self._probes, "loss_s": self._probe_loss_s},
+            "captures": {"spent_s": self._captures.spent_s, "cost_s": self._captures.cost_s},
         }
 
     def _select(self, rows: int, context: float) -> int:
