@@ -14,9 +14,21 @@ export function replace(parent, ...children) {
 }
 
 export async function get(url, signal) {
-  const answer = await fetch(url, { signal });
-  if (!answer.ok) throw new Error(`${url}: ${answer.status} ${await answer.text()}`);
-  return answer.json();
+  try {
+    const answer = await fetch(url, { signal });
+    if (!answer.ok) throw new Error(`${answer.status} ${await answer.text()}`);
+    return await answer.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw Object.assign(new Error(`${url}: ${error.message}`), { name: "Unanswered" });
+  }
+}
+
+/** What someone asked for by hand; where the hub does not answer, the header says so already. */
+export function byHand(work) {
+  return work.catch((error) => {
+    if (error.name !== "Unanswered") throw error;
+  });
 }
 
 export function number(value, digits) {

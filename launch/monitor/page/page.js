@@ -1,6 +1,6 @@
 // The page: what the hub tells, which step is shown, and who draws it. Files are read by the hub alone.
 import { barChart, redrawAll, stepChart } from "/charts.js";
-import { age, get, number } from "/dom.js";
+import { age, byHand, get, number } from "/dom.js";
 import { drawFigures, drawEvents, showState } from "/header.js";
 import { drawRollout, forgetCurve } from "/rollout.js";
 import { forgetSamples, showSamples } from "/samples.js";
@@ -8,7 +8,7 @@ import { forgetSamples, showSamples } from "/samples.js";
 const REPLAY_MS = 700;
 const $ = (id) => document.getElementById(id);
 
-const run = { state: null, columns: { step: [] }, phases: {}, evals: [], shown: 0, following: true, playing: 0 };
+const run = { state: null, stale: true, columns: { step: [] }, phases: {}, evals: [], shown: 0, following: true, playing: 0 };
 
 const reading = (key, label, color, extra = {}) => ({ label, color, values: (data) => data.columns[key], ...extra });
 const charts = [
@@ -99,7 +99,7 @@ async function showRecord(step, signal) {
 
 export function go(step) {
   run.following = step >= newest();
-  return show(step);
+  return byHand(show(step));
 }
 
 function play(on) {
@@ -136,7 +136,8 @@ function joined(known, more, had, count, missing) {
 let work = Promise.resolve();
 function take(message) {
   const { state, changed, cut } = message;
-  const first = run.state === null || cut;
+  const first = run.stale || cut;
+  run.stale = false;
   if (cut) {
     Object.assign(run, { columns: { step: [] }, phases: {}, evals: [] });
     record = null;
@@ -156,13 +157,16 @@ function take(message) {
       $("next").disabled = run.shown >= newest();
     }
     document.body.dataset.seen = state.now;
+  }).catch((error) => {
+    run.stale = true; // what was not answered is asked for again with the next word
+    if (error.name !== "Unanswered") reportError(error);
   });
 }
 
 function listen() {
   const source = new EventSource("/events");
   source.onmessage = (event) => take(JSON.parse(event.data));
-  source.onopen = () => (run.state = null); // whatever was missed meanwhile is asked for again
+  source.onopen = () => (run.stale = true); // whatever was missed meanwhile is asked for again
   source.onerror = () => showState(run.state && { ...run.state, state: "gone" });
 }
 
@@ -190,7 +194,7 @@ function switchTheme() {
 function redraw() {
   redrawAll();
   forgetCurve();
-  show(run.shown);
+  byHand(show(run.shown));
 }
 
 $("previous").onclick = () => go(run.shown - 1);

@@ -1,5 +1,5 @@
 // A step's rollouts: a list, and one in full with the accepted drafts coloured.
-import { element, get, number, replace } from "/dom.js";
+import { byHand, element, get, number, replace } from "/dom.js";
 
 const PAGE = 50;
 const LONG = 120; // characters of a question that are shown at once
@@ -36,7 +36,7 @@ function item(row) {
   const made = element("li", { role: "option", id: `row-${row.row}`, "aria-selected": "false", tabindex: "-1" },
     element("span", { class: "line" }, row.text.trim() || "(nothing)"), element("b", {}, number(row.reward, 2)),
     element("span", { class: "line muted" }, row.question), element("span", { class: "muted" }, `${row.num_tokens} tok`));
-  made.onclick = () => open(row.row);
+  made.onclick = () => byHand(open(row.row));
   return made;
 }
 
@@ -76,10 +76,10 @@ function question(asked) {
 
 function turn(pages) {
   at.offset = Math.max(0, at.offset + pages * PAGE);
-  list();
+  byHand(list());
 }
 
-$("order").onchange = () => { at.offset = 0; list(); };
+$("order").onchange = () => { at.offset = 0; byHand(list()); };
 $("samples-back").onclick = () => turn(-1);
 $("samples-on").onclick = () => turn(1);
 $("sample-list").onkeydown = (event) => {

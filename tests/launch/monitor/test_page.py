@@ -89,6 +89,28 @@ def test_step_that_a_dead_run_left_is_not_said_to_go_on(written, serving, page) 
     wait_for(page, "#rollout-note", "0 of 8 finished · 0 tokens · 0.0 s · never finished")
 
 
+def test_page_goes_on_after_a_question_that_was_not_answered(written, serving, browser) -> None:
+    context = browser.new_context()
+    page, broken = context.new_page(), []
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    written.step(1)
+    opened(page, serving(written.path))
+    page.route("**/api/steps**", lambda route: route.abort())
+    with page.expect_event("requestfailed"):
+        written.step(2)
+    page.unroute("**/api/steps**")
+    written.step(3)
+    sync_api.expect(page.locator("#reward")).to_have_attribute(
+        "aria-label", "Reward by step. At step 3: rollouts0.300", timeout=5000
+    )
+    page.route("**/api/**", lambda route: route.abort())
+    page.keyboard.press("Home")
+    page.select_option("#order", "best")
+    wait_for(page, "#step", "step 1")
+    context.close()
+    assert broken == []
+
+
 def test_finished_run_is_replayed(written, serving, page) -> None:
     for step in range(1, 6):
         written.step(step)
