@@ -10,7 +10,7 @@ from kernels.upload import ALIGNMENT, STAGED_BYTES, upload
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("length", [3, STAGED_BYTES])
 def test_arrays_arrive_as_they_were(device: str, length: int) -> None:
-    arrays = [
+    arrays: list[np.ndarray] = [
         np.arange(length, dtype=np.int64) - 1,
         np.zeros(0, dtype=np.int64),
         np.arange(12, dtype=np.int32).reshape(4, 3)[:, :2],
