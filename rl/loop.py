@@ -158,11 +158,14 @@ class Loop:
         async with aclosing(rollouts):
             while True:
                 following = asyncio.ensure_future(anext(rollouts))
-                while not following.done() and not self.stop_requested.is_set():
-                    await asyncio.wait({following}, timeout=STOP_POLL_S)
+                try:
+                    while not following.done() and not self.stop_requested.is_set():
+                        await asyncio.wait({following}, timeout=STOP_POLL_S)
+                finally:  # Ctrl-C cancels this, and rollouts that run cannot be closed
+                    if not following.done():
+                        following.cancel()
+                        await asyncio.wait({following})
                 if self.stop_requested.is_set():
-                    following.cancel()
-                    await asyncio.wait({following})
                     raise PreemptedError(f"asked to stop while sampling after step {self.step}")
                 try:
                     yield following.result()

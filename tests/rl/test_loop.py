@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rl.rundir import RunDir
 from rollout.types import Prompt, Rollout, Sampling, SpecStats
 
 PROMPTS = [Prompt(id=f"p{index}", token_ids=[1], answer="") for index in range(3)]
+ROLLOUT = Rollout("p0", 0, [5], [0.0], [(0, 1)], "stop", SpecStats(1, 0, 0))
 
 
 class Quiet:
@@ -32,7 +34,7 @@ class Quiet:
     async def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
         self.temperatures.append(sampling.temperature)
         for prompt in prompts:
-            yield Rollout(prompt.id, 0, [5], [0.0], [(0, 1)], "stop", SpecStats(1, 0, 0))
+            yield replace(ROLLOUT, prompt_id=prompt.id)
 
     async def score(self, prompt: Prompt, rollout: Rollout) -> dict[str, float]:
         await asyncio.sleep(0)
@@ -111,6 +113,29 @@ def test_the_drafter_learns_while_rewards_are_awaited_and_never_in_an_evaluation
     assert lessons.awaited == 1
     engine: Any = loop.engine
     assert engine.temperatures == [0.0, 0.0, 1.0]
+
+
+def test_an_interrupt_ends_the_sampling_and_is_passed_on(loop: Loop) -> None:
+    ended: list[str] = []
+
+    async def endless() -> AsyncGenerator[Rollout]:
+        try:
+            await asyncio.Event().wait()
+            yield ROLLOUT
+        finally:
+            ended.append("closed")
+
+    async def run() -> None:
+        sampling = asyncio.create_task(anext(loop.until_stopped(endless())))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it waits for a rollout now
+        sampling.cancel()  # what asyncio makes of Ctrl-C
+        with pytest.raises(asyncio.CancelledError):
+            await sampling
+
+    with loop.run:
+        asyncio.run(run())
+    assert ended == ["closed"]
 
 
 def test_a_resumed_loop_hands_its_lessons_what_they_saved(loop: Loop) -> None:
