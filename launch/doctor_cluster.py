@@ -13,6 +13,7 @@ from configs.errors import PreflightError
 from launch.doctor_checks import Finding
 from launch.doctor_node import NodeFacts, gather
 from launch.doctor_pairs import DEADLINE_S, REMEDY, all_reduce, judged, rounds
+from launch.joined import join
 
 ANSWER_S = 120.0  # for a worker process to start on every node
 
@@ -22,10 +23,7 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         raise PreflightError("--nodes all asks a Ray cluster, and RAY_ADDRESS names none; set it, or leave --nodes out")
-    try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    except (ConnectionError, RuntimeError) as error:
-        raise PreflightError(f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it") from error
+    join(address)
 
 
 def ask() -> tuple[list[NodeFacts], dict[str, tuple[float, float]], list[Finding]]:

@@ -1,14 +1,21 @@
-"""`python -m launch.joined NAME ...`: wait until every named node is part of the Ray cluster, or say which is missing.
+"""Part of a Ray cluster: this process, and `python -m launch.joined NAME ...` waits until every named node is.
 
 A node says that it is there by a custom resource of that name.
 """
 
 import argparse
+import os
+import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 
+from configs.errors import PreflightError
+
 POLL_S = 1.0
+CONNECT_S = 10.0  # for a head's port to be reached
 MISSING = 4  # DESIGN.md: resources
 
 
@@ -55,16 +62,51 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _connect(within_s: float) -> bool:
-    """Join the cluster of RAY_ADDRESS as soon as its head answers."""
+def join(address: str) -> None:
+    """Become a driver of the cluster at an address; "local" starts one on this machine. Raises PreflightError.
+
+    What SIGTERM does stays as it is: Ray would have it end this process with code 15.
+    """
     import ray
 
+    told = signal.getsignal(signal.SIGTERM)
+    try:
+        _reach(address)
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        said = str(error).strip().partition("\n")[0].partition(". ")[0]
+        if address == "local":
+            raise PreflightError(
+                f"Ray does not start on this machine ({said}); see /tmp/ray/session_latest/logs"
+            ) from error
+        raise PreflightError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({said}); start it, give its token (RAY_AUTH_MODE=token "
+            "and RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS"
+        ) from error
+    except SystemExit:  # SIGTERM came meanwhile
+        signal.signal(signal.SIGTERM, told)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, told)
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nobody listens: Ray itself would try again for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "//" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
+
+
+def _connect(within_s: float) -> bool:
+    """Join the cluster of RAY_ADDRESS as soon as its head answers."""
     deadline = time.monotonic() + within_s
     while True:
         try:
-            ray.init(address="auto", include_dashboard=False, log_to_driver=False, configure_logging=False)
+            join(os.environ.get("RAY_ADDRESS", "auto"))
             return True
-        except (ConnectionError, RuntimeError, ValueError):  # by version and by how far the head has come
+        except PreflightError:  # the head has not come so far
             if time.monotonic() >= deadline:
                 return False
             time.sleep(POLL_S)

@@ -12,13 +12,14 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs import faults
-from configs.errors import PreflightError, ResourceError
+from configs.errors import ResourceError
 from configs.schema import Config
 from launch.actors import Parts, Worker
 from launch.adapters import RayEngine, RayMember, RayTrainer, gather
 from launch.delivery import Delivery
 from launch.fleet import Fleet
 from launch.idle import Decide, decide
+from launch.joined import join
 from launch.learners import RayLearner
 from launch.parts import build_engine, build_trainer, build_worker
 from launch.pulse import GROUP, Pulse
@@ -105,13 +106,7 @@ def _placed(
 
     asked: by which options, for whoever asked for too many. Raises PreflightError and ResourceError.
     """
-    address = os.environ.get("RAY_ADDRESS", "local")  # not any other that this machine runs
-    try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    except ConnectionError as error:
-        raise PreflightError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it, or unset it"
-        ) from error
+    join(os.environ.get("RAY_ADDRESS", "local"))  # not any other that this machine runs
     bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
     pulse: Pulse | None = None
     planned = os.environ.get(faults.VARIABLE, "")
