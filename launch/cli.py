@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -13,7 +12,7 @@ from rich.console import Console
 from configs import faults
 from configs.errors import ConfigError
 from launch import bench, doctor, drafter, launching, look
-from launch.exits import TERMINATED, recorded, run_command
+from launch.exits import recorded, run_command, stoppable
 from launch.monitor.command import monitor
 from launch.monitor.sinks import require_sinks
 
@@ -189,11 +188,10 @@ def _train(config: "Config", plan: "Plan", run: "RunDir", *, resumed: bool) -> N
     from launch.monitor.beside import watched
     from launch.monitor.terminal import make_progress
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     progress = make_progress(config.train.steps)
     phases = Phases(progress)
     beside = watched(run.path, config.monitor, log=run.logs / "monitor.log")
-    with beside, recorded(run, phases):
+    with beside, recorded(run, phases), stoppable():
         run.write_plan(asdict(plan))
         try:
             log_run(run.logs / "run.log", show=progress.message)

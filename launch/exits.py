@@ -1,6 +1,7 @@
 """How a process ends: every error becomes an exit code of DESIGN.md, a line for the user and a record in the run."""
 
 import errno
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,9 +13,8 @@ from configs.errors import PacelineError, PreemptedError, ResourceError, Storage
 from launch import crash
 from rl.rundir import RunDir, read_status
 
-BUG, USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
-_SIGNALS = {INTERRUPTED: "interrupted", TERMINATED: "terminated"}
-_RESUMABLE = (PreemptedError.exit_code, INTERRUPTED, TERMINATED)
+BUG, USAGE, INTERRUPTED = 1, 2, 130
+_RESUMABLE = (PreemptedError.exit_code, INTERRUPTED)
 
 
 class EndedError(Exception):
@@ -66,6 +66,26 @@ def recorded(run: RunDir, phases: crash.Phases) -> Iterator[None]:
     run.write_exit(0, "done")
 
 
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, where nothing else answers to SIGTERM, it raises PreemptedError: launchers start the run again."""
+    told: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        told.append(number)
+        sys.exit(PreemptedError.exit_code)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except SystemExit as error:
+        if told:  # whatever is left of the code: what waits in Ray makes it 1
+            raise PreemptedError("asked to stop, with nothing new to save") from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def outcome(error: BaseException) -> tuple[int, str]:
     """Exit code and reason of whatever ended a command."""
     match error:
@@ -79,7 +99,7 @@ def outcome(error: BaseException) -> tuple[int, str]:
         case KeyboardInterrupt() | typer.Abort():
             return INTERRUPTED, "interrupted"
         case SystemExit(code=int(code)):
-            return code, _SIGNALS.get(code, f"exit {code}")
+            return code, "interrupted" if code == INTERRUPTED else f"exit {code}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return StorageError.exit_code, f"the disk is full ({error}); free some space, then resume"
     # by shape: typer brings a copy of click's errors in some versions, and click itself in others

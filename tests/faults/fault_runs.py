@@ -26,7 +26,7 @@ PROMPTS, GROUP = 4, 4
 MARK = "PACELINE_TEST_RUN"  # in the environment of every process that a run starts
 LEAVE_S = 30.0  # for a run's processes to go after it: a raylet follows a killed driver on its own
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's, which leave up to a minute after a killed driver
-NO_REPORT = (0, 75, 130, 143)  # exit codes of runs that were not meant to be told about
+NO_REPORT = (0, 75, 130)  # exit codes of runs that were not meant to be told about
 
 REWARD = '''
 import os, subprocess, sys, time
