@@ -127,7 +127,11 @@ class RayEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Give every worker the state it saved; one that was lost then begins anew."""
         pairs = zip(self.workers, state["workers"], strict=True)
-        refs = {number: worker.load_engine_state.remote(saved) for number, (worker, saved) in enumerate(pairs) if saved}
+        refs = {
+            self.fleet.number(member): worker.load_engine_state.remote(saved)
+            for member, (worker, saved) in enumerate(pairs)
+            if saved
+        }
         gather(refs, "load_engine_state", limit_s=TRAIN_S)
         self.fleet.lengths.load_state_dict(state["lengths"])
 
@@ -170,7 +174,7 @@ def on_all(workers: Sequence[Any], fleet: Fleet, method: str, *args: Any, limit_
     """
     for error in fleet.lost.values():
         raise error
-    refs = {number: getattr(worker, method).remote(*args) for number, worker in enumerate(workers)}
+    refs = {fleet.number(member): getattr(worker, method).remote(*args) for member, worker in enumerate(workers)}
     return gather(refs, method, limit_s=limit_s)
 
 
@@ -240,7 +244,7 @@ def survivors(refs: Mapping[int, Any], fleet: Fleet, method: str, *, limit_s: fl
         try:
             done, _ = ray.wait([ref], timeout=max(0.0, deadline_s - time.monotonic()))
             if not done:
-                raise silent([number], method, limit_s)
+                raise silent([fleet.number(number)], method, limit_s)
             results[number] = get(ref)
         except WorkerLostError as error:
             fleet.lose(number, error)

@@ -85,7 +85,8 @@ class Delivery:
         (own,) = gather({0: first.layout.remote()}, "layout", limit_s=BUCKET_S)
         for number, other in self._answers({n: self._engines[n].layout.remote() for n in alive}, "layout").items():
             if other != own:
-                raise PreflightError(f"engine {number} has other parameters than the trainers; load the same model")
+                name = f"worker {self._fleet.number(number)}"
+                raise PreflightError(f"{name} has other parameters than the trainers; load the same model")
         (meet,) = gather({0: first.listen.remote()}, "listen", limit_s=BUCKET_S)
         world = len(alive) + 1
         joining = first.join.remote(meet, 0, world, self._device, BUCKET_S)
@@ -118,7 +119,7 @@ class Delivery:
         for number, ref in refs.items():
             try:
                 if not ray.wait([ref], timeout=max(0.0, deadline_s - time.monotonic()))[0]:
-                    raise silent([number], method, limit_s)
+                    raise silent([self._fleet.number(number)], method, limit_s)
                 answers[number] = get(ref)
             except WorkerLostError as error:
                 self._fleet.lose(number, error)

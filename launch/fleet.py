@@ -66,11 +66,15 @@ class Fleet:
     """Workers, who of them is lost, and how fast they are.
 
     slots: sequences a worker runs at a time. learns: whether workers have a drafter to train. decide: what an idle
-    worker does; other than launch.idle.decide only to measure it.
+    worker does; other than launch.idle.decide only to measure it. first: of how many workers, that only train, the
+    run's numbers come before these.
     """
 
-    def __init__(self, members: Sequence[Member], *, slots: int, learns: bool, decide: Decide = decide) -> None:
+    def __init__(
+        self, members: Sequence[Member], *, slots: int, learns: bool, decide: Decide = decide, first: int = 0
+    ) -> None:
         self.members = members
+        self.first = first
         self.lost: dict[int, WorkerLostError] = {}
         self.warm: set[int] = set()  # those that have finished a rollout, hence have compiled what sampling takes
         self.pace = Pace(slots=slots)
@@ -101,10 +105,15 @@ class Fleet:
         spans = sorted((*activity.spans, *self.learned.get(number, ())), key=lambda span: span.begin)
         return replace(activity, spans=tuple(spans))
 
+    def number(self, member: int) -> int:
+        """A member's number among all workers of the run, which is what errors call it."""
+        return self.first + member
+
     def nobody(self) -> WorkerLostError:
         """What is said where no worker is left."""
-        number, error = next(iter(self.lost.items()))
-        gone = WorkerLostError(f"no worker is left; worker {number} was lost first ({error}); resume the run")
+        error = next(iter(self.lost.values()))
+        said = str(error).removesuffix("; resume the run")
+        gone = WorkerLostError(f"no worker is left that samples; the first to be lost: {said}; resume the run")
         gone.__cause__ = error
         return gone
 

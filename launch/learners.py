@@ -91,7 +91,8 @@ class RayLearner:
         counts = Counter(report.standing for report in reports.values())
         (wanted, _), *_ = counts.most_common(1)
         source = next(number for number, report in reports.items() if report.standing == wanted)
-        log.warning("workers serve different drafters, and are given worker %d's: %s", source, told(reports))
+        given_by = f"worker {self.fleet.number(source)}'s"
+        log.warning("workers serve different drafters, and are given %s: %s", given_by, self.told(reports))
         asked = {source: self.workers[source].replica.remote()}
         given: dict[int, Replica] = survivors(asked, self.fleet, "replica", limit_s=LESSON_S)
         standings: dict[int, Standing] = {}
@@ -100,19 +101,25 @@ class RayLearner:
             reports = {number: standing_at(reports[number], each) for number, each in standings.items()}
         if len(set(standings.values())) == 1:
             return reports
-        reason = f"workers serve different drafters ({told(reports)}), also after they were given worker {source}'s"
+        reason = f"workers serve different drafters ({self.told(reports)}), also after they were given {given_by}"
         log.warning("no worker drafts with a learned head any more: %s", reason)
         withdrawn = on_alive(self.workers, self.fleet, "give_up", reason, limit_s=LESSON_S)
         return {number: replace(standing_at(reports[number], each), off=reason) for number, each in withdrawn.items()}
 
+    def told(self, reports: dict[int, DrafterReport]) -> str:
+        """Who serves what, in words."""
+        heads = {self.fleet.number(member): f"v{each.version} {each.checksum}" for member, each in reports.items()}
+        return ", ".join(f"worker {number}: {head}" for number, head in heads.items())
+
     def save(self, folder: Path) -> float:
         """Learner.save of one worker, on storage that its node shares with the driver."""
         ref = self.workers[self._keeper].save_drafter.remote(folder.absolute())
-        return float(gather({self._keeper: ref}, "save_drafter", limit_s=TRAIN_S)[0])
+        return float(gather({self.fleet.number(self._keeper): ref}, "save_drafter", limit_s=TRAIN_S)[0])
 
     def saved(self) -> None:
         """Learner.saved."""
-        gather({self._keeper: self.workers[self._keeper].drafter_saved.remote()}, "drafter_saved", limit_s=TRAIN_S)
+        ref = self.workers[self._keeper].drafter_saved.remote()
+        gather({self.fleet.number(self._keeper): ref}, "drafter_saved", limit_s=TRAIN_S)
 
     def load(self, folder: Path) -> None:
         """Learner.load on all workers, from the same folder."""
@@ -144,8 +151,3 @@ def standing_at(report: DrafterReport, standing: Standing) -> DrafterReport:
     """The report, of a worker that now serves this."""
     version, checksum = standing
     return replace(report, version=version, checksum=checksum)
-
-
-def told(reports: dict[int, DrafterReport]) -> str:
-    """Who serves what, in words."""
-    return ", ".join(f"worker {number}: v{report.version} {report.checksum}" for number, report in reports.items())

@@ -276,7 +276,7 @@ class Shift:
         except WorkerLostError as error:
             self.fleet.lose(number, error)
         except Exception as error:
-            log.warning("worker %d trains the drafter no more in this step: %r", number, error)
+            log.warning("worker %d trains the drafter no more in this step: %r", self.fleet.number(number), error)
         # not called away: it has nothing to learn, or cannot
         if self._learning.pop(number, None) is not None:
             self._learned_out.add(number)
@@ -310,7 +310,7 @@ class Shift:
             return
         _, late = await asyncio.wait(numbers, timeout=DISMISS_S)
         for task in late:
-            self.fleet.lose(numbers[task], silent([numbers[task]], "end", DISMISS_S))
+            self.fleet.lose(numbers[task], silent([self.fleet.number(numbers[task])], "end", DISMISS_S))
             task.cancel()
 
     @asynccontextmanager
@@ -325,7 +325,7 @@ class Shift:
         except TimeoutError as error:
             if not deadline.expired():
                 raise  # the worker's own
-            raise silent([number], call, limit_s) from error
+            raise silent([self.fleet.number(number)], call, limit_s) from error
 
     def _lose(self, number: int, error: WorkerLostError) -> None:
         """Give a worker up, and its stream with it: that of one that hangs would never end."""

@@ -91,7 +91,8 @@ def _start_separate(config: Config, path: Path, *, device: str, dtype: str, reco
         trainers, engines = actors
         learns = _build([*((each, train) for each in trainers), *((each, sample) for each in engines)])
         all_learn = all(learns[len(trainers) :])
-        fleet = Fleet([RayMember(each) for each in engines], slots=config.rollout.max_running, learns=all_learn)
+        members, slots = [RayMember(each) for each in engines], config.rollout.max_running
+        fleet = Fleet(members, slots=slots, learns=all_learn, first=len(trainers))
         trainer = RayTrainer(trainers, Fleet([], slots=1, learns=False))
         bucket_bytes = compute.bucket_mb << 20
         delivery = Delivery(trainers, engines, fleet, trainer, device=device, bucket_bytes=bucket_bytes)

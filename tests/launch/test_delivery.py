@@ -60,7 +60,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def deliver(trainer: Actor, engines: list[Actor], *, others: tuple[Actor, ...] = ()) -> tuple[Delivery, Trained, Fleet]:
-    trained, fleet = Trained(), Fleet([None for _ in engines], slots=1, learns=False)  # type: ignore[misc]
+    trained, fleet = Trained(), Fleet([None for _ in engines], slots=1, learns=False, first=1)  # type: ignore[misc]
     made = Delivery([trainer, *others], engines, fleet, trained, device="cpu", bucket_bytes=64)
     return made, trained, fleet
 
@@ -137,6 +137,18 @@ def test_policies_of_other_shapes_are_refused_before_anything_is_sent() -> None:
     trainer, engine = Actor(), Actor(layout="other")
     delivery, trained, _ = deliver(trainer, [engine])
     trained.changes += 1
-    with pytest.raises(PreflightError, match="engine 0 has other parameters"):
+    with pytest.raises(PreflightError, match="worker 1 has other parameters"):
         delivery.bring(1)
     assert trainer.times("send") == 0
+
+
+def test_an_engine_that_hangs_is_called_by_its_number_among_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, engine = Actor(), Actor()
+    delivery, trained, fleet = deliver(trainer, [engine])
+    answered = ray.wait
+    hung = "receive"
+    monkeypatch.setattr(ray, "wait", lambda refs, **how: ([], refs) if engine.times(hung) else answered(refs, **how))
+    trained.changes += 1
+    with pytest.raises(WorkerLostError, match="no worker is left that samples"):
+        delivery.bring(1)
+    assert str(fleet.lost[0]).startswith("worker 1 has not answered receive")  # worker 0 is the trainer
