@@ -43,10 +43,11 @@ def launch(
     options = {
         "address": address, "partition": partition, "account": account, "qos": qos, "namespace": namespace,
         "storage": storage, "image": image, "gpu": gpu, "infra": infra, "time": time,
-        "memory-gb": str(memory_gb or ""),
+        "memory-gb": str(memory_gb or ""), "cpus-per-node": str(cpus_per_node or ""), "setup": setup,
     }  # fmt: skip
     if on == "local":
-        _local(config, list(overrides or []), nodes, gpus_per_node, options, dry_run=dry_run)
+        targets.check_options(on, options | ({"out": str(out)} if out else {}))
+        _local(config, list(overrides or []), nodes, gpus_per_node, dry_run=dry_run)
         return
     shares_files = on == "slurm"
     plan = make_plan(
@@ -81,22 +82,18 @@ def launch(
         print("\n".join(targets.submit(on, plan, path, options)))
 
 
-def _local(
-    config: str, overrides: list[str], nodes: int, gpus_per_node: int, options: dict[str, str], *, dry_run: bool
-) -> None:
+def _local(config: str, overrides: list[str], nodes: int, gpus_per_node: int, *, dry_run: bool) -> None:
     """Train in this process: `paceline train`, with a Ray worker a GPU where there are several."""
-    if nodes > 1:
-        raise ConfigError(f"--on local is one machine, not --nodes {nodes}; choose another --on")
-    if unused := next((name for name, value in options.items() if value), None):
-        raise ConfigError(f"--{unused} {options[unused]}: --on local has no use for it")
-    if gpus_per_node > 1:
-        own = {override.partition("=")[0] for override in overrides}
-        sized = {"compute.backend": "ray", "compute.workers": str(gpus_per_node)}
-        overrides += [f"{key}={value}" for key, value in sized.items() if key not in own]
-    if dry_run:
-        from configs.load import parse, read_recipe
+    from configs.load import parse, read_recipe
+    from launch.render.plan import spread
 
-        parse(read_recipe(Path(config)), overrides, origin=config)
+    if nodes != 1:
+        raise ConfigError(f"--on local is one machine, not --nodes {nodes}; choose another --on")
+    text = read_recipe(Path(config))
+    if gpus_per_node not in (0, 1):  # one process needs no Ray
+        overrides = spread(text, overrides, origin=config, nodes=nodes, gpus_per_node=gpus_per_node)
+    if dry_run:
+        parse(text, overrides, origin=config)
         print(shlex.join(["paceline", "train", config, *overrides]))
         return
     from launch.cli import train

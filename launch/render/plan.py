@@ -80,22 +80,12 @@ def make_plan(
     (one a node without GPUs), unless an override says how many. cpus_per_node: 0 means eight a GPU; without GPUs, one
     a worker and one for the driver.
     """
-    if nodes < 1 or gpus_per_node < 0 or cpus_per_node < 0:
-        raise ConfigError(
-            f"--nodes {nodes} --gpus-per-node {gpus_per_node} --cpus-per-node {cpus_per_node}: at least one node, and "
-            "nothing negative"
-        )
+    if cpus_per_node < 0:
+        raise ConfigError(f"--cpus-per-node {cpus_per_node}: give none, or a number from 1 up")
     text = read_recipe(Path(config))
-    places = nodes * max(gpus_per_node, 1)
-    sized = _sized(text, overrides, origin=config, places=places)
+    sized = spread(text, overrides, origin=config, nodes=nodes, gpus_per_node=gpus_per_node)
     parsed = parse(text, sized, origin=config)
     workers = _workers(parsed)
-    if gpus_per_node and workers > places:
-        raise ConfigError(
-            f"{workers} workers (compute.workers={parsed.compute.workers}, compute.placement="
-            f"{parsed.compute.placement}) exceed --nodes {nodes} x "
-            f"--gpus-per-node {gpus_per_node}; take fewer, or ask for more"
-        )
     place = _run_dir(parsed, root)
     return LaunchPlan(
         name=_label(parsed.run.name),
@@ -170,8 +160,16 @@ def path_notes(plan: LaunchPlan, *, shares_files: bool) -> list[str]:
     return notes
 
 
-def _sized(text: str, overrides: Sequence[str], *, origin: str, places: int) -> list[str]:
-    """The overrides, and those that spread the run over all places; what the user's own say stays."""
+def spread(text: str, overrides: Sequence[str], *, origin: str, nodes: int, gpus_per_node: int) -> list[str]:
+    """The overrides, and those that spread the recipe over all GPUs, or nodes; what the user's own say stays.
+
+    Raises ConfigError where these ask for more workers than there are GPUs.
+    """
+    if nodes < 1 or gpus_per_node < 0:
+        raise ConfigError(
+            f"--nodes {nodes} --gpus-per-node {gpus_per_node}: at least one node, and no negative number of GPUs"
+        )
+    places = nodes * max(gpus_per_node, 1)
     own = {override.partition("=")[0] for override in overrides}
     sized = list(overrides)
     if "compute.backend" not in own:
@@ -180,6 +178,14 @@ def _sized(text: str, overrides: Sequence[str], *, origin: str, places: int) -> 
     if "compute.workers" not in own:
         training = places - compute.rollout_workers if compute.placement == "separate" else places
         sized.append(f"compute.workers={max(training, 1)}")
+    parsed = parse(text, sized, origin=origin)
+    workers = _workers(parsed)
+    if gpus_per_node and workers > places:
+        raise ConfigError(
+            f"{workers} workers (compute.workers={parsed.compute.workers}, compute.placement="
+            f"{parsed.compute.placement}) exceed --nodes {nodes} x "
+            f"--gpus-per-node {gpus_per_node}; take fewer, or ask for more"
+        )
     return sized
 
 

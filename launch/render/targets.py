@@ -16,8 +16,10 @@ from launch.render.plan import LaunchPlan
 
 Target = Literal["local", "ray-job", "slurm", "kuberay", "skypilot"]
 
-# Options beyond nodes, GPUs, CPUs and --setup, and the targets that have a use for them.
+# Options beyond nodes and GPUs, and the targets that have a use for them.
 USES: dict[str, tuple[Target, ...]] = {
+    "cpus-per-node": ("slurm", "kuberay", "skypilot"),
+    "setup": ("ray-job", "slurm", "kuberay", "skypilot"),
     "address": ("ray-job",),
     "partition": ("slurm",),
     "account": ("slurm",),
@@ -29,6 +31,7 @@ USES: dict[str, tuple[Target, ...]] = {
     "infra": ("skypilot",),
     "time": ("slurm", "kuberay"),
     "memory-gb": ("slurm", "kuberay", "skypilot"),
+    "out": ("ray-job", "slurm", "kuberay", "skypilot"),
 }
 TOOLS: dict[Target, tuple[str, str]] = {
     "slurm": ("sbatch", "run this on a login node of the cluster"),
@@ -36,6 +39,8 @@ TOOLS: dict[Target, tuple[str, str]] = {
     "skypilot": ("sky", "pip install skypilot, in an environment of its own"),
     "ray-job": ("ray", "install ray[default]"),
 }
+ANSWER_S = 300.0  # for a tool that hands over a file
+PROVISION_S = 7200.0  # for sky, which waits for machines
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +54,7 @@ class Rendered:
 
 def render(target: Target, plan: LaunchPlan, options: Mapping[str, str]) -> Rendered:
     """The plan in the target's language. Raises ConfigError for an option that is missing or means nothing there."""
-    for name, value in options.items():
-        if value and target not in USES[name]:
-            raise ConfigError(f"--{name} {value}: --on {target} has no use for it; it is for {', '.join(USES[name])}")
+    check_options(target, options)
     match target:
         case "slurm":
             asked = slurm.Slurm(
@@ -72,6 +75,13 @@ def render(target: Target, plan: LaunchPlan, options: Mapping[str, str]) -> Rend
             return Rendered(rayjob.render(plan, job), ".sh", tuple(rayjob.notes(job)))
         case "local":
             raise AssertionError("a local run is not rendered")
+
+
+def check_options(target: Target, options: Mapping[str, str]) -> None:
+    """Raise ConfigError for an option that was given and means nothing there."""
+    for name, value in options.items():
+        if value and target not in USES[name]:
+            raise ConfigError(f"--{name} {value}: --on {target} has no use for it; it is for {', '.join(USES[name])}")
 
 
 def submit(target: Target, plan: LaunchPlan, path: Path, options: Mapping[str, str]) -> list[str]:
@@ -121,8 +131,14 @@ def submit(target: Target, plan: LaunchPlan, path: Path, options: Mapping[str, s
 
 
 def _run(command: Sequence[str], *, env: Mapping[str, str] | None = None) -> str:
-    """What a tool prints. Raises PreflightError with its own last words."""
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    """What a tool prints. Raises PreflightError with its own last words, or where it takes too long."""
+    limit_s = PROVISION_S if command[0] == "sky" else ANSWER_S
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=limit_s)
+    except subprocess.TimeoutExpired as error:
+        raise PreflightError(
+            f"{command[0]} has not ended for {limit_s:g} s; see whether what it asks is up, and whether the run began"
+        ) from error
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
         raise PreflightError(f"{command[0]} ended with code {done.returncode}: {' '.join(said[-3:])}")

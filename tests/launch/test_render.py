@@ -242,6 +242,15 @@ def test_a_tool_that_refuses_is_heard(
     assert "error: sbatch ended with code 1: invalid partition specified" in capsys.readouterr().err
 
 
+def test_a_tool_that_hangs_is_named(
+    recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_tool(tmp_path, monkeypatch, "sbatch", "exec sleep 60")
+    monkeypatch.setattr(targets, "ANSWER_S", 0.2)
+    assert launch("--on", "slurm", recipe) == 3
+    assert "error: sbatch has not ended for 0.2 s" in capsys.readouterr().err
+
+
 def test_skypilot_is_given_the_token_by_name_alone(
     recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -256,7 +265,28 @@ def test_skypilot_is_given_the_token_by_name_alone(
 def test_local_prints_the_command_that_it_would_run(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("--dry-run", recipe, "train.steps=3", "--gpus-per-node", "2") == 0
     assert capsys.readouterr().out == f"paceline train {recipe} train.steps=3 compute.backend=ray compute.workers=2\n"
-    assert launch("--nodes", "2", recipe) == 2
+    separate = ["compute.placement=separate", "compute.rollout_workers=3"]
+    assert launch("--dry-run", recipe, "--gpus-per-node", "8", *separate) == 0
+    assert "compute.workers=5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nodes", "2"], "--nodes 2"),
+        (["--nodes", "0"], "--nodes 0"),
+        (["--gpus-per-node", "-2"], "--gpus-per-node -2"),
+        (["--gpus-per-node", "2", "compute.workers=3"], "3 workers"),
+        (["--setup", "module load x"], "--setup module load x: --on local has no use for it"),
+        (["--cpus-per-node", "4"], "--cpus-per-node 4: --on local has no use for it"),
+        (["--out", "file"], "--out file: --on local has no use for it"),
+    ],
+)
+def test_local_refuses_what_it_would_not_heed(
+    recipe: str, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert launch("--dry-run", recipe, *arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_storage_is_told_from_the_mounts(recipe: str) -> None:
