@@ -56,6 +56,8 @@ ACTIONS: Mapping[str, str] = {
     "nan": "the caller makes its numbers NaN",
 }
 
+SPOILED = ("train.backward", "drafter.step")  # points whose callers make their numbers NaN
+
 
 class FaultError(RuntimeError):
     """What the action "raise" raises."""
@@ -165,6 +167,8 @@ def _parse_one(entry: str) -> Fault:
         raise ConfigError(f"{VARIABLE}: no point is called {point!r}; there are {', '.join(POINTS)}")
     if action not in ACTIONS:
         raise ConfigError(f"{VARIABLE}: no action is called {action!r}; there are {', '.join(ACTIONS)}")
+    if action == "nan" and point not in SPOILED:
+        raise ConfigError(f"{VARIABLE}: nothing at {point} could be made nan; {' and '.join(SPOILED)} can")
     if process and process != DRIVER and not process.isdecimal():
         raise ConfigError(f"{VARIABLE}: @{process} is neither a worker's number nor {DRIVER}")
     number = nth.removesuffix("+")

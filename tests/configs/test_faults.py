@@ -25,6 +25,7 @@ def disarmed() -> Iterator[None]:
         ("train.backward:0:kill", "nth='0'"),
         ("train.backward:many:kill", "many"),
         ("train.backward@me:1:kill", "@me"),
+        ("rollout.cycle:1:nan", "train.backward and drafter.step"),
         ("train.backward:kill", "train.backward:kill"),
     ],
 )
