@@ -56,6 +56,8 @@ def findings(config: "Config | None", *, every_node: bool) -> "Iterator[Finding]
         doctor_cluster.connect()
         nodes, offsets, answers = doctor_cluster.ask()
         yield from answers
+        if not nodes:
+            return
     else:
         from launch.doctor_node import gather
 

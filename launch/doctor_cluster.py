@@ -32,23 +32,18 @@ def ask() -> tuple[list[NodeFacts], dict[str, tuple[float, float]], list[Finding
     facts: list[NodeFacts] = []
     offsets: dict[str, tuple[float, float]] = {}
     silent: list[Finding] = []
-    refs = {name: remote.options(scheduling_strategy=_on(node)).remote() for name, node in _nodes().items()}
+    nodes = _nodes()
+    refs = {name: remote.options(scheduling_strategy=_on(node)).remote() for name, node in nodes.items()}
     for name, ref in refs.items():
         try:
             found = ray.get(ref, timeout=ANSWER_S)
+            offset = _offset(nodes[name])
         except Exception as error:  # whatever ails a node, the others are still worth asking
             said = f"{name} does not answer: {_first_line(error)}"
             silent.append(Finding("nodes", "fail", said, "see its raylet's log, and start its Ray again"))
             continue
         facts.append(replace(found, name=name))
-    clock = ray.remote(num_cpus=0)(_clock)
-    for name, node in _nodes().items():
-        if name not in {fact.name for fact in facts}:
-            continue
-        before = time.time()
-        reading = ray.get(clock.options(scheduling_strategy=_on(node)).remote(), timeout=ANSWER_S)
-        after = time.time()
-        offsets[name] = (reading - after, reading - before)
+        offsets[name] = offset
     if not silent:
         silent = [Finding("nodes", "pass", f"{len(facts)} answer: {', '.join(fact.name for fact in facts)}")]
     return facts, offsets, silent
@@ -112,6 +107,14 @@ def _address() -> tuple[str, int]:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+
+def _offset(node: dict[str, Any]) -> tuple[float, float]:
+    """A node's clock less this one's, after and before it was asked."""
+    clock = ray.remote(num_cpus=0)(_clock)
+    before = time.time()
+    reading = ray.get(clock.options(scheduling_strategy=_on(node)).remote(), timeout=ANSWER_S)
+    return reading - time.time(), reading - before
 
 
 def _clock() -> float:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
 PACKAGES = ("torch", "triton", "ray", "deepspeed", "transformers")
@@ -93,6 +93,13 @@ def _listening() -> tuple[str, ...]:
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
         for one in connections:
-            if one.status == psutil.CONN_LISTEN and not ip_address(one.laddr.ip).is_loopback:
+            if one.status == psutil.CONN_LISTEN and not _is_loopback(one.laddr.ip):
                 found.add(f"{process.info['name']} {one.laddr.ip}:{one.laddr.port}")
     return tuple(sorted(found))
+
+
+def _is_loopback(text: str) -> bool:
+    address = ip_address(text)
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from launch import doctor_checks as checks
-from launch import doctor_pairs
+from launch import doctor_cluster, doctor_pairs
 from launch.doctor import findings, show
 from launch.doctor_checks import GIB, Finding
 from launch.doctor_node import PACKAGES, NodeFacts, gather
@@ -113,6 +113,14 @@ def test_listening_sockets_are_seen_and_loopback_is_not() -> None:
         seen = gather().listening
         assert any(one.endswith(f":{server.getsockname()[1]}") for one in seen)
         assert not any(one.endswith(f":{quiet.getsockname()[1]}") for one in seen)
+
+
+def test_loopback_as_ipv6_writes_it_is_loopback() -> None:
+    with socket.socket(socket.AF_INET6) as server:
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        server.bind(("::ffff:127.0.0.1", 0))
+        server.listen()
+        assert not any(one.endswith(f":{server.getsockname()[1]}") for one in gather().listening)
 
 
 def test_every_pair_meets_once_and_nobody_is_in_two_places() -> None:
@@ -215,6 +223,13 @@ def test_every_node_of_a_cluster_answers_and_every_two_add_up(two_nodes: None) -
     (pair,) = by_check["all-reduce"]
     assert pair["level"] == "pass", pair
     assert pair["said"].endswith("by gloo")
+
+
+def test_a_cluster_of_which_no_node_answers_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = Finding("nodes", "fail", "a does not answer", "start its Ray again")
+    monkeypatch.setattr(doctor_cluster, "connect", lambda: None)
+    monkeypatch.setattr(doctor_cluster, "ask", lambda: ([], {}, [silent]))
+    assert list(findings(None, every_node=True)) == [silent]
 
 
 def test_all_nodes_of_no_cluster_is_a_preflight_error(monkeypatch: pytest.MonkeyPatch) -> None:
