@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -140,10 +140,17 @@ class Commands:
         return self._zygote.stdout.readline().strip()
 
 
-def check_end(run: Path, ended: Ended, *, damaged: Path | None = None) -> dict[str, Any] | None:
+def staged(run: Path) -> set[Path]:
+    """Checkpoints whose writing or removal was interrupted; the next start that reads the data removes them."""
+    return set((run / "checkpoints").glob(".staging-*"))
+
+
+def check_end(
+    run: Path, ended: Ended, *, damaged: Path | None = None, leftover: Collection[Path] = ()
+) -> dict[str, Any] | None:
     """What holds however a command ended: one crash report where it failed, no process left, no half-written file.
 
-    damaged: a checkpoint that need not be whole. Returns the report.
+    damaged: a checkpoint that need not be whole. leftover: what was staged before. Returns the report.
     """
     assert ended.code is not None, f"it did not end:\n{ended.said}"
     left = processes(ended.mark)
@@ -161,7 +168,7 @@ def check_end(run: Path, ended: Ended, *, damaged: Path | None = None) -> dict[s
         return None
     assert status["exit_code"] == json.loads((run / "EXIT.json").read_text())["code"] == ended.code, ended.said
     assert not list(run.rglob("*.partial")), "a file is half-written"
-    assert not list((run / "checkpoints").glob(".staging-*")), "a checkpoint is half-written"
+    assert staged(run) <= set(leftover), "a checkpoint is half-written"
     if ended.code in NO_REPORT:
         assert not report_path.exists()
         return None

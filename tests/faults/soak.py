@@ -25,7 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(1, str(Path(__file__).parents[2]))
 
-from fault_runs import ROOT, Commands, check_complete, check_end, corrupt, kill, state, texts, write_recipe  # noqa: E402
+from fault_runs import ROOT, Commands, check_complete, check_end, corrupt, kill, staged, state, texts, write_recipe  # noqa: E402
 from fault_table import RAY  # noqa: E402
 
 RAY_SHARE = 0.25  # of the rounds: they take ten times as long
@@ -76,12 +76,13 @@ def one_round(commands: Commands, recipe: Path, run: Path, whole: Path, chance: 
         if not story or (len(story) < MOST_FAULTS and chance.random() < AGAIN_SHARE):
             planned = fault(chance, WORKERS, f"@{chance.randint(0, 1)}") if ray else fault(chance, INLINE)
         story.append({"command": arguments[0], "fault": planned})
+        leftover = staged(run)
         ended = commands.run(*arguments, fault=planned)
         try:
             story[-1]["code"] = ended.code
             assert ended.code is not None, f"it did not end:\n{ended.said}"
             assert planned or ended.code == 0, ended.said
-            check_end(run, ended, damaged=damaged)
+            check_end(run, ended, damaged=damaged, leftover=leftover)
         finally:
             kill(ended.mark)
         if ended.code == 0:
