@@ -72,8 +72,10 @@ class GraphPool:
         if not self._captures or key in self._refused:
             return 0.0
         self._capture(key, launch)
-        self.captured.append((key, time.perf_counter() - begun))
-        return self.captured[-1][1]
+        seconds = time.perf_counter() - begun
+        if key in self._graphs:
+            self.captured.append((key, seconds))
+        return seconds
 
     def clear(self) -> None:
         """Drop all graphs: the memory they address is about to change."""

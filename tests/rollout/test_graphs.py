@@ -1,5 +1,6 @@
 """The graph pool where there are no graphs, and how batches are padded to those there are."""
 
+import pytest
 import torch
 
 from rollout.graphs import BUCKETS, GraphPool, bucket
@@ -22,3 +23,12 @@ def test_a_device_without_graphs_runs_each_launch() -> None:
     assert pool.run("a", lambda: runs.append("again")) == 0.0
     assert runs == ["a", "again"]
     assert pool.num_bytes == 0 and not pool.captured
+
+
+def test_a_capture_that_failed_took_time_and_is_not_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = GraphPool(torch.device("cpu"), max_bytes=1 << 30)
+    monkeypatch.setattr(pool, "_captures", True)
+    monkeypatch.setattr(pool, "_capture", lambda key, launch: pool._refused.add(key))
+    assert pool.run("a", lambda: None) > 0.0
+    assert pool.num_captures == len(pool.captured) == 0
+    assert pool.run("a", lambda: None) == 0.0
