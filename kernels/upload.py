@@ -4,9 +4,9 @@ import numpy as np
 import torch
 
 ALIGNMENT = 16  # bytes: kernels are compiled for pointers that are multiples of it
-STAGED_BYTES = (
-    1 << 16
-)  # up to so many the driver copies at once, and the host goes on; more it takes from pinned memory
+# Up to so many the driver takes a copy of before it returns, from memory of any kind. More it copies without making the
+# host wait from pinned memory alone, which torch gives to nobody else before the transfer is over.
+STAGED_BYTES = 1 << 16
 
 
 def upload(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
