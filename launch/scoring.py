@@ -39,7 +39,8 @@ class Scoring:
         self._waiting: list[Rollout] = []
         # what is greedy is an evaluation, which nobody trains on
         self._is_wanted = fleet.scores and sampling.temperature > 0
-        fleet.references = {}
+        # this call's own: what comes late is of no use to the next, whose rollouts have the same names
+        self._references = fleet.references = {}
 
     def add(self, rollout: Rollout) -> None:
         """This one is finished."""
@@ -68,7 +69,8 @@ class Scoring:
         pairs = [(self._prompts[rollout.prompt_id], rollout) for rollout in rollouts]
         lost: WorkerLostError | None = None
         try:
-            self._fleet.references |= await self._fleet.members[number].score(pairs)
+            scores = await self._fleet.members[number].score(pairs)
+            self._references.update(scores)
             self._ledger.scored(begun)
         except WorkerLostError as error:
             lost = error

@@ -14,7 +14,8 @@ from configs.errors import DataError, ResourceError
 from launch import shift
 from launch.fleet import Fleet, WorkerLostError
 from launch.idle import Learn, Rest, TakeOver, Task, decide
-from launch.ledger import IdleReport
+from launch.ledger import IdleReport, Ledger
+from launch.scoring import Scoring
 from launch.shift import sample
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling, SpecStats
 
@@ -289,6 +290,33 @@ def test_a_worker_lost_while_it_scores_costs_its_scores_alone() -> None:
         workers[0].finish_all()
         await ends(call)
         assert sorted(call.keys) == sorted(keys(2)) and fleet.references == {}
+
+    asyncio.run(run())
+
+
+def test_scores_that_come_late_are_not_taken_for_the_next_calls() -> None:
+    """Its rollouts have the same names, and other tokens."""
+
+    async def run() -> None:
+        workers, fleet = make(1)
+        fleet.scores = True
+        given = {prompt.id: prompt for prompt in prompts(1)}
+
+        def scoring() -> Scoring:
+            return Scoring(fleet, SAMPLING, given, Ledger(), lambda number, error: None)
+
+        late = scoring()
+        late.add(Rollout("p0", 0, [7], [0.0], [(0, 1)], "stop", NOTHING))
+        workers[0].may_score.clear()
+        late.begin(0)
+        task = late.under_way[0]
+        await asyncio.sleep(0)
+        scoring()
+        references = fleet.references
+        workers[0].may_score.set()
+        await task
+        assert workers[0].scored == [("p0", 0)]
+        assert fleet.references is references and not references
 
     asyncio.run(run())
 
