@@ -92,6 +92,7 @@ class Acceptance:
         self._coverage.weaken(RENEWED_ROWS)
         if self._coverage.rate < HOPE:
             self._coverage = Share(HOPE_TRIALS, HOPE_TRIALS)
+            self.untried = True
         for share, expected in zip(self._depths, self._expected, strict=True):
             share.hits, share.trials = max(HOPE, expected) * HOPE_TRIALS, HOPE_TRIALS
         self._sum_up()

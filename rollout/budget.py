@@ -1,6 +1,7 @@
 """What trying may cost: budgets of seconds that are earned before they are spent, so that hope alone spends little."""
 
 from collections import deque
+from collections.abc import Collection
 
 Arm = int
 Place = tuple[Arm, int]  # an arm, and the rows its graphs are for
@@ -86,6 +87,10 @@ class Captures:
         """Whether these graphs are there, or cost nothing."""
         return place in self._ready or (bool(self._seen) and not any(self._seen))
 
+    def has_any(self, arms: Collection[Arm]) -> bool:
+        """Whether any of these arms has graphs, for whatever number of rows."""
+        return any(arm in arms for arm, _ in self._ready)
+
     def affords(self, *, ahead: float = FIRST_CAPTURES) -> bool:
         """Whether there is enough for another one, so many captures' worth being allowed ahead of what was earned."""
         return self.cost_s * (1.0 - ahead) <= self._funds
@@ -101,6 +106,7 @@ class Captures:
                 charge = min(capture_s, DEAREST * self.cost_s)
                 self._funds -= charge
                 self.spent_s += charge
-            self._seen.append(capture_s)
+            if capture_s or not any(self._seen):  # else it was there all along: what others took it does not tell
+                self._seen.append(capture_s)
             self._ready.add(place)
         self._funds = min(self._funds, (MOST_CAPTURES - FIRST_CAPTURES) * self.cost_s)

@@ -108,7 +108,8 @@ class GoodputChooser:
         if self._costs.anchored:
             self._account(arm, rows, report)
         else:
-            plain_s = report.seconds - report.capture_s
+            # the host began to capture while the device was still at the cycle before
+            plain_s = max(0.0, report.seconds - report.capture_s)
             self._captures.observe((arm, rows), report.capture_s, plain_s, 0.0, plain_s)
         if not arm:
             self._unfaded += 1  # it says nothing about drafts
@@ -247,7 +248,8 @@ class GoodputChooser:
             return True
         if not self._captures.affords():
             return False
-        if source.untried:  # what it is worth is found out once, by its most promising arm
+        has_graphs = self._captures.has_any(self._arms_of[name])
+        if source.untried or not has_graphs:  # what it is worth is found out once, by its most promising arm
             return arm == best and self._visits[rows] > KNOWN_CYCLES
         # it may cost less than is expected of it, though not less than the one that is shorter: see, if it is paid for
         hoped = self._tokens[arm] / seconds[self._shorter[arm]]

@@ -91,6 +91,18 @@ def test_graphs_that_are_captured_again_say_that_others_may_be_gone_too() -> Non
     assert captures.ready((1, 4)) and not captures.ready((1, 8))
 
 
+def test_graphs_that_were_there_all_along_do_not_make_others_cheap() -> None:
+    captures = Captures()
+    for rows in (1, 2, 4, 8):
+        captures.observe((1, rows), 0.01, PLAIN_S, 0.0, PLAIN_S)
+    captures.observe((1, 8), 0.01, PLAIN_S, 0.0, PLAIN_S)  # for another temperature: the rest are still there
+    cost_s = captures.cost_s
+    for rows in (1, 2, 4) * 10:
+        captures.observe((1, rows), 0.0, PLAIN_S, 0.0, PLAIN_S)
+    assert captures.cost_s == pytest.approx(cost_s)
+    assert captures.ready((1, 4)) and not captures.ready((1, 16))
+
+
 def test_captures_for_nothing_take_their_share_and_no_more() -> None:
     captures, spent, total = Captures(), 0.0, 0.0
     for place in range(20_000):

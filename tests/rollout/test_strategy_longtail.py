@@ -4,7 +4,7 @@ import random
 from bisect import bisect
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -204,3 +204,24 @@ def test_the_best_arm_has_nearly_all_cycles(batch: int, eagle: float, suffix: fl
         best = max(machine.rate(other, batch, context) for other in ARMS)
         good += machine.rate(arm, batch, context) >= 0.95 * best  # what is that near counts as the best
     assert good >= 0.95 * CYCLES
+
+
+@pytest.mark.parametrize("batch", [4, 8, 128])
+def test_a_head_published_after_graphs_were_captured_anew_takes_the_lead(batch: int) -> None:
+    """Before, it was tried and had nothing to say; then an evaluation at another temperature captured graphs again."""
+    machine, chooser, used = Machine(0.0, 0.0, coverage=0.0), GoodputChooser(ARMS), Counter[str]()
+    for cycle in range(1200):
+        if cycle == 600:
+            machine.graphs.clear()
+            for arm in (OFF, OFF):
+                chooser.choose(batch=batch, context=500.0)
+                chooser.observe(machine.run(arm, batch, 500.0)[0])
+            machine.eagle = 0.85
+            chooser.drafter_changed("eagle")
+        arm = chooser.choose(batch=batch, context=500.0)
+        report, _ = machine.run(arm, batch, 500.0)
+        if not machine.eagle and arm.source == "eagle":
+            report = replace(report, rows_with_draft=0)
+        chooser.observe(report)
+        used[arm.source] += cycle >= 900
+    assert used["eagle"] >= 0.95 * used.total()
