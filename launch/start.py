@@ -1,7 +1,7 @@
 """The workers of a run on a Ray cluster: where they are, what each is, and the loop's objects over them."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -111,12 +111,15 @@ def _placed(
     bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
     pulse: Pulse | None = None
     planned = os.environ.get(faults.VARIABLE, "")
+    if "RAY_ADDRESS" not in os.environ and (short := shortage(ray.cluster_resources(), bundle, sum(counts))):
+        ray.shutdown()
+        raise ResourceError(f"{asked} need {short} on this machine; ask for fewer")
     group = placement_group([bundle] * sum(counts), strategy="PACK")
     try:
-        if not group.wait(PLACEMENT_TIMEOUT_S):
+        if not group.wait(PLACEMENT_TIMEOUT_S):  # nodes may still join
+            free = shortage(ray.available_resources(), bundle, sum(counts)) or "nodes with room for one each"
             raise ResourceError(
-                f"{asked} need {bundle} each; the cluster has {ray.available_resources()} free; ask for fewer, or add "
-                "nodes"
+                f"{asked} need {free} free in the cluster after {PLACEMENT_TIMEOUT_S:g} s; ask for fewer, or add nodes"
             )
         kind = ray.remote(concurrency_groups={GROUP: 1})(Worker)
         actors = [
@@ -134,6 +137,12 @@ def _placed(
             pulse.stop()
         remove_placement_group(group)
         ray.shutdown()
+
+
+def shortage(has: Mapping[str, float], each: Mapping[str, float], count: int) -> str:
+    """Of what there is too little for so many workers, in words; "" where there is enough of everything."""
+    lacking = {kind: count * size for kind, size in each.items() if has.get(kind, 0.0) < count * size}
+    return ", ".join(f"{wanted:g} {kind}s and there are {has.get(kind, 0.0):g}" for kind, wanted in lacking.items())
 
 
 def _build(made: Sequence[tuple[Any, Callable[[], Parts]]]) -> list[bool]:
