@@ -13,6 +13,7 @@ from drafter.memory import DrafterBytes, drafter_bytes
 from drafter.types import OFF
 from launch.drafting import starting_shape
 from launch.memory import Memory, Sizes, memory_of
+from rl.ulysses import require_heads
 from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, resolve_compute
 from rollout.strategy import configured, make_chooser
@@ -59,6 +60,7 @@ class Plan:
 def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     """Every size that follows from a configuration and its model on this machine. Raises PreflightError."""
     device, dtype = resolve_compute(config.compute)
+    require_heads(model_config, config.train.sequence_parallel)
     itemsize = getattr(torch, dtype).itemsize
     compute, rollout, train = config.compute, config.rollout, config.train
     is_separate = compute.placement == "separate"

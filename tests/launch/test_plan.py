@@ -69,6 +69,12 @@ def test_engines_and_trainers_of_their_own_are_planned_apart(model_config: Pretr
     assert "1 + 3 x cpu" in out.getvalue() and "memory of a trainer" in out.getvalue()
 
 
+def test_ranks_that_cannot_share_the_heads_are_found_before_anything_starts(model_config: PretrainedConfig) -> None:
+    three = ["compute.backend=ray", "compute.workers=3", "train.sequence_parallel=3"]
+    with pytest.raises(PreflightError, match="train.sequence_parallel=3 does not divide the model's 4 attention heads"):
+        plan_for(model_config, *three)
+
+
 def test_a_learned_drafter_is_counted_and_what_it_could_give_up_is_named(
     model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
