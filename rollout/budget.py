@@ -35,6 +35,10 @@ class Purse:
         """Whether a cycle may lose so much."""
         return self._seconds is not None and loss_s <= self._seconds
 
+    def can_earn(self, loss_s: float, plain_s: float) -> bool:
+        """Whether time alone will bring in so much, a plain cycle taking plain_s."""
+        return loss_s <= EARNED_CYCLES * plain_s
+
     def set_aside(self, cycle: int, arm: Arm, loss_s: float) -> None:
         """A cycle is about to run that loses so much at most."""
         assert self._seconds is not None

@@ -220,8 +220,12 @@ class GoodputChooser:
     def _probe(self, rows: int, seconds: list[float], rates: list[float], affordable: list[bool]) -> int:
         """The arm whose probe is longest due, if the expected loss is covered; else the leader."""
         chosen, reserved = self._leader, 0.0
+        is_saving = False
         for arm, cost in enumerate(seconds):
-            if arm == self._leader or self._due[arm] > self._cycle or not affordable[arm]:
+            if arm == self._leader or self._due[arm] > self._cycle:
+                continue
+            if not affordable[arm]:
+                is_saving |= self._is_worth_saving_for(arm, rows, seconds, rates)
                 continue
             loss = cost * (1.0 - rates[arm] / self._leader_rate)
             if loss > self._credit or (chosen != self._leader and self._due[arm] >= self._due[chosen]):
@@ -229,6 +233,8 @@ class GoodputChooser:
             if arm and not self._may_be_tried(arm, rows, seconds, rates):
                 continue
             chosen, reserved = arm, max(0.0, loss)
+        if is_saving and chosen and not self._sources[self._arms[chosen].source].untried:
+            return self._leader
         if chosen != self._leader:
             self._credit -= reserved
             self._reserved[chosen] = reserved
@@ -236,6 +242,14 @@ class GoodputChooser:
             self._interval[chosen] = min(2 * self._interval[chosen], LAST_INTERVAL)
             self._probes += 1
         return chosen
+
+    def _is_worth_saving_for(self, arm: int, rows: int, seconds: list[float], rates: list[float]) -> bool:
+        """Whether other sources wait until this arm can be afforded: cheaper ones would spend, again and again, what
+        one look at a source of which nothing is known takes."""
+        if not self._sources[self._arms[arm].source].untried:
+            return False
+        can_earn = self._purse.can_earn(seconds[arm] - seconds[0], seconds[0])
+        return can_earn and self._may_be_tried(arm, rows, seconds, rates)
 
     def _may_be_tried(self, arm: int, rows: int, seconds: list[float], rates: list[float]) -> bool:
         """Whether a probe of this arm could teach something that it is worth."""

@@ -206,16 +206,21 @@ def test_the_best_arm_has_nearly_all_cycles(batch: int, eagle: float, suffix: fl
     assert good >= 0.95 * CYCLES
 
 
-@pytest.mark.parametrize("batch", [4, 8, 128])
-def test_a_head_published_after_graphs_were_captured_anew_takes_the_lead(batch: int) -> None:
-    """Before, it was tried and had nothing to say; then an evaluation at another temperature captured graphs again."""
+@pytest.mark.parametrize("is_captured_anew", [False, True])
+@pytest.mark.parametrize("batch", [4, 8, 32, 128])
+def test_a_head_published_late_takes_the_lead(batch: int, is_captured_anew: bool) -> None:
+    """Before, it had nothing to say, and suffixes match nothing, which are cheaper to try.
+
+    is_captured_anew: meanwhile an evaluation at another temperature captured graphs of its own.
+    """
     machine, chooser, used = Machine(0.0, 0.0, coverage=0.0), GoodputChooser(ARMS), Counter[str]()
     for cycle in range(1200):
-        if cycle == 600:
+        if cycle == 600 and is_captured_anew:
             machine.graphs.clear()
             for arm in (OFF, OFF):
                 chooser.choose(batch=batch, context=500.0)
                 chooser.observe(machine.run(arm, batch, 500.0)[0])
+        if cycle == 600:
             machine.eagle = 0.85
             chooser.drafter_changed("eagle")
         arm = chooser.choose(batch=batch, context=500.0)
