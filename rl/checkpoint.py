@@ -72,13 +72,19 @@ class CheckpointStore:
             shutil.rmtree(leftover)
 
     def _prune(self) -> None:
-        """Remove all but the newest; under another name first, so that half of one never looks like a checkpoint."""
+        """Remove all but the newest; under another name first, so that half of one never looks like a checkpoint.
+
+        What cannot be removed takes room, no more: the newest is whole, and the run goes on.
+        """
         for path in step_folders(self.root)[: -self.keep]:
             doomed = path.with_name(f"{STAGING}old-{path.name}")
-            hit("checkpoint.clean")
-            os.rename(path, doomed)
-            hit("checkpoint.clean")
-            shutil.rmtree(doomed)
+            try:
+                hit("checkpoint.clean")
+                os.rename(path, doomed)
+                hit("checkpoint.clean")
+                shutil.rmtree(doomed)
+            except OSError as error:
+                log.warning("checkpoint %s could not be removed and takes room: %s", path.name, error)
 
 
 def set_aside(folder: Path) -> Path:

@@ -141,8 +141,8 @@ class Commands:
 
 
 def staged(run: Path) -> set[Path]:
-    """Checkpoints whose writing or removal was interrupted; the next start that reads the data removes them."""
-    return set((run / "checkpoints").glob(".staging-*"))
+    """Checkpoints whose writing was interrupted; the next start that has read the data removes them."""
+    return set((run / "checkpoints").glob(".staging-step_*"))
 
 
 def check_end(

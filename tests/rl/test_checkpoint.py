@@ -91,6 +91,23 @@ def test_manifest_that_names_a_file_elsewhere_is_not_believed(store: CheckpointS
     assert store.latest() is None
 
 
+def test_checkpoint_that_cannot_be_removed_ends_nothing(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    store.write(1, fill_with("one"))
+    store.write(2, fill_with("two"))
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with caplog.at_level(logging.WARNING):
+        newest = store.write(3, fill_with("three"))
+    assert store.latest() == newest
+    assert "step_1 could not be removed" in caplog.text
+    monkeypatch.undo()
+    assert names(CheckpointStore(store.root, keep=2)) == ["step_2", "step_3"]
+
+
 def test_step_that_has_a_sound_checkpoint_keeps_it(store: CheckpointStore) -> None:
     path = store.write(1, fill_with("first"))
     assert store.write(1, fill_with("second")) == path
