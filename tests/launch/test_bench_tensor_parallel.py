@@ -1,6 +1,7 @@
 """`paceline bench tensor-parallel` on a tiny geometry: two processes over gloo against one."""
 
 import json
+from math import isfinite
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def test_two_processes_roll_out_and_are_timed_against_one(tmp_path: Path) -> Non
             assert told["rollouts_equal"] == told["rollouts"]
             assert told["logprob_max"] < 1e-4
     assert [cell["batch"] for cell in found["cells"]] == [1, 2]
-    assert all(cell[side]["step_ms"]["median"] > 0 for cell in found["cells"] for side in ("one", "shared"))
+    # a step is the difference of two lengths' times, of which a busy machine makes any number
+    assert all(isfinite(cell[side]["step_ms"]["median"]) for cell in found["cells"] for side in ("one", "shared"))
 
 
 @pytest.mark.parametrize(
