@@ -1,5 +1,7 @@
 """docs/faults.md, made from the table: python tests/faults/fault_document.py writes it."""
 
+import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from fault_table import CASES, ELSEWHERE, KILLED, Case
 from configs.faults import ACTIONS, POINTS
 
 DOC = Path(__file__).parents[2] / "docs" / "faults.md"
+SOAK = DOC.parent / "results" / "soak_cpu.json"
 
 WAITS = (
     ("for a worker's sign of life, asked for every second, answered by a thread of its own", "`run.silence_s`"),
@@ -53,6 +56,10 @@ and all start again from the newest checkpoint, as a new attempt; `events.jsonl`
 Each limit names whom it waited for. A worker that shows no life is killed, so that whoever waits for it hears at
 once.
 
+## The soak
+
+{soak}
+
 ## Injecting a fault
 
 `PACELINE_FAULT=point[@process]:nth:action[,...]`: `nth` counts hits of the point in a process; `3+` means from the
@@ -75,8 +82,25 @@ def document() -> str:
         cases=table(("fault", "`PACELINE_FAULT`", "outcome", "exit code"), cases),
         elsewhere=table(("fault", "injected", "outcome", "test"), elsewhere),
         waits=table(("wait", "limit"), WAITS),
+        soak=soak(),
         points=table(("point", "reached when"), ((code(point), text) for point, text in POINTS.items())),
         actions=table(("action", "what happens"), ((code(action), text) for action, text in ACTIONS.items())),
+    )
+
+
+def soak() -> str:
+    """What the last soak found."""
+    found = json.loads(SOAK.read_text())
+    held = "One invariant did not hold" if found["violation"] else "Every invariant held after each of them"
+    return textwrap.fill(
+        "`python tests/faults/soak.py --minutes 30 --json docs/results/soak_cpu.json` disturbs runs at random until the "
+        f"time is over. The last one took {found['minutes']:g} minutes on {found['cores']} CPU cores that were shared "
+        f"with other work: {found['rounds']} runs, {found['rounds_with_workers']} of them with two Ray workers, "
+        f"{found['commands']} commands, {found['faults_planned']} faults planned at {len(found['by_point'])} points, "
+        f"{found['corrupted']} checkpoints corrupted between two commands. {held}.",
+        width=118,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
 
 
