@@ -93,9 +93,9 @@ def soak() -> str:
     found = json.loads(SOAK.read_text())
     held = "One invariant did not hold" if found["violation"] else "Every invariant held after each of them"
     return textwrap.fill(
-        "`python tests/faults/soak.py --minutes 30 --json docs/results/soak_cpu.json` disturbs runs at random until the "
-        f"time is over. The last one took {found['minutes']:g} minutes on {found['cores']} CPU cores that were shared "
-        f"with other work: {found['rounds']} runs, {found['rounds_with_workers']} of them with two Ray workers, "
+        "`python tests/faults/soak.py --minutes 30 --json docs/results/soak_cpu.json` disturbs runs at random until "
+        f"the time is over. The last one took {found['minutes']:g} minutes on {found['cores']} CPU cores that were "
+        f"shared with other work: {found['rounds']} runs, {found['rounds_with_workers']} of them with two Ray workers, "
         f"{found['commands']} commands, {found['faults_planned']} faults planned at {len(found['by_point'])} points, "
         f"{found['corrupted']} checkpoints corrupted between two commands. {held}.",
         width=118,
