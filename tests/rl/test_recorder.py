@@ -78,10 +78,18 @@ def test_the_curve_has_a_line_now_and_then_and_one_at_the_end(run: RunDir, monke
     stale = Activity(step=7, running=2, tokens=99)
     recorder = make(run, FakeEngine(working, stale))
     recorder.begin(1)
-    assert asyncio.run(drain(recorder.watched(rollouts(0.0, 0.1, 0.0), SAMPLING, total=3))) == 3
+
+    async def slow_second() -> AsyncGenerator[Rollout]:
+        async for rollout in rollouts(0.0, 0.0, 0.0):
+            yield rollout
+            while len(lines(run, "curve")) < 2:
+                await asyncio.sleep(0.01)
+
+    assert asyncio.run(drain(recorder.watched(slow_second(), SAMPLING, total=3))) == 3
     curve = lines(run, "curve")
-    assert len(curve) > 2
-    assert [point["finished"] for point in curve[-2:]] == [1, 3]
+    finished = [point["finished"] for point in curve]
+    assert finished[:2] == [1, 1], "while the second is waited for"
+    assert finished == sorted(finished) and finished[-1] == 3
     assert curve[0]["tokens"] == 40, "what a worker did in another step is none of this one's"
     assert curve[0]["workers"][0] == {
         "running": 3,
