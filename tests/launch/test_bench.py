@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from configs.errors import ResourceError
-from launch import bench, bench_vllm
+from launch import bench, bench_options, bench_vllm
 from launch.bench_report import plain_table
 from launch.exits import outcome
 
@@ -215,7 +215,7 @@ def test_no_column_is_cut_on_a_narrow_terminal(
     monkeypatch.setenv("COLUMNS", "40")
     shown = plain_table("a title that is longer than forty columns are wide", ["a column of twenty"] * 4)
     shown.add_row(*("a value of twenty or so" for _ in range(4)))
-    bench._show({}, shown, None)
+    bench_options.show({}, shown, None)
     lines = capsys.readouterr().out.splitlines()
     assert max(line.count("a value of twenty or so") for line in lines) == 4
 

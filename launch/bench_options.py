@@ -1,0 +1,85 @@
+"""What the commands of `paceline bench` share: options, checks before a measurement, the way results go out."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from configs.errors import ConfigError, StorageError
+
+if TYPE_CHECKING:
+    from launch.bench_peer import PeerChoice
+
+Geometry = Annotated[str | None, typer.Option(metavar="NAME", help="A known shape, random weights: qwen3-8b, ...")]
+Geometries = Annotated[str, typer.Option(metavar="NAMES", help="Known shapes, random weights: smollm2-135m,qwen3-8b")]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="A model folder or a shipped name instead.")
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: the GPU where there is one.")]
+Dtype = Annotated[Literal["auto", "bfloat16", "float32"], typer.Option(help="auto: bfloat16 on a GPU.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Times every figure is measured.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of weights, prompts and noise.")]
+Vllm = Annotated[Literal["vllm"] | None, typer.Option(help="Measure this peer in a child process, in turns with us.")]
+PeerPython = Annotated[Path, typer.Option(metavar="PATH", help="Python of an environment that has the peer.")]
+PeerMemory = Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of the GPU's memory the peer may take.")]
+Json = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Where the results go.")]
+
+PYTHON = Path(sys.executable)
+ANY_WIDTH = 1000
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The numbers of a comma-separated list, in order. Raises ConfigError."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
+        raise ConfigError(f"{option} {text!r}: give different positive numbers with commas between, as in 1,8,32")
+    return numbers
+
+
+def prepare(
+    out: Path | None, peer: str | None = None, python: Path = PYTHON, memory: float = 0.0
+) -> "PeerChoice | None":
+    """What comes before the first heavy import; the peer that was asked for. Raises PreflightError, StorageError."""
+    from launch.bench_peer import PeerChoice, require_peer
+    from launch.logs import check_kernels, disable_progress_bars, quiet_libraries
+
+    require_writable("--json", out)
+    check_kernels()
+    quiet_libraries()
+    disable_progress_bars()
+    if peer is None:
+        return None
+    require_peer(python, peer)
+    return PeerChoice(peer, python, memory)
+
+
+def require_writable(option: str, out: Path | None) -> None:
+    """Make the folder of a result before it is measured. Raises StorageError where the result could not be written."""
+    if out is None:
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{option} {out}: its folder cannot be made ({error}); give another") from error
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise StorageError(f"{option} {out}: cannot be written; name a file in a folder of yours")
+
+
+def show(result: dict[str, Any], table: Any, out: Path | None) -> None:
+    """Print the table, however wide, and write the result: columns that a narrow terminal cuts would be lost."""
+    console = Console()
+    needed = console.measure(table, options=console.options.update(max_width=ANY_WIDTH)).maximum
+    Console(width=max(console.width, needed)).print(table)
+    write(result, out)
+
+
+def write(result: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
