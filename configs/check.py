@@ -40,6 +40,15 @@ _AT_LEAST: dict[str, float] = {
     "rollout.block_size": 1,
     "rollout.kv_tokens": 0,
     "spec.below": 0,
+    "sparse.select_block": 0,
+    "sparse.budget_tokens": 1,
+    "sparse.budget_share": 0,
+    "sparse.threshold": 0,
+    "sparse.dense_layers": 0,
+    "sparse.sinks": 0,
+    "sparse.window": 0,
+    "sparse.depth": 1,
+    "sparse.every": 1,
     "drafter.draft_vocab": 1,
     "drafter.window": 1,
     "drafter.unroll": 1,
@@ -75,6 +84,8 @@ _AT_MOST: dict[str, float] = {
     "train.clip_low": 1,
     "spec.num_verify": 63,  # a node's ancestors are the bits of a word
     "spec.depth": 63,
+    "sparse.depth": 16,  # further, few drafts are right to the end
+    "sparse.budget_share": 1,
     "monitor.port": 65535,
 }
 _BELOW: dict[str, float] = {"rollout.min_p": 1}
@@ -91,6 +102,7 @@ def check(config: Config) -> list[Problem]:
     problems += [(key, f"must be at most {limit}") for key, limit in _AT_MOST.items() if value_of(config, key) > limit]
     problems += [(key, f"must be below {limit}") for key, limit in _BELOW.items() if value_of(config, key) >= limit]
     problems += [*_run_and_data(config), *_reward(config), *_rollout(config), *_train(config), *_placement(config)]
+    problems += _sparse(config)
     problems += _secrets(config)
     return [Problem(key, redact(f"{key}={value_of(config, key)!r}: {remedy}")) for key, remedy in problems]
 
@@ -186,6 +198,35 @@ def _rollout(config: Config) -> Iterator[tuple[str, str]]:
                 yield f"spec.{name}", "must be at least 1; set spec.source=off to decode without drafts"
     if spec.source in ("eagle", "auto") and (rollout.backend == "native" or config.drafter.init):
         yield from _drafter(config)
+
+
+def _sparse(config: Config) -> Iterator[tuple[str, str]]:
+    """What sparse attention needs of the cache, the selector and the others that draft."""
+    sparse, block_size = config.sparse, config.rollout.block_size
+    if sparse.mode == "off":
+        return
+    if config.rollout.backend == "vllm":
+        yield "sparse.mode", "rollout.backend=vllm attends to everything; set off, or rollout.backend=native"
+    block = max(sparse.block_tokens, 1)  # a smaller one is refused by its own check
+    whole = -(-block_size // block) * block
+    if block_size % block:
+        yield (
+            "sparse.select_block" if sparse.select_block else "rollout.block_size",
+            f"a KV block must hold whole blocks of {block} tokens; set rollout.block_size={whole}",
+        )
+    always = (sparse.sinks + -(-sparse.window // block) + 1) * block
+    if always > sparse.budget_tokens:
+        yield (
+            "sparse.budget_tokens",
+            f"sparse.sinks, sparse.window and the present block take {always} tokens by themselves; set more",
+        )
+    needed = {"gate": "the folder of trained gates", "duo": "DuoAttention's full_attention_heads.tsv"}
+    if sparse.selector in needed and not sparse.gate:
+        yield "sparse.gate", f"name {needed[sparse.selector]}, which sparse.selector={sparse.selector} reads"
+    if sparse.mode == "draft" and sparse.inner == "eagle" and config.spec.source not in ("eagle", "auto"):
+        yield "sparse.inner", "there is no head; set spec.source=eagle or auto, or sparse.inner=suffix"
+    if any(layer < 0 for layer in sparse.dense):
+        yield "sparse.dense", "layers are numbered from 0"
 
 
 def _vllm(config: Config) -> Iterator[tuple[str, str]]:

@@ -102,6 +102,36 @@ class SpecConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SparseConfig:
+    """Attention to the blocks of the KV cache that are worth reading, for long contexts (docs/sparse.md)."""
+
+    # off: none. draft: the policy under sparse attention drafts, dense verification commits: no sample changes.
+    # rectified (ReSA) and plain (SeerAttention-R) change samples, and mark every rollout
+    mode: Literal["off", "draft", "rectified", "plain"] = "off"
+    # Who picks the blocks. quest, resa: a bound from each block's smallest and largest keys; gate: trained gates;
+    # streaming: the newest; duo: all for retrieval heads, the newest for others; mean: the mean key (MoBA);
+    # verified: what the last dense verification attended to
+    selector: Literal["quest", "resa", "gate", "streaming", "duo", "mean", "verified"] = "quest"
+    gate: str = ""  # gate: folder of trained gates; duo: DuoAttention's full_attention_heads.tsv
+    select_block: int = 0  # tokens in a block that is picked or not; 0 is 64 for gate and mean, 16 for others
+    budget_tokens: int = 1024  # that a token attends to at most, those it always does included
+    budget_share: float = 0.0  # of the context, where that is more than budget_tokens
+    threshold: float = 0.0  # pick every block that scores more, up to the budget; 0 fills the budget with the best
+    dense_layers: int = 0  # first layers that attend to everything
+    dense: tuple[int, ...] = ()  # other layers that do, by number
+    sinks: int = 1  # first blocks that are always picked
+    window: int = 64  # newest tokens, rounded up to blocks, that are always picked
+    depth: int = 8  # draft: tokens drafted at most
+    inner: Literal["off", "suffix", "eagle"] = "off"  # draft: who drafts for the drafting policy (three tiers)
+    every: int = 32  # rectified: tokens after which the last ones are forwarded densely
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens in a block that is picked or not."""
+        return self.select_block or (64 if self.selector in ("gate", "mean") else 16)
+
+
+@dataclass(frozen=True, slots=True)
 class DrafterConfig:
     """The learned drafter (spec.source eagle or auto): how it is trained beside the policy."""
 
@@ -190,6 +220,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     spec: SpecConfig = field(default_factory=SpecConfig)
+    sparse: SparseConfig = field(default_factory=SparseConfig)
     drafter: DrafterConfig = field(default_factory=DrafterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -1,0 +1,59 @@
+"""What a configuration of sparse attention may say, and what is answered to the rest."""
+
+import re
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.load import parse
+from configs.schema import SparseConfig
+
+BASE = "data: {name: chain_sum}\n"
+
+
+def complaint(*overrides: str) -> list[str]:
+    """The lines of the error a configuration raises."""
+    with pytest.raises(ConfigError) as caught:
+        parse(BASE, overrides)
+    return str(caught.value).splitlines()
+
+
+def test_sparse_attention_is_off_unless_it_is_asked_for() -> None:
+    assert parse(BASE).sparse.mode == "off"
+    assert parse(BASE + "sparse: {mode: off}").sparse.mode == "off"
+
+
+@pytest.mark.parametrize("selector", ["quest", "resa", "streaming", "mean", "verified"])
+def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
+    config = parse(BASE, ["sparse.mode=draft", f"sparse.selector={selector}", "rollout.block_size=64"])
+    assert config.sparse.block_tokens == (64 if selector == "mean" else 16)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "answer"),
+    [
+        (["sparse.select_block=24"], r"sparse\.select_block=24: .* set rollout\.block_size=24"),
+        (["sparse.selector=mean"], r"rollout\.block_size=16: .* blocks of 64 .* set rollout\.block_size=64"),
+        (["sparse.budget_tokens=64"], r"sparse\.budget_tokens=64: .* take 96 tokens"),
+        (["sparse.selector=gate", "rollout.block_size=64"], r"sparse\.gate='': name the folder of trained gates"),
+        (["sparse.selector=duo"], r"sparse\.gate='': name DuoAttention's full_attention_heads\.tsv"),
+        (["sparse.inner=eagle"], r"sparse\.inner='eagle': there is no head; set spec\.source=eagle"),
+        (["rollout.backend=vllm"], r"sparse\.mode='draft': .* set off, or rollout\.backend=native"),
+        (["sparse.depth=17"], r"sparse\.depth=17: must be at most 16"),
+        (["sparse.depth=0"], r"sparse\.depth=0: must be at least 1"),
+        (["sparse.dense=[1,-1]"], r"sparse\.dense=\(1, -1\): layers are numbered from 0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_answered_with_the_remedy(overrides: list[str], answer: str) -> None:
+    lines = complaint("sparse.mode=draft", *overrides)
+    assert any(re.search(answer, line) for line in lines), lines
+
+
+def test_what_is_off_is_not_judged() -> None:
+    parse(BASE, ["sparse.selector=gate", "sparse.inner=eagle", "sparse.budget_tokens=8"])
+
+
+def test_a_block_is_as_published_unless_it_is_named() -> None:
+    assert SparseConfig(selector="gate").block_tokens == 64
+    assert SparseConfig(selector="gate", select_block=32).block_tokens == 32
