@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from kernels.attention_masks import DenseMasks, dense_masks
+
 if TYPE_CHECKING:
     from kernels.attention_plan import Geometry, Plan
 
@@ -21,23 +23,6 @@ class PackedSequences:
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
-
-
-@dataclass(frozen=True, slots=True)
-class DenseMasks:
-    """Who sees whom, written out over the padded batch: what the reference works on.
-
-    blocks [B * K] int64: the block of every run of block_size keys. pad [B * Q] and unpad [T] int64: packed index of
-    each padded row and back; None where no sequence is padded. visible [B, 1, Q, K * block_size] bool, without any
-    window. query_positions [B, 1, Q, 1] and key_positions [B, 1, 1, K * block_size] int32 or int64.
-    """
-
-    blocks: torch.Tensor
-    pad: torch.Tensor | None
-    unpad: torch.Tensor | None
-    visible: torch.Tensor
-    query_positions: torch.Tensor
-    key_positions: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +80,7 @@ def paged_sequences(
     assert ancestors is None or positions is not None
     masks = None
     if not slots.is_cuda:
-        masks = _dense_masks(
+        masks = dense_masks(
             cu_seqlens_q, max_seqlen_q, context_lens, max_context, block_tables, block_size,
             num_tokens=slots.shape[0], ancestors=ancestors, num_drafted=num_drafted, positions=positions,
         )  # fmt: skip
@@ -111,69 +96,6 @@ def paged_sequences(
         num_drafted=num_drafted,
         positions=positions,
         masks=masks,
-    )
-
-
-def _dense_masks(
-    cu_seqlens_q: torch.Tensor,
-    max_seqlen_q: int,
-    context_lens: torch.Tensor,
-    max_context: int,
-    block_tables: torch.Tensor,
-    block_size: int,
-    *,
-    num_tokens: int,
-    ancestors: torch.Tensor | None,
-    num_drafted: torch.Tensor | None,
-    positions: torch.Tensor | None,
-) -> DenseMasks:
-    device = context_lens.device
-    num_sequences = context_lens.shape[0]
-    # the longest context and the most new tokens may be of different sequences: at most this many keys
-    num_blocks = min(-(-(max_context + max_seqlen_q) // block_size), block_tables.shape[1])
-    query_lens = cu_seqlens_q.diff()
-    context = context_lens[:, None, None]
-    query_index = torch.arange(max_seqlen_q, dtype=torch.int32, device=device)
-    key_index = torch.arange(num_blocks * block_size, dtype=torch.int32, device=device)
-    new_index = key_index - context  # [B, 1, L]: index among the new tokens, negative in the context
-    pad = unpad = None
-    if num_tokens != num_sequences * max_seqlen_q:
-        starts = cu_seqlens_q[:-1, None].long()
-        pad = (starts + query_index).clamp(max=num_tokens - 1).flatten()
-        sequence = torch.repeat_interleave(
-            torch.arange(num_sequences, device=device), query_lens, output_size=num_tokens
-        )
-        offset = torch.arange(num_tokens, device=device) - cu_seqlens_q[:-1].long()[sequence]
-        unpad = sequence * max_seqlen_q + offset
-    if ancestors is None or num_drafted is None or positions is None:
-        visible = new_index <= query_index[:, None]
-        query_positions = context + query_index[:, None]
-        key_positions = key_index.expand(num_sequences, 1, -1)
-    else:
-        if pad is not None:
-            ancestors, positions = ancestors[pad], positions[pad]
-        ancestors, positions = (x.view(num_sequences, max_seqlen_q, 1) for x in (ancestors, positions))
-        first_node = (query_lens - num_drafted)[:, None, None]
-        is_ancestor = (ancestors >> (query_index - first_node).clamp(0, 63)) & 1 > 0
-        causal = query_index <= query_index[:, None]
-        tree = torch.where(query_index[:, None] < first_node, causal, (query_index < first_node) | is_ancestor)
-        clamped = new_index.clamp(0, max_seqlen_q - 1).long()
-        is_new = (new_index >= 0) & (new_index < query_lens[:, None, None])
-        visible = (new_index < 0) | (is_new & tree.gather(2, clamped.expand(-1, max_seqlen_q, -1)))
-        if bool((num_drafted > query_lens).any()):
-            on_path = (ancestors >> (new_index - first_node).clamp(0, 63)) & 1 > 0
-            visible &= on_path | (new_index >= 0) | (new_index < first_node)
-        query_positions = positions
-        key_positions = torch.where(is_new, positions.transpose(1, 2).gather(2, clamped), key_index)
-    used = torch.arange(num_blocks, device=device) * block_size < (context_lens + query_lens)[:, None]
-    blocks = torch.where(used, block_tables[:, :num_blocks], 0).long().flatten()
-    return DenseMasks(
-        blocks=blocks,
-        pad=pad,
-        unpad=unpad,
-        visible=visible[:, None],
-        query_positions=query_positions[:, None],
-        key_positions=key_positions[:, None],
     )
 
 
@@ -220,7 +142,7 @@ def packed_attention(
             if sliding_window is not None:
                 mask &= distance < sliding_window
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        outputs.append(_attend(q, k, v, mask, scale=scale, softcap=softcap)[0].transpose(0, 1))
+        outputs.append(attend(q, k, v, mask, scale=scale, softcap=softcap)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -264,30 +186,17 @@ def paged_attention_reference(
     """paged_attention in torch, over the padded batch."""
     masks = seqs.masks
     assert masks is not None
-    num_sequences, max_query = seqs.context_lens.shape[0], seqs.max_seqlen_q
-    num_heads, head_dim = query.shape[1:]
     num_kv_heads = key_cache.shape[2]
-    groups = num_heads // num_kv_heads
     mask = masks.visible
-    if sliding_window is not None and seqs.max_context + max_query > sliding_window:
+    if sliding_window is not None and seqs.max_context + seqs.max_seqlen_q > sliding_window:
         mask = mask & (masks.query_positions - masks.key_positions < sliding_window)
-    padded = query if masks.pad is None else query.index_select(0, masks.pad)
-    # the query heads that share a key head stand as rows beside one another: keys are never expanded
-    rows = padded.view(num_sequences, max_query, num_kv_heads, groups, head_dim).permute(0, 2, 3, 1, 4)
-    rows = rows.reshape(num_sequences, num_kv_heads, groups * max_query, head_dim)
-    if max_query > 1:
-        mask = mask.repeat(1, 1, groups, 1)
-    keys, values = (
-        cache.index_select(0, masks.blocks).view(num_sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
-        for cache in (key_cache, value_cache)
-    )
-    output = _attend(rows, keys, values, mask, scale=scale, softcap=softcap)
-    output = output.view(num_sequences, num_kv_heads, groups, max_query, head_dim).permute(0, 3, 1, 2, 4)
-    output = output.reshape(num_sequences * max_query, num_heads, head_dim)
-    return output if masks.unpad is None else output.index_select(0, masks.unpad)
+    if seqs.max_seqlen_q > 1:
+        mask = mask.repeat(1, 1, query.shape[1] // num_kv_heads, 1)
+    rows, keys, values = masks.rows(query, num_kv_heads), masks.cached(key_cache), masks.cached(value_cache)
+    return masks.tokens(attend(rows, keys, values, mask, scale=scale, softcap=softcap))
 
 
-def _attend(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
