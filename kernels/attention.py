@@ -52,6 +52,20 @@ class PagedSequences:
     plans: "dict[Geometry, Plan]" = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class BlockMaxima:
+    """What paged_attention leaves behind of its scores, scaled and capped as its softmax takes them; overwritten whole.
+
+    scores [T, Hq, NB] float32: the largest score of each selection block (select_block keys in slot order; it divides
+    the cache's block size), -inf where nothing in it is visible; no key past the NB blocks may be visible. lse [T, Hq]
+    float32: the logarithm of the sum of the exponentials of all scores. exp(scores - lse): a block's largest weight.
+    """
+
+    scores: torch.Tensor
+    lse: torch.Tensor
+    select_block: int
+
+
 def paged_sequences(
     *,
     cu_seqlens_q: torch.Tensor,
@@ -155,19 +169,23 @@ def paged_attention(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    maxima: BlockMaxima | None = None,
 ) -> torch.Tensor:
     """Attention of new tokens, whose keys and values are already written, to their sequences' cached ones.
 
+    maxima: written too, where given; not with a sliding window.
     Shapes: query [T, Hq, D]; key_cache, value_cache [num_blocks, block_size, Hkv, D], finite everywhere.
     Returns [T, Hq, D].
     """
     if not query.is_cuda:
         return paged_attention_reference(
-            query, key_cache, value_cache, seqs, scale=scale, sliding_window=sliding_window, softcap=softcap
-        )
+            query, key_cache, value_cache, seqs,
+            scale=scale, sliding_window=sliding_window, softcap=softcap, maxima=maxima,
+        )  # fmt: skip
     # only where it runs: importing triton settles whether kernels are interpreted
     from kernels.paged_attention import paged_attention_triton
 
+    assert maxima is None
     return paged_attention_triton(
         query, key_cache, value_cache, seqs, scale=scale, sliding_window=sliding_window, softcap=softcap
     )
@@ -182,6 +200,7 @@ def paged_attention_reference(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    maxima: BlockMaxima | None = None,
 ) -> torch.Tensor:
     """paged_attention in torch, over the padded batch."""
     masks = seqs.masks
@@ -193,7 +212,30 @@ def paged_attention_reference(
     if seqs.max_seqlen_q > 1:
         mask = mask.repeat(1, 1, query.shape[1] // num_kv_heads, 1)
     rows, keys, values = masks.rows(query, num_kv_heads), masks.cached(key_cache), masks.cached(value_cache)
+    if maxima is not None:
+        assert sliding_window is None
+        _write_maxima(rows, keys, mask, masks, maxima, scale=scale, softcap=softcap)
     return masks.tokens(attend(rows, keys, values, mask, scale=scale, softcap=softcap))
+
+
+def _write_maxima(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    mask: torch.Tensor,
+    masks: DenseMasks,
+    maxima: BlockMaxima,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    scores = rows.float() @ keys.float().transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = masks.tokens(scores.masked_fill(~mask, -torch.inf))
+    maxima.lse.copy_(scores.logsumexp(dim=2))
+    blocks = scores.unflatten(2, (-1, maxima.select_block)).amax(dim=3)[:, :, : maxima.scores.shape[2]]
+    maxima.scores.fill_(-torch.inf)
+    maxima.scores[:, :, : blocks.shape[2]] = blocks
 
 
 def attend(
