@@ -39,10 +39,10 @@ _AT_LEAST: dict[str, float] = {
     "rollout.prefill_tokens": 1,
     "rollout.block_size": 1,
     "rollout.kv_tokens": 0,
+    "rollout.tensor_parallel": 1,
     "spec.below": 0,
     "sparse.select_block": 0,
     "sparse.budget_tokens": 1,
-    "sparse.budget_share": 0,
     "sparse.threshold": 0,
     "sparse.dense_layers": 0,
     "sparse.sinks": 0,
@@ -76,7 +76,7 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.keep": 1,
     "monitor.port": 0,
 }
-_ABOVE_ZERO = ("reward.timeout_s", "rollout.top_p", "rollout.temperature", "drafter.lr", "train.lr", "warmstart.lr")
+_ABOVE_ZERO = ("reward.timeout_s", "rollout.top_p", "rollout.temperature", "drafter.lr", "train.lr", "warmstart.lr", "sparse.budget_share")
 _AT_MOST: dict[str, float] = {
     "rollout.top_p": 1,
     "data.max_bad_fraction": 1,
@@ -147,6 +147,7 @@ def _placement(config: Config) -> Iterator[tuple[str, str]]:
         yield "compute.placement", "compute.backend=inline is one process; set compute.backend=ray"
     if compute.placement == "colocated" and compute.rollout_workers > 1:
         yield "compute.rollout_workers", "colocated workers all sample; set compute.placement=separate"
+    yield from _teams(config)
     if compute.workers % max(train.sequence_parallel, 1):  # a smaller one is refused by its own check
         yield "train.sequence_parallel", f"does not divide compute.workers={compute.workers}"
     if train.offload == "rollout" and compute.placement == "separate":
@@ -157,6 +158,21 @@ def _placement(config: Config) -> Iterator[tuple[str, str]]:
         yield "train.kl_coef", "train.zero_stage=3 keeps no reference policy; set 0, or train.zero_stage=2"
     if train.zero_stage == 3 and config.rollout.backend == "vllm":
         yield "train.zero_stage", "rollout.backend=vllm samples from the weights that are trained; set 2, or native"
+
+
+def _teams(config: Config) -> Iterator[tuple[str, str]]:
+    """What rollout workers that share one engine need."""
+    compute, size = config.compute, config.rollout.tensor_parallel
+    if size <= 1:  # a smaller one is refused by its own check
+        return
+    if compute.placement == "colocated":
+        yield "rollout.tensor_parallel", "colocated workers sample from what they train; set compute.placement=separate"
+    elif compute.rollout_workers % size:
+        yield "rollout.tensor_parallel", f"does not divide compute.rollout_workers={compute.rollout_workers}"
+    if config.spec.source in ("eagle", "auto"):
+        yield "spec.source", f"a trained drafter reads the head that rollout.tensor_parallel={size} cuts; set suffix"
+    if config.sparse.mode != "off":
+        yield "sparse.mode", f"blocks are chosen from all heads, which rollout.tensor_parallel={size} cuts; set off"
 
 
 def _reward(config: Config) -> Iterator[tuple[str, str]]:
@@ -227,6 +243,21 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
         yield "sparse.inner", "there is no head; set spec.source=eagle or auto, or sparse.inner=suffix"
     if any(layer < 0 for layer in sparse.dense):
         yield "sparse.dense", "layers are numbered from 0"
+    if sparse.mode in ("rectified", "plain"):
+        yield from _lossy(config)
+
+
+def _lossy(config: Config) -> Iterator[tuple[str, str]]:
+    """What sampling from another distribution than the policy's needs of training, and what it leaves no room for."""
+    sparse = config.sparse
+    if config.train.importance_cap == 0:
+        yield "train.importance_cap", f"sparse.mode={sparse.mode} samples from another distribution; set 2"
+    if config.spec.source != "off":
+        yield "spec.source", f"drafts are verified densely, which sparse.mode={sparse.mode} is to avoid; set off"
+    if sparse.inner != "off":
+        yield "sparse.inner", f"is of sparse.mode=draft, not of {sparse.mode}; set off"
+    if sparse.mode == "rectified" and sparse.every > 64:  # a window is verified as a chain of one less
+        yield "sparse.every", "at most 64 tokens are forwarded again at once; set 64 or less"
 
 
 def _vllm(config: Config) -> Iterator[tuple[str, str]]:

@@ -83,6 +83,7 @@ class RolloutConfig:
     block_size: int = 16  # tokens in a KV block
     kv_tokens: int = 0  # capacity of the KV cache; 0 means what max_running sequences can need, within memory
     graph_mb: int = 4096  # GPU memory that CUDA graphs may take; 0 launches every kernel by itself
+    tensor_parallel: int = 1  # rollout workers that share one engine, on GPUs of one node; compute.placement=separate
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class SparseConfig:
     gate: str = ""  # gate: folder of trained gates; duo: DuoAttention's full_attention_heads.tsv
     select_block: int = 0  # tokens in a block that is picked or not; 0 is 64 for gate and mean, 16 for others
     budget_tokens: int = 1024  # that a token attends to at most, those it always does included
-    budget_share: float = 0.0  # of the context, where that is more than budget_tokens
+    budget_share: float = 1.0  # of a sequence's tokens at most; resa reads 16 blocks in any case
     threshold: float = 0.0  # pick every block that scores more, up to the budget; 0 fills the budget with the best
     dense_layers: int = 0  # first layers that attend to everything
     dense: tuple[int, ...] = ()  # other layers that do, by number
@@ -179,6 +180,7 @@ class EvalConfig:
 
     every: int = 0  # steps between evaluations; 0 means none
     num_prompts: int = 64
+    attention: Literal["dense", "rollout"] = "dense"  # rollout: under sparse attention where rollouts are sampled so
 
 
 @dataclass(frozen=True, slots=True)

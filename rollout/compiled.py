@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kernels.attention import PagedSequences
+from rollout.fused import LayerAttention
 from rollout.model import AttentionContext, PagedCache, attend, layers_of
 from rollout.projections import addresses
 
@@ -66,8 +67,10 @@ class ModuleDecoder:
         seqs: PagedSequences,
         cache: PagedCache,
         layers: Sequence[int],
+        attention: LayerAttention | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """The final hidden state of each new token, and what entered these layers: [T, H], and as much for each."""
+        assert attention is None, "the engine lends attention to FusedDecoder alone"
         entered: dict[int, torch.Tensor] = {}
 
         def keep(index: int, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:

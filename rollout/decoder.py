@@ -13,9 +13,10 @@ from configs.errors import DivergedError, PreflightError
 from kernels.attention import PagedSequences
 from rollout.collectives import ranks_of
 from rollout.compiled import ModuleDecoder
-from rollout.fused import FusedDecoder, NotStandardError
+from rollout.fused import FusedDecoder, LayerAttention
 from rollout.model import PagedCache, alone, forward_paged, layers_of
 from rollout.runner import NOT_FINITE
+from rollout.standard import NotStandardError
 
 NUM_TOKENS = 8  # of a proof
 
@@ -40,10 +41,12 @@ class Decoder(Protocol):
         seqs: PagedSequences,
         cache: PagedCache,
         layers: Sequence[int],
+        attention: LayerAttention | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """As forward, and the residual stream of each new token where it enters each of these layers, [T, H].
 
-        Nothing is copied: what is returned lives where the layers left it.
+        Nothing is copied: what is returned lives where the layers left it. attention: in place of the dense one, where
+        it takes a layer; only FusedDecoder can be given any.
         """
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

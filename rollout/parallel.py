@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from configs.errors import PreflightError
 from rollout.collectives import Ranks, held_by, ranks_of
 from rollout.decoder import agree_up_to_rounding, some_logits
-from rollout.fused import FusedDecoder, NotStandardError
+from rollout.fused import FusedDecoder
 from rollout.projections import lay_side_by_side
+from rollout.standard import NotStandardError
 
 # What transformers' plans say of the projections that FusedDecoder knows: cut by outputs, by inputs, or by outputs
 # that are then gathered. All else (norms; the embedding, which is looked up) stays whole.
