@@ -76,7 +76,15 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.keep": 1,
     "monitor.port": 0,
 }
-_ABOVE_ZERO = ("reward.timeout_s", "rollout.top_p", "rollout.temperature", "drafter.lr", "train.lr", "warmstart.lr", "sparse.budget_share")
+_ABOVE_ZERO = (
+    "reward.timeout_s",
+    "rollout.top_p",
+    "rollout.temperature",
+    "drafter.lr",
+    "train.lr",
+    "warmstart.lr",
+    "sparse.budget_share",
+)
 _AT_MOST: dict[str, float] = {
     "rollout.top_p": 1,
     "data.max_bad_fraction": 1,
