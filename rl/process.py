@@ -21,7 +21,7 @@ from rollout.types import Prompt, Rollout
 
 START_S = 120.0  # imports of the reward functions, on a busy machine
 TAIL_BYTES = 4096  # of a worker's output, kept for messages
-EXIT_S = 2.0  # from closing the socket to the end of the process, which tells why
+EXIT_S = 10.0  # from closing the socket to the end of the process, which tells why
 # the driver's import path, so that the worker finds what the driver finds
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "

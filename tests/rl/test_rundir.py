@@ -24,9 +24,9 @@ from rl.rundir import RunDir
 run = RunDir.open(Path(sys.argv[1]))
 if len(sys.argv) > 2 and os.fork() == 0:
     sys.stdout.close()
-    time.sleep(60)
+    time.sleep(3600)
 print(os.getpid(), flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 

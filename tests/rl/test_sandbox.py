@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import pytest
 
 from configs.errors import ConfigError, DataError
 from configs.schema import RewardConfig
+from rl.process import Worker
 from rl.sandbox import RewardPool
 from rollout.types import Prompt, Rollout, SpecStats
 
@@ -73,7 +75,7 @@ def reward_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(*functions: str, **options: Any) -> RewardConfig:
     names = functions or ("sample_reward:act",)
-    return RewardConfig(**{"functions": dict.fromkeys(names, 1.0), "workers": 1, "timeout_s": 10.0, **options})
+    return RewardConfig(**{"functions": dict.fromkeys(names, 1.0), "workers": 1, "timeout_s": 60.0, **options})
 
 
 def prompt(answer: str, **task: Any) -> Prompt:
@@ -107,7 +109,7 @@ def score(options: RewardConfig, *answers: str) -> list[dict[str, float]]:
     return with_pool(options, act)
 
 
-def has_ended(pid: int, *, within_s: float = 10.0) -> bool:
+def has_ended(pid: int, *, within_s: float = 60.0) -> bool:
     """Whether the process ends in time; waits on its descriptor instead of asking repeatedly."""
     try:
         fd = os.pidfd_open(pid)
@@ -186,40 +188,61 @@ def test_zero_mode_counts_failures_keeps_the_other_parts_and_goes_on() -> None:
 
 def test_a_killed_worker_takes_its_children_along(tmp_path: Path) -> None:
     file = tmp_path / "child"
-    sleeper = prompt("sleepers", file=str(file))
 
-    async def act(pool: RewardPool) -> None:
-        assert (await pool.score(sleeper, ROLLOUT))["sample_reward:act"] == 0.0
+    async def act(pool: RewardPool) -> asyncio.Task[dict[str, float]]:
+        scoring = asyncio.create_task(pool.score(prompt("sleepers", file=str(file)), ROLLOUT))
+        while not file.exists() or not file.read_text():
+            await asyncio.sleep(0.01)
+        return scoring  # under way while the pool closes
 
-    with_pool(config(timeout_s=1.0, on_error="zero"), act)
+    with_pool(config(timeout_s=1000.0), act)
     assert has_ended(int(file.read_text()))
 
 
-def test_a_formula_nobody_can_evaluate_scores_zero_and_is_counted() -> None:
+def test_a_formula_nobody_can_evaluate_scores_zero_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monster = Rollout("p", 0, [1], [0.0], [(0, 1)], "stop", ROLLOUT.spec, "<answer>9^{9^{9^{9^{9}}}}</answer>")
+    call = Worker.call
+
+    def impatient(worker: Worker, function: str, given: Prompt, rollout: Rollout, *, timeout_s: float) -> float:
+        # short for the monster alone: a busy machine may take its time over the others
+        return call(worker, function, given, rollout, timeout_s=0.5 if rollout is monster else timeout_s)
+
+    monkeypatch.setattr(Worker, "call", impatient)
 
     async def act(pool: RewardPool) -> None:
-        # the first call readies the parser; the second has the time limit to itself
         assert await pool.score(prompt("0.5"), ROLLOUT) == {"math": 1.0}
         assert await pool.score(prompt("0.5"), monster) == {"math": 0.0}
         assert sum(pool.failures.values()) == 1
         assert await pool.score(prompt("0.5"), ROLLOUT) == {"math": 1.0}
 
-    with_pool(config("math", timeout_s=2.0, memory_mb=1024), act)
+    with_pool(config("math", memory_mb=1024), act)
 
 
 def test_output_of_a_reward_blocks_nothing() -> None:
     assert score(config(), "chatter", "fine") == [{"sample_reward:act": 0.5}] * 2
 
 
-def test_a_busy_event_loop_does_not_look_like_a_hanging_reward() -> None:
+def test_a_busy_event_loop_does_not_look_like_a_hanging_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, call = threading.Event(), Worker.call
+
+    def heard(*args: Any, **options: Any) -> float:
+        try:
+            return call(*args, **options)
+        finally:
+            answered.set()
+
+    monkeypatch.setattr(Worker, "call", heard)
+
     async def act(pool: RewardPool) -> dict[str, float]:
         scoring = asyncio.create_task(pool.score(prompt("fine"), ROLLOUT))
         await asyncio.sleep(0)
-        subprocess.run([sys.executable, "-c", "import time; time.sleep(0.8)"], check=True)  # the loop stands still
+        assert answered.wait(100)  # the loop stands still
+        loop = asyncio.get_running_loop()
+        before = loop.time
+        monkeypatch.setattr(loop, "time", lambda: before() + 1000)  # and has done so for longer than rewards may take
         return await scoring
 
-    assert with_pool(config(timeout_s=0.4), act) == {"sample_reward:act": 0.5}
+    assert with_pool(config(timeout_s=60.0), act) == {"sample_reward:act": 0.5}
 
 
 def test_many_rollouts_share_the_workers() -> None:

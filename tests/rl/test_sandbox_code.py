@@ -1,6 +1,7 @@
 """The reward of programs: what it reads, what it gives, and what happens where it cannot run."""
 
 import asyncio
+import gc
 import json
 import os
 import select
@@ -13,6 +14,7 @@ import textwrap
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY, Mock
 
@@ -22,7 +24,7 @@ from configs.errors import DataError, PreflightError
 from configs.schema import Config, DataConfig, RewardConfig, RunConfig
 from rl import cell, lockdown
 from rl.cell import Cell, CellError, check_sandbox
-from rl.code import extract_program, parse_tests, same_output
+from rl.code import CodeReward, extract_program, parse_tests, same_output
 from rl.reward import check_rewards
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
@@ -50,7 +52,7 @@ def response(program: str) -> Rollout:
 
 
 def options(**values: Any) -> RewardConfig:
-    return RewardConfig(**{"functions": {"code": 1.0}, "workers": 1, "timeout_s": 20.0, "memory_mb": 1024, **values})
+    return RewardConfig(**{"functions": {"code": 1.0}, "workers": 1, "timeout_s": 60.0, "memory_mb": 1024, **values})
 
 
 def score(config: RewardConfig, *cases: tuple[Any, str]) -> list[float]:
@@ -165,10 +167,14 @@ def test_the_share_of_tests_passed_can_be_the_reward() -> None:
     assert score(options(tests="share"), (calls, "def f(x): return x"), (pairs, "print(input())")) == [0.75, 0.75]
 
 
-def test_tests_out_of_time_are_tests_failed() -> None:
+def test_tests_out_of_time_are_tests_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [{"input": str(n), "output": str(n)} for n in (0, 1000, 2)]
     program = "import time\nn = input()\ntime.sleep(int(n))\nprint(n)"
-    assert score(options(tests="share", timeout_s=4.0), (pairs, program)) == [1 / 3]
+    reward = CodeReward(options(tests="share", timeout_s=100.0))
+    # the deadline, 80 s; then what is left of it for each test: all, half a second, nothing
+    monkeypatch.setattr("rl.code.time", SimpleNamespace(monotonic=iter([0.0, 0.0, 79.5, 80.0]).__next__))
+    assert reward(prompt(pairs), response(program)) == 1 / 3
+    reward._cell.close()
 
 
 @pytest.mark.parametrize(
@@ -223,7 +229,7 @@ def test_honest_programs_among_hostile_ones_get_what_they_earn() -> None:
     ]
 
     async def run() -> None:
-        async with RewardPool(options(workers=2, timeout_s=6.0)) as pool:
+        async with RewardPool(options(workers=2, timeout_s=12.0)) as pool:
             pids = set(pool.worker_pids)
             scores = [
                 pool.score(prompt(["assert f(1) == 1"]), response(text)) for bad in hostile for text in (bad, honest)
@@ -241,7 +247,7 @@ def test_a_lost_sandbox_costs_a_worker_and_is_counted() -> None:
             innermost = chain(worker, length=3 if pool.sandbox == ("bubblewrap", ANY) else 2)[-1]
             ending = os.pidfd_open(innermost)
             os.kill(innermost, signal.SIGKILL)
-            assert select.select([ending], [], [], 10)[0]
+            assert select.select([ending], [], [], 60)[0]
             os.close(ending)
             tests = ["assert f(1) == 1"]
             assert await pool.score(prompt(tests), response("def f(x): return x")) == {"code": 0.0}
@@ -269,7 +275,7 @@ def test_nothing_of_a_cell_outlives_who_started_it(kind: str, program: Callable[
         endings = [os.pidfd_open(pid) for pid in chain(top, length=3 if kind == "bubblewrap" else 2)]
         os.kill(process.pid, signal.SIGKILL)
     for ending in endings:
-        assert select.select([ending], [], [], 10)[0]
+        assert select.select([ending], [], [], 60)[0]
         os.close(ending)
 
 
@@ -347,6 +353,7 @@ def test_a_cell_says_why_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_cell_that_does_not_start_keeps_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.collect()  # what other tests left
     before = os.listdir("/proc/self/fd")
     with monkeypatch.context() as patch, pytest.raises(CellError, match="bwrap is not installed"):
         patch.setattr(shutil, "which", lambda name: None)
