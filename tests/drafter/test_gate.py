@@ -13,6 +13,7 @@ CONFIG = Qwen3Config(
     hidden_size=64, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM,
     rope_parameters={"rope_type": "default", "rope_theta": 1e4},
 )  # fmt: skip
+HALF_TURNED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 YARN = Qwen3Config(
     hidden_size=64, num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM,
     max_position_embeddings=512,
@@ -148,7 +149,7 @@ def test_gates_take_the_geometry_of_their_policy() -> None:
     [
         (GPT2Config(), "no one rotary embedding"),
         (
-            LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+            LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 1.0, "partial_rotary_factor": 0.5}),
             "part",
         ),
     ],

@@ -1,0 +1,134 @@
+"""Gates live in a folder beside the policy, in the layout that SeerAttention-R's are published in.
+
+FOLDER/ config.json                    the policy's, with base_model and what says which kind of gate it is
+        attn_gate_weights.pth          tensors by name: what SeerAttention's and SGLang's loaders read
+        attn_gate_weights.safetensors  the same tensors: what is read here first, as a pickle is only where it must be
+
+Of every layer i, under model.layers.{i}.self_attn.attn_gate: attngate_linear_q.weight [Hkv, G, D, Dg],
+attngate_linear_k.weight [Hkv, 3 D, Dg], attngate_qnorm.weight and attngate_knorm.weight [Dg].
+Source: microsoft/SeerAttention distillation_decode.py (names and files; what it saves), run_distillation_decode.sh and
+attn_gate_training.py (the kind that was published, shapes). SeerAttention-Decode-Qwen3-8B-AttnGates has 66.1 MB
+(README.md): 36 layers of 8 x (4 x 128 x 128 + 3 x 128 x 128) + 2 x 128 numbers of two bytes.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from configs.errors import PreflightError
+from drafter.gate import GateConfig, Gates
+
+CONFIG, PICKLE, WEIGHTS = "config.json", "attn_gate_weights.pth", "attn_gate_weights.safetensors"
+KIND = {
+    "seerattn_q_head_pooling_type": "Qproj",
+    "seerattn_k_seq_pooling_type": "Kmaxminavg",
+    "seerattn_use_qk_norm": True,
+    "seerattn_use_rope": True,
+}
+SELECT_BLOCK, GATE_DIM = "seerattn_gate_block_size", "seerattn_gate_hidden_size"
+PARTS = {
+    "query_weight": "attngate_linear_q.weight",
+    "key_weight": "attngate_linear_k.weight",
+    "query_norm": "attngate_qnorm.weight",
+    "key_norm": "attngate_knorm.weight",
+}
+
+
+def write_gates(folder: Path, gates: Gates, *, model_config: Any, base_model: str, dtype: torch.dtype) -> None:
+    """Write gates in this dtype, for the policy with this transformers config, into an existing folder.
+
+    base_model: what others call the policy. Raises OSError.
+    """
+    config = gates.config
+    text = model_config.get_text_config()
+    parameters = dict(text.rope_parameters)
+    described = text.to_dict() | KIND
+    described |= {"base_model": base_model, SELECT_BLOCK: config.select_block, GATE_DIM: config.gate_dim}
+    # transformers 4, which the published loaders need, reads these; 5 reads rope_parameters
+    described["rope_theta"] = parameters.pop("rope_theta")
+    described["rope_scaling"] = None if parameters["rope_type"] == "default" else parameters
+    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    tensors = {
+        _name(layer, part): stacked[layer].detach().to("cpu", dtype).contiguous().clone()
+        for part, stacked in gates.state_dict().items()
+        for layer in range(config.num_layers)
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    torch.save(tensors, folder / PICKLE)
+
+
+def read_gates(folder: Path, model_config: Any) -> Gates:
+    """The gates in a folder, in float32, for the policy with this transformers config.
+
+    Raises PreflightError, naming what is wrong: no such folder, gates of another kind or of another policy's shape,
+    a tensor that is missing, superfluous, of another shape or not finite.
+    """
+    config = read_gate_config(folder, model_config)
+    gates = Gates(config)
+    state = gates.state_dict()
+    wanted = {_name(layer, part): state[part][layer] for part in PARTS for layer in range(config.num_layers)}
+    found = _tensors(folder)
+    for name in sorted(wanted.keys() | found.keys()):
+        shapes = [list(tensors[name].shape) if name in tensors else None for tensors in (found, wanted)]
+        if shapes[0] != shapes[1]:
+            raise PreflightError(
+                f"{folder}: {name} is {shapes[0] or 'missing'}, expected {shapes[1] or 'none of that name'}; take the "
+                "gates of this policy"
+            )
+        if not found[name].isfinite().all():
+            raise PreflightError(f"{folder}: {name} holds values that are not finite; fetch or train the gates again")
+        wanted[name].copy_(found[name])  # a view of the state
+    return gates
+
+
+def read_gate_config(folder: Path, model_config: Any) -> GateConfig:
+    """The shape of the gates in a folder, held against the policy's. Raises PreflightError."""
+    from transformers import AutoConfig  # seconds to import
+
+    path = folder / CONFIG
+    try:
+        described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        block, width = int(described[SELECT_BLOCK]), int(described[GATE_DIM])
+        theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a config.json from elsewhere makes transformers raise errors of many libraries
+        reason = str(error).strip().partition("\n")[0]
+        raise PreflightError(f"{folder} holds no gates that can be read ({type(error).__name__}: {reason})") from error
+    for name, value in KIND.items():
+        if described.get(name) != value:
+            raise PreflightError(f"{path} says {name}={described.get(name)!r}; only gates with {value!r} can be used")
+    found = GateConfig.of(theirs, select_block=block, gate_dim=width)
+    wanted = GateConfig.of(model_config, select_block=block, gate_dim=width)
+    for field in GateConfig.__slots__:
+        if getattr(found, field) != getattr(wanted, field):
+            trained, given = (_shown(getattr(each, field)) for each in (found, wanted))
+            raise PreflightError(f"{folder} holds gates for a policy of {field}={trained}, not {given}; take its own")
+    return found
+
+
+def _tensors(folder: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors by name, from whichever file there is. Raises PreflightError."""
+    try:
+        if (folder / WEIGHTS).is_file():
+            return load_file(folder / WEIGHTS)
+        tensors: Mapping[str, torch.Tensor] = torch.load(folder / PICKLE, map_location="cpu", weights_only=True)
+        return tensors
+    # a pickle that is damaged, or holds more than tensors, surfaces as whatever torch raises
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PreflightError(f"{folder} holds neither {WEIGHTS} nor {PICKLE} that can be read ({reason})") from error
+
+
+def _name(layer: int, part: str) -> str:
+    return f"model.layers.{layer}.self_attn.attn_gate.{PARTS[part]}"
+
+
+def _shown(value: object) -> object:
+    """A number as it is; of a rotary embedding, what tells it from another."""
+    frequencies = getattr(value, "frequencies", None)
+    return value if frequencies is None else f"({len(frequencies)} frequencies down to {frequencies[-1]:.3g})"
