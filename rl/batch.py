@@ -6,6 +6,7 @@ from dataclasses import fields
 import torch
 
 from rl.types import Batch, Group
+from rollout.types import Rollout
 
 
 def pack(groups: Sequence[Group], references: Mapping[tuple[str, int], Sequence[float]] | None = None) -> Batch:
@@ -22,6 +23,7 @@ def pack(groups: Sequence[Group], references: Mapping[tuple[str, int], Sequence[
                 rollout.logprobs,
                 advantage,
                 known.get((rollout.prompt_id, rollout.sample)),
+                _dense_logprobs(rollout),
             )
             for group in groups
             for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
@@ -71,7 +73,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(**{field.name: getattr(batch, field.name).to(device) for field in fields(Batch)})
 
 
-_Sequence = tuple[Sequence[int], Sequence[int], Sequence[float], float, Sequence[float] | None]
+def _dense_logprobs(rollout: Rollout) -> Sequence[float] | None:
+    """What the engine's dense forward gave each token; None where it made none."""
+    match rollout.sampled_under:
+        case "dense":
+            return rollout.logprobs
+        case "rectified":
+            return rollout.dense_logprobs
+    return None
+
+
+_Scores = Sequence[float] | None
+_Sequence = tuple[Sequence[int], Sequence[int], Sequence[float], float, _Scores, _Scores]
 
 
 def _sequence(
@@ -79,13 +92,15 @@ def _sequence(
     response: Sequence[int],
     logprobs: Sequence[float],
     advantage: float,
-    reference: Sequence[float] | None = None,
+    reference: _Scores = None,
+    dense: _Scores = None,
 ) -> _Sequence:
     """One prompt and response with what belongs to them."""
     assert prompt, "the first response token needs a token before it"
     assert len(response) == len(logprobs), f"{len(response)} response tokens, {len(logprobs)} log-probs"
-    assert reference is None or len(response) == len(reference), f"{len(response)} tokens are scored otherwise"
-    return prompt, response, logprobs, advantage, reference
+    for scores in (reference, dense):
+        assert scores is None or len(response) == len(scores), f"{len(response)} tokens are scored otherwise"
+    return prompt, response, logprobs, advantage, reference, dense
 
 
 def _join(sequences: Sequence[_Sequence]) -> Batch:
@@ -99,8 +114,9 @@ def _join(sequences: Sequence[_Sequence]) -> Batch:
         advantages=torch.zeros(sum(lengths)),
         loss_mask=torch.zeros(sum(lengths), dtype=torch.bool),
         reference_logprobs=torch.full((sum(lengths),), torch.nan),
+        dense_logprobs=torch.full((sum(lengths),), torch.nan),
     )
-    for start, end, (prompt, response, logprobs, advantage, reference) in zip(
+    for start, end, (prompt, response, logprobs, advantage, reference, dense) in zip(
         batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), sequences, strict=True
     ):
         answer = slice(start + len(prompt), end)
@@ -110,6 +126,8 @@ def _join(sequences: Sequence[_Sequence]) -> Batch:
         batch.loss_mask[answer] = True
         if reference is not None:
             batch.reference_logprobs[answer] = torch.tensor(reference)
+        if dense is not None:
+            batch.dense_logprobs[answer] = torch.tensor(dense)
     return batch
 
 
@@ -132,4 +150,5 @@ def select(batch: Batch, indices: Sequence[int]) -> Batch:
         advantages=batch.advantages[tokens],
         loss_mask=batch.loss_mask[tokens],
         reference_logprobs=batch.reference_logprobs[tokens],
+        dense_logprobs=batch.dense_logprobs[tokens],
     )

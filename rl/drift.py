@@ -3,6 +3,8 @@
 The mean difference of a sampled token's probability in training and in rollout is the noise of two batch shapes where
 all is well: in bfloat16 0.0001 to 0.005 on an H100, up to 0.008 on a CPU (docs/results). Above it, what training takes
 for the policy's own samples is another's.
+Rollouts that were sampled under sparse attention are meant to be another's: what is compared then is the dense forward
+that rectified them, and nothing where none did.
 """
 
 from typing import TYPE_CHECKING
@@ -21,10 +23,12 @@ class DriftAlarm:
     def __init__(self) -> None:
         self._level = ""
 
-    def check(self, prob_diff_mean: float, step: int, run: RunDir, progress: "Progress") -> None:
-        """Say so, in the run's events and on the terminal, where a step's difference crosses a level."""
-        level = self.crossed(prob_diff_mean)
-        if level is None:
+    def check(self, prob_diff_mean: float | None, step: int, run: RunDir, progress: "Progress") -> None:
+        """Say so, in the run's events and on the terminal, where a step's difference crosses a level.
+
+        None: there is nothing to compare in this step.
+        """
+        if prob_diff_mean is None or (level := self.crossed(prob_diff_mean)) is None:
             return
         limit = LEVELS[level]
         run.append_event("drift", step=step, level=level, prob_diff_mean=prob_diff_mean, limit=limit)

@@ -34,8 +34,10 @@ from rl.rundir import RunDir
 from rl.sandbox import RewardPool
 from rl.types import Group, StepStats, Trainer
 from rl.warmstart import warm_start
-from rollout.types import Engine, Prompt, Rollout, Sampling
+from rollout.types import Engine, Prompt, Rollout, SampledUnder, Sampling
 
+# What a mode of sparse attention makes rollouts: drafts are verified densely
+UNDER: dict[str, SampledUnder] = {"plain": "sparse", "rectified": "rectified"}
 # Evaluation noise is never drawn (temperature 0); the step only has to differ from training steps.
 EVAL_STEP = -1
 DRAFTER = "drafter"  # its folder in a checkpoint
@@ -241,6 +243,8 @@ class Loop:
         if not prompts:
             raise DataError("no held-out problems to evaluate on; set eval.every=0 or give more data")
         greedy = replace(self.sampling(EVAL_STEP), num_samples=1, temperature=0.0)
+        if self.config.eval.attention == "dense":
+            greedy = replace(greedy, under="dense")
         watch = Stopwatch()
         rollouts = self.sample(prompts, greedy)
         if stage != "rl":  # after a step, a request to stop waits until its evaluation and record are complete
@@ -266,6 +270,7 @@ class Loop:
             top_k=rollout.top_k,
             top_p=rollout.top_p,
             min_p=rollout.min_p,
+            under=UNDER.get(self.config.sparse.mode, "dense"),
         )
 
     @property

@@ -5,7 +5,8 @@ value a token. Who calls them sums over the tokens and divides by the response t
 micro-batch or rank they lie on (token-level aggregation: DAPO, arXiv 2503.14476, sec. 3.3).
 
 Three log-probs of a token meet here: `logprobs` of the policy being trained, with gradients; `old_logprobs` of the
-policy before the step, by the same forward pass; `rollout_logprobs` as the engine reported them when it sampled.
+policy before the step, by the same forward pass; `rollout_logprobs` as the engine reported them when it sampled, from
+another distribution than the policy's where it attended to a part of the keys (Rollout.sampled_under).
 """
 
 import torch
@@ -13,11 +14,13 @@ import torch
 from rl.types import Batch, StepStats
 
 # the rows of a record, [len(RECORD), R]: what is kept of every response token of a step
-RECORD = ("loss", "entropy", "kl", "clipped", "importance", "prob_diff", "logprob_diff")
+RECORD = ("loss", "entropy", "kl", "clipped", "importance", "log_ratio", "prob_diff", "logprob_diff")
 
 
 def importance_weights(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
-    """min(exp(old - rollout), cap), a constant: corrects for the engine sampling from slightly other probabilities.
+    """min(exp(old - rollout), cap), a constant: corrects for the engine sampling from other probabilities.
+
+    Slightly other ones by rounding, or those of sparse attention: the old log-probs are dense in any case.
 
     Shapes: all [R]. cap 0 turns the correction off: ones.
     Source: truncated importance sampling (Ionides 2008), as for rollout engines in fengyao.notion.site/off-policy-rl.
@@ -57,9 +60,11 @@ def k3_divergence(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> t
 
 
 def step_stats(record: torch.Tensor, batch: Batch, grad_norm: float, lr: float, seconds: float) -> StepStats:
-    """Means over the response tokens of a record [len(RECORD), R]."""
+    """Means over the response tokens of a record [len(RECORD), R]; prob_diff and logprob_diff are NaN where unknown."""
     row = dict(zip(RECORD, record, strict=True))
     num_tokens = record.shape[1]
+    known = ~row["prob_diff"].isnan()
+    prob_diff, logprob_diff = row["prob_diff"][known], row["logprob_diff"][known]
     return StepStats(
         loss=float(row["loss"].mean()),
         grad_norm=grad_norm,
@@ -68,11 +73,27 @@ def step_stats(record: torch.Tensor, batch: Batch, grad_norm: float, lr: float, 
         kl=float(row["kl"].mean()),
         clip_fraction=float(row["clipped"].mean()),
         importance_mean=float(row["importance"].mean()),
-        prob_diff_mean=float(row["prob_diff"].mean()),
-        prob_diff_max=float(row["prob_diff"].max()),
-        logprob_diff_mean=float(row["logprob_diff"].mean()),
-        logprob_diff_p99=float(row["logprob_diff"].kthvalue(max(1, round(0.99 * num_tokens))).values),
+        log_ratio_mean=float(row["log_ratio"].mean()),
+        log_ratio_max=float(row["log_ratio"].max()),
+        effective_share=effective_share(row["log_ratio"]),
+        prob_diff_mean=float(prob_diff.mean()) if known.any() else None,
+        prob_diff_max=float(prob_diff.max()) if known.any() else None,
+        logprob_diff_mean=float(logprob_diff.mean()) if known.any() else None,
+        logprob_diff_p99=_percentile(logprob_diff, 0.99) if known.any() else None,
         num_tokens=num_tokens,
         num_sequences=len(batch.cu_seqlens) - 1,
         seconds=seconds,
     )
+
+
+def effective_share(log_ratio: torch.Tensor) -> float:
+    """The effective sample size of tokens weighed by p over q, not truncated, as a share of their number: 0 to 1.
+
+    (sum w)^2 / (R sum w^2) with w = exp(log_ratio) (Kong 1992). log_ratio [R].
+    """
+    weights = torch.exp(log_ratio.double() - log_ratio.max())  # a common factor cancels
+    return float(weights.sum() ** 2 / (len(weights) * (weights**2).sum()))
+
+
+def _percentile(values: torch.Tensor, share: float) -> float:
+    return float(values.kthvalue(max(1, round(share * len(values)))).values)

@@ -97,6 +97,7 @@ def rollout_record(groups: Sequence[Group], *, seconds: float) -> dict[str, floa
         "accept_length": tokens / max(forwards, 1),
         "draft_tokens": proposed,
         "draft_accept_rate": accepted / max(proposed, 1),
+        "lossy_share": sum(lossy_tokens(rollout) for rollout in rollouts) / max(tokens, 1),
     }
     for source in sorted({source for rollout in rollouts for source in rollout.spec.by_source}):
         counts = [rollout.spec.by_source.get(source, (0, 0)) for rollout in rollouts]
@@ -114,7 +115,7 @@ def step_record(
     """The record of one finished training step; step counts from 1."""
     record: dict[str, Any] = {"step": step, "total_steps": config.train.steps}
     record |= rollout_record(groups, seconds=watch.seconds["rollout"]) | distributions(groups, config)
-    record |= {name: value for name, value in asdict(stats).items() if name != "seconds"}
+    record |= {name: value for name, value in asdict(stats).items() if name != "seconds" and value is not None}
     return record | watch.record()
 
 
@@ -162,6 +163,9 @@ def sample_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
             "accepted": rollout.spec.accepted,
             "token_ids": np.array(rollout.token_ids, dtype=np.int32),
             "drafted": drafted(rollout),
+            "sampled_under": rollout.sampled_under,
+            "logprobs": np.array(rollout.logprobs, dtype=np.float32),
+            "dense_logprobs": np.array(rollout.dense_logprobs, dtype=np.float32),
         }
         for group in groups
         for rollout, reward, advantage in zip(group.rollouts, group.rewards, group.advantages, strict=True)
@@ -174,3 +178,13 @@ def drafted(rollout: Rollout) -> np.ndarray:
     for first, count in rollout.spec.drafted:
         flags[first : first + count] = True
     return flags
+
+
+def lossy_tokens(rollout: Rollout) -> int:
+    """How many of a rollout's tokens were sampled under a selector; rectified, the last of every window was not."""
+    match rollout.sampled_under:
+        case "dense":
+            return 0
+        case "rectified":
+            return sum(count for _, count in rollout.spec.drafted)
+    return len(rollout.token_ids)

@@ -227,6 +227,7 @@ class DeepSpeedTrainer:
         """The policy loss of GRPO with its corrections."""
         config, targets = self.config, each.targets
         sampled, advantages = each.batch.old_logprobs[targets], each.batch.advantages[targets]
+        dense = each.batch.dense_logprobs[targets]
         old = logprobs.detach() if each.old_logprobs is None else each.old_logprobs
         weights = importance_weights(old, sampled, config.importance_cap)
         loss, clipped = clipped_policy_loss(
@@ -239,8 +240,10 @@ class DeepSpeedTrainer:
             reference = completed(each, self._referred) if alone else self._referred(each)
             kl = k3_divergence(logprobs, reference)
             loss = loss + config.kl_coef * kl
-        prob_diff, logprob_diff = (old.exp() - sampled.exp()).abs(), (old - sampled).abs()
-        return torch.stack([loss, entropy.detach(), kl, clipped.float(), weights, prob_diff, logprob_diff])
+        # of the dense forwards alone: what a selector changes is meant, and the weights' to correct
+        prob_diff, logprob_diff = (old.exp() - dense.exp()).abs(), (old - dense).abs()
+        log_ratio = old - sampled
+        return torch.stack([loss, entropy.detach(), kl, clipped.float(), weights, log_ratio, prob_diff, logprob_diff])
 
     @torch.no_grad()
     def _referred(self, each: Round) -> torch.Tensor:
@@ -264,7 +267,7 @@ class DeepSpeedTrainer:
     def _cross_entropy(self, each: Round, logprobs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
         """The supervised loss: nothing was sampled, so nothing is corrected."""
         zero = torch.zeros_like(logprobs)
-        return torch.stack([-logprobs, entropy.detach(), zero, zero, torch.ones_like(zero), zero, zero])
+        return torch.stack([-logprobs, entropy.detach(), zero, zero, torch.ones_like(zero), zero, zero, zero])
 
     def save(self, folder: Path) -> None:
         """As rl.stored.write; every rank takes part, rank 0 writes. Raises OSError."""

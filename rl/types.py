@@ -34,6 +34,8 @@ class Batch:
     token_ids, positions [T] int64; cu_seqlens [N + 1] int32; old_logprobs [T] float32: the rollout's log-prob of
     token_ids[t], 0 off the response; advantages [T] float32; loss_mask [T] bool: True on response tokens;
     reference_logprobs [T] float32: the reference policy's, NaN off the response and where nobody computed them yet.
+    dense_logprobs [T] float32: what the engine gives the token when it attends densely: old_logprobs of a token sampled
+    so, NaN where it never did (Rollout.sampled_under "sparse").
     Token t is predicted from token t - 1 of the same sequence.
     """
 
@@ -44,11 +46,16 @@ class Batch:
     advantages: torch.Tensor
     loss_mask: torch.Tensor
     reference_logprobs: torch.Tensor
+    dense_logprobs: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One training step. Means are over response tokens unless said otherwise."""
+    """One training step. Means are over response tokens unless said otherwise.
+
+    prob_diff and logprob_diff compare training with the engine's dense forward, which should agree; None where no token
+    had one. log_ratio is training's log-prob less that which the token was sampled with: p over q of lossy modes.
+    """
 
     loss: float
     grad_norm: float
@@ -57,10 +64,13 @@ class StepStats:
     kl: float  # k3 estimate against the reference; 0 without one
     clip_fraction: float
     importance_mean: float  # mean of the truncated rollout correction
-    prob_diff_mean: float  # mean |exp(training) - exp(rollout)| of the sampled tokens' probabilities
-    prob_diff_max: float
-    logprob_diff_mean: float
-    logprob_diff_p99: float
+    log_ratio_mean: float
+    log_ratio_max: float
+    effective_share: float  # (sum p/q)^2 / sum (p/q)^2, the effective sample size, as a share of the tokens
+    prob_diff_mean: float | None  # mean |exp(training) - exp(rollout)| of the sampled tokens' probabilities
+    prob_diff_max: float | None
+    logprob_diff_mean: float | None
+    logprob_diff_p99: float | None
     num_tokens: int  # response tokens trained on
     num_sequences: int
     seconds: float

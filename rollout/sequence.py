@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from rollout.blocks import ROOT, chain_hash
-from rollout.types import Partial, Prompt, Rollout, SpecStats
+from rollout.types import Partial, Prompt, Rollout, SampledUnder, SpecStats
 
 
 @dataclass(slots=True, eq=False)
@@ -24,11 +24,13 @@ class Sequence:
     noise_key: int
     max_length: int
     block_size: int
+    sampled_under: SampledUnder = "dense"
     tokens: list[int] = field(init=False)
     block_table: np.ndarray = field(init=False)  # [ceil(max_length / block_size)] int32
     num_blocks: int = 0
     num_cached: int = 0
     logprobs: list[float] = field(default_factory=list)
+    dense_logprobs: list[float] = field(default_factory=list)  # as many, of a rectified one
     version_spans: list[tuple[int, int]] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
     num_forwards: int = 0
@@ -121,6 +123,7 @@ class Sequence:
         assert not self.logprobs and partial.prompt.id == self.prompt.id and partial.sample == self.sample
         self.tokens += partial.token_ids
         self.logprobs += partial.logprobs
+        self.dense_logprobs += partial.dense_logprobs
         self.version_spans += partial.version_spans
         self.num_forwards = partial.spec.forwards
         self.proposed_by_depth += partial.spec.proposed_by_depth
@@ -139,6 +142,7 @@ class Sequence:
             logprobs=self.logprobs,
             version_spans=self.version_spans,
             spec=self._spec(),
+            dense_logprobs=self.dense_logprobs,
         )
 
     def rollout(self) -> Rollout:
@@ -152,6 +156,8 @@ class Sequence:
             version_spans=self.version_spans,
             finish=self.finish,
             spec=self._spec(),
+            sampled_under=self.sampled_under,
+            dense_logprobs=self.dense_logprobs,
         )
 
     def _spec(self) -> SpecStats:

@@ -21,13 +21,18 @@ class Prompt:
     task: dict[str, Any] = field(default_factory=dict)
 
 
+# How the policy attends where a token is drawn from it: to all keys; to those a selector picks; or so, and every few
+# tokens all of them are forwarded again densely, which leaves their dense keys and log-probs (ReSA, arXiv 2506.04108).
+SampledUnder = Literal["dense", "sparse", "rectified"]
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """The transform from logits to the sampled distribution, and the identity of the noise.
 
     temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 filter nothing. Filters apply after the temperature, in the
     order top_k, top_p, min_p. seed and step key the noise together with prompt, sample and position (DESIGN.md,
-    idea 2).
+    idea 2). under: anything but "dense" samples from another distribution than the policy's, and marks what it gives.
     """
 
     num_samples: int
@@ -39,6 +44,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    under: SampledUnder = "dense"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,8 @@ class Rollout:
 
     token_ids: generated tokens, the stop token included. logprobs: float32 each, under the sampling transform.
     version_spans: (policy version, number of tokens), in order. text: decoded without special tokens, "" until decoded.
+    sampled_under: what logprobs are of, not of the policy's own distribution but where it is "dense". dense_logprobs:
+    of "rectified" alone, the policy's own log-prob of each token, at the temperature and without filters; else empty.
     """
 
     prompt_id: str
@@ -76,14 +84,17 @@ class Rollout:
     finish: Literal["stop", "length"]
     spec: SpecStats
     text: str = ""
+    sampled_under: SampledUnder = "dense"
+    dense_logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
     """A response in the making, given up by one engine for another to go on with, token for token.
 
-    token_ids, logprobs and version_spans as a Rollout's, of what was sampled so far; none where it has not begun.
-    The rest needs the Sampling it was begun under: the noise is that of its seed, step, prompt, sample and position.
+    token_ids, logprobs, version_spans and dense_logprobs as a Rollout's, of what was sampled so far; none where it has
+    not begun. The rest needs the Sampling it was begun under: the noise is that of its seed, step, prompt, sample and
+    position.
     """
 
     prompt: Prompt
@@ -92,6 +103,7 @@ class Partial:
     logprobs: list[float]
     version_spans: list[tuple[int, int]]
     spec: SpecStats
+    dense_logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,3 +30,9 @@ def test_a_crossing_is_an_event_and_a_message() -> None:
     assert events == [{"event": "drift", "step": 2, "level": "alarm", "prob_diff_mean": 0.02, "limit": 0.01}]
     (message,) = messages
     assert message.startswith("alarm: ") and "0.0200" in message and "step 2" in message
+
+
+def test_a_step_without_a_dense_forward_to_compare_with_says_nothing() -> None:
+    alarm = DriftAlarm()
+    alarm.check(None, 1, None, None)  # type: ignore[arg-type]
+    assert alarm.crossed(0.02) == "alarm"

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rl.loss import clipped_policy_loss, importance_weights, k3_divergence
+from rl.loss import clipped_policy_loss, effective_share, importance_weights, k3_divergence
 
 
 def test_policy_loss_and_gradient_equal_a_naive_float64_loop() -> None:
@@ -56,3 +56,16 @@ def test_k3_is_unbiased_for_the_divergence() -> None:
     policy, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
     exact = (policy * (policy / reference).log()).sum()
     torch.testing.assert_close((policy * k3_divergence(policy.log(), reference.log())).sum(), exact)
+
+
+def test_the_weight_of_a_token_is_p_over_q_up_to_the_cap() -> None:
+    p, q = [0.5, 0.2, 0.9, 0.01], [0.25, 0.4, 0.1, 0.01]
+    weights = importance_weights(torch.tensor(p).log(), torch.tensor(q).log(), 2.0)
+    assert weights.tolist() == pytest.approx([min(2.0, a / b) for a, b in zip(p, q, strict=True)])
+
+
+def test_the_effective_sample_size_is_that_of_the_weights() -> None:
+    assert effective_share(torch.zeros(7)) == pytest.approx(1.0)
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    assert effective_share(weights.log()) == pytest.approx(36 / (3 * 14))
+    assert effective_share(torch.tensor([0.0, 500.0])) == pytest.approx(0.5)  # one counts, and nothing overflows

@@ -1,0 +1,44 @@
+"""Modes that change what is sampled: what they need, and what they refuse."""
+
+import pytest
+
+from configs.errors import ConfigError
+from configs.load import parse
+
+BASE = "data: {name: chain_sum}\nrollout: {block_size: 64}\nspec: {source: off}\n"
+
+
+@pytest.mark.parametrize("mode", ["plain", "rectified"])
+def test_a_lossy_mode_is_asked_for_by_name(mode: str) -> None:
+    assert parse(BASE).sparse.mode == "off"
+    assert parse(BASE, [f"sparse.mode={mode}"]).sparse.mode == mode
+
+
+@pytest.mark.parametrize("mode", ["plain", "rectified"])
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("train.importance_cap=0", "samples from another distribution; set 2"),
+        ("spec.source=suffix", "set off"),
+        ("sparse.inner=suffix", "set off"),
+        ("rollout.backend=vllm", "rollout.backend=native"),
+    ],
+)
+def test_what_a_lossy_mode_cannot_have_is_refused_with_its_remedy(mode: str, override: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(BASE, [f"sparse.mode={mode}", override])
+    assert refused.value.exit_code == 2
+    assert remedy in str(refused.value)
+
+
+def test_a_lossless_mode_may_switch_the_correction_off() -> None:
+    for mode in ("off", "draft"):
+        assert parse(BASE, [f"sparse.mode={mode}", "train.importance_cap=0"]).train.importance_cap == 0
+
+
+def test_a_window_is_no_longer_than_what_is_forwarded_at_once() -> None:
+    assert parse(BASE, ["sparse.mode=rectified", "sparse.every=64"]).sparse.every == 64
+    for every in (0, 65):
+        with pytest.raises(ConfigError, match="sparse.every"):
+            parse(BASE, ["sparse.mode=rectified", f"sparse.every={every}"])
+    assert parse(BASE, ["sparse.mode=plain", "sparse.every=65"])  # which it does not read
