@@ -13,12 +13,14 @@ if not torch.cuda.is_available():
     # before triton is imported, by transformers too: its own library is decorated then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-settings.register_profile("paceline", deadline=None)  # on a shared machine time says nothing
+# on a shared machine time says nothing; and what a change is judged by are the same examples every time
+settings.register_profile("paceline", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("explore", parent=settings.get_profile("paceline"), derandomize=False)
 settings.load_profile("paceline")
 
 CHAT_TEMPLATE = (

@@ -3,7 +3,8 @@
 import asyncio
 import random
 import re
-from collections.abc import AsyncGenerator, Callable, Sequence
+import selectors
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from configs.errors import DataError, ResourceError
-from launch import shift
+from launch import ledger, scoring, shift
 from launch.fleet import Fleet, WorkerLostError
 from launch.idle import Learn, Rest, TakeOver, Task, decide
 from launch.ledger import IdleReport, Ledger
@@ -172,13 +173,59 @@ class Call:
         return [(rollout.prompt_id, rollout.sample) for rollout in self.arrived]
 
 
+class Clock:
+    """Time that passes where everybody waits, and a microsecond whenever somebody looks."""
+
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        self.seconds += 1e-6
+        return self.seconds
+
+
+CLOCK = Clock()
+
+
+class Skipping(selectors.DefaultSelector):
+    """Waits for nothing: the time that would have passed has passed at once."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        found = super().select(0)
+        if not found:
+            assert timeout is not None, "everybody waits for ever"
+            CLOCK.seconds += max(0.0, timeout)
+        return found
+
+
+class SkippingLoop(asyncio.SelectorEventLoop):
+    """An event loop by that clock: however busy the machine is, nobody is late."""
+
+    def __init__(self) -> None:
+        super().__init__(Skipping())
+
+    def time(self) -> float:
+        return CLOCK()
+
+
+@pytest.fixture(autouse=True)
+def one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured goes by the same clock."""
+    for module in (shift, ledger, scoring):
+        monkeypatch.setattr(module, "perf_counter", CLOCK)
+
+
+def skipping(main: Coroutine[Any, Any, None]) -> None:
+    """asyncio.run without waiting."""
+    with asyncio.Runner(loop_factory=SkippingLoop) as runner:
+        runner.run(main)
+
+
 async def until(true: Callable[[], bool]) -> None:
     """Let everything else run until so."""
-    for _ in range(100_000):
+    for _ in range(1000):
         if true():
             return
-        await asyncio.sleep(0)
-    await asyncio.sleep(0.2)  # a tick may be due
+        await asyncio.sleep(0.01)
     assert true()
 
 
@@ -202,7 +249,7 @@ def test_prompts_are_spread_and_every_rollout_arrives_once() -> None:
         await ends(call)
         assert sorted(call.keys) == sorted(keys(5))
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_a_freed_worker_goes_on_with_what_it_takes_over() -> None:
@@ -221,7 +268,7 @@ def test_a_freed_worker_goes_on_with_what_it_takes_over() -> None:
         assert sorted(call.keys) == sorted(keys(2))
         assert fleet.report.num_moved == 1 and fleet.report.sampled_s > 0
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_a_freed_worker_learns_until_the_last_rollout_is_there() -> None:
@@ -236,7 +283,7 @@ def test_a_freed_worker_learns_until_the_last_rollout_is_there() -> None:
         assert not workers[1].is_learning.is_set()
         assert 0 < fleet.report.learned_s <= fleet.report.idle_s
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_workers_are_heard_while_they_sample_and_once_more_at_the_end() -> None:
@@ -253,7 +300,7 @@ def test_workers_are_heard_while_they_sample_and_once_more_at_the_end() -> None:
         (lesson,) = fleet.activity()[1].spans
         assert lesson.kind == "drafter" and lesson.end - lesson.begin == pytest.approx(0.001, abs=1e-5)
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_an_idle_worker_scores_what_is_finished_before_it_learns() -> None:
@@ -272,7 +319,7 @@ def test_an_idle_worker_scores_what_is_finished_before_it_learns() -> None:
         assert fleet.references == {key: [-1.0] for key in first}, "the rest is left to training"
         assert 0 < fleet.report.scored_s <= fleet.report.idle_s
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_a_worker_lost_while_it_scores_costs_its_scores_alone() -> None:
@@ -291,7 +338,7 @@ def test_a_worker_lost_while_it_scores_costs_its_scores_alone() -> None:
         await ends(call)
         assert sorted(call.keys) == sorted(keys(2)) and fleet.references == {}
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_scores_that_come_late_are_not_taken_for_the_next_calls() -> None:
@@ -318,7 +365,7 @@ def test_scores_that_come_late_are_not_taken_for_the_next_calls() -> None:
         assert workers[0].scored == [("p0", 0)]
         assert fleet.references is references and not references
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_a_score_that_fails_is_left_to_training(caplog: pytest.LogCaptureFixture) -> None:
@@ -338,7 +385,7 @@ def test_a_score_that_fails_is_left_to_training(caplog: pytest.LogCaptureFixture
         await ends(call)
         assert fleet.references == {} and not fleet.lost
 
-    asyncio.run(run())
+    skipping(run())
     assert caplog.text.count("scores no rollouts") == 1
 
 
@@ -353,7 +400,7 @@ def test_evaluations_are_not_scored() -> None:
         await ends(call)
         assert not workers[0].scored and not workers[1].scored
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_a_learner_is_called_away_to_take_over() -> None:
@@ -370,7 +417,7 @@ def test_a_learner_is_called_away_to_take_over() -> None:
         await ends(call)
         assert sorted(call.keys) == sorted(keys(2))
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_a_worker_without_prompts_is_idle_from_the_start() -> None:
@@ -382,7 +429,7 @@ def test_a_worker_without_prompts_is_idle_from_the_start() -> None:
         await ends(call)
         assert fleet.report.idle_s == pytest.approx(fleet.report.seconds)
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_nobody_learns_while_others_evaluate() -> None:
@@ -394,7 +441,7 @@ def test_nobody_learns_while_others_evaluate() -> None:
         await ends(call)
         assert fleet.num_turns == 0 and fleet.report.idle_s > 0
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_what_a_lost_worker_owed_is_sampled_by_an_idle_one() -> None:
@@ -415,7 +462,7 @@ def test_what_a_lost_worker_owed_is_sampled_by_an_idle_one() -> None:
         assert sorted(call.keys) == sorted(keys(3))
         assert list(fleet.lost) == [1]
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_what_a_lost_worker_owed_is_adopted_where_nobody_is_idle() -> None:
@@ -429,7 +476,7 @@ def test_what_a_lost_worker_owed_is_adopted_where_nobody_is_idle() -> None:
         await ends(call)
         assert sorted(call.keys) == sorted(keys(2))
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_a_worker_killed_while_it_learns_harms_no_rollout_and_the_next_step_does_without_it() -> None:
@@ -450,7 +497,7 @@ def test_a_worker_killed_while_it_learns_harms_no_rollout_and_the_next_step_does
         await ends(second)
         assert sorted(second.keys) == sorted(keys(2))
 
-    asyncio.run(run())
+    skipping(run())
 
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["the one that gives", "the one that takes"])
@@ -475,7 +522,7 @@ def test_a_worker_lost_during_a_takeover_costs_no_rollout(victim: int) -> None:
         await ends(call)
         assert sorted(call.keys) == sorted(keys(2))
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_without_workers_a_step_ends_with_a_reason() -> None:
@@ -490,7 +537,7 @@ def test_without_workers_a_step_ends_with_a_reason() -> None:
         with pytest.raises(ResourceError, match="no worker is left"):
             await ends(Call(fleet, 2))
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_a_learner_that_fails_is_not_asked_again_and_rollouts_go_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -510,7 +557,7 @@ def test_a_learner_that_fails_is_not_asked_again_and_rollouts_go_on(caplog: pyte
         assert len(turns) == 1 and not fleet.lost
         assert "out of memory" in caplog.text
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_a_workers_error_ends_the_call_and_everything_under_way() -> None:
@@ -526,7 +573,7 @@ def test_a_workers_error_ends_the_call_and_everything_under_way() -> None:
         assert [worker.closed for worker in workers] == [1, 1, 1]
         assert not workers[2].is_learning.is_set()
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_a_call_left_early_leaves_nothing_under_way() -> None:
@@ -541,7 +588,7 @@ def test_a_call_left_early_leaves_nothing_under_way() -> None:
         assert [worker.closed for worker in workers] == [1, 1, 0]
         assert not workers[2].is_learning.is_set()
 
-    asyncio.run(run())
+    skipping(run())
 
 
 @pytest.fixture
@@ -577,7 +624,7 @@ def test_a_worker_that_hangs_is_named_and_another_samples_what_it_owed(
         assert sorted(under_way.keys) == sorted(keys(2))
         assert workers[0].closed == 1  # the stream of the one that hangs was given up
 
-    asyncio.run(run())
+    skipping(run())
 
 
 @pytest.mark.usefixtures("hasty")
@@ -589,7 +636,7 @@ def test_a_call_whose_workers_all_hang_ends_with_a_reason() -> None:
         with pytest.raises(ResourceError, match="no worker is left.* worker 0 .*progress"):
             await ends(Call(fleet, 2))
 
-    asyncio.run(run())
+    skipping(run())
 
 
 @pytest.mark.usefixtures("hasty")
@@ -605,7 +652,7 @@ def test_a_learner_that_hangs_keeps_no_rollout_waiting() -> None:
         await ends(call)
         assert "worker 1" in str(fleet.lost[1]) and "call_away" in str(fleet.lost[1])
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_a_worker_that_still_compiles_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -630,7 +677,7 @@ def test_a_worker_that_still_compiles_is_not_lost(monkeypatch: pytest.MonkeyPatc
         await ends(call)
         assert not fleet.lost
 
-    asyncio.run(run())
+    skipping(run())
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -661,7 +708,7 @@ def test_every_rollout_arrives_once_whatever_happens(seed: int) -> None:
         assert sorted(call.keys) == sorted(keys(9))
         assert all(not worker.sequences for worker in workers if worker.dead is None)
 
-    asyncio.run(run())
+    skipping(run())
 
 
 def test_no_idle_time_is_all_used() -> None:
