@@ -185,10 +185,10 @@ def paged_attention(
     # only where it runs: importing triton settles whether kernels are interpreted
     from kernels.paged_attention import paged_attention_triton
 
-    assert maxima is None
     return paged_attention_triton(
-        query, key_cache, value_cache, seqs, scale=scale, sliding_window=sliding_window, softcap=softcap
-    )
+        query, key_cache, value_cache, seqs,
+        scale=scale, sliding_window=sliding_window, softcap=softcap, maxima=maxima,
+    )  # fmt: skip
 
 
 def paged_attention_reference(

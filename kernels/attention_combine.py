@@ -10,6 +10,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels.attention_plan import TILE_FIELDS, Plan
 
 COMBINE_ROWS = 4  # rows that a program of the combining kernel merges
+LN_2 = tl.constexpr(0.6931471805599453)
 FOLD_ROWS = 16  # rows that a folding program merges at once: it waits for them in turn
 
 
@@ -20,20 +21,32 @@ def merge_shape(plan: Plan, block_d: int) -> tuple[int, int]:
 
 
 def combine(
-    output: torch.Tensor, plan: Plan, *, block_d: int, merge_rows: int, merge_splits: int, overlap: bool
+    output: torch.Tensor,
+    lse: torch.Tensor | None,
+    plan: Plan,
+    *,
+    block_d: int,
+    merge_rows: int,
+    merge_splits: int,
+    overlap: bool,
 ) -> None:
-    """Merge the chunks of split tiles into output [T, Hq, D], where programs have not folded them already."""
+    """Merge the chunks of split tiles into output [T, Hq, D], where programs have not folded them already.
+
+    lse [T, Hq] float32: the log-sum-exp of their scores, where it is asked for.
+    """
     geometry = plan.geometry
     if not plan.may_split or geometry.launch.fold:
         return
     combine_kernel[(plan.tiles.shape[0], geometry.num_kv_heads, triton.cdiv(plan.rows, merge_rows))](
         output,
+        output if lse is None else lse,
         plan.tiles,
         plan.counts,
         plan.maxima,
         plan.sums,
         plan.partials,
         plan.rows,
+        HAS_LSE=lse is not None,
         KV_HEADS=geometry.num_kv_heads,
         GROUPS=geometry.groups,
         HEAD_DIM=output.shape[2],
@@ -50,12 +63,14 @@ def combine(
 @triton.jit(do_not_specialize=["room"])
 def combine_kernel(
     output,
+    lse,
     tiles,
     counts,
     maxima,
     sums,
     partials,
     room,
+    HAS_LSE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -79,14 +94,16 @@ def combine_kernel(
     if tile >= tl.load(counts + 1) or num_chunks == 1 or first_row >= num_tokens * GROUPS:
         return
     combine_chunks(
-        output, maxima, sums, partials, room, first_row, first_token, num_tokens, num_chunks, first_partial,
-        tl.program_id(1), KV_HEADS, GROUPS, HEAD_DIM, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
+        output, lse, maxima, sums, partials, room, first_row, first_token, num_tokens, num_chunks,
+        first_partial * KV_HEADS + tl.program_id(1), tl.program_id(1), HAS_LSE, KV_HEADS, KV_HEADS, GROUPS, HEAD_DIM,
+        BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
     )  # fmt: skip
 
 
 @triton.jit
 def combine_chunks(
     output,
+    lse,
     maxima,
     sums,
     partials,
@@ -95,8 +112,10 @@ def combine_chunks(
     first_token,
     num_tokens,
     num_chunks,
-    first_partial,
+    first_part,
     head,
+    HAS_LSE: tl.constexpr,
+    PART_STRIDE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -104,7 +123,10 @@ def combine_chunks(
     MERGE_ROWS: tl.constexpr,
     MERGE_SPLITS: tl.constexpr,
 ):
-    """Merge the chunks of MERGE_ROWS rows of a tile, MERGE_SPLITS at a time."""
+    """Merge the chunks of MERGE_ROWS rows of a tile, MERGE_SPLITS at a time.
+
+    Chunk i is part first_part + i PART_STRIDE of maxima, sums and partials.
+    """
     rows = first_row + tl.arange(0, MERGE_ROWS)
     dims = tl.arange(0, BLOCK_D)
     in_use = rows < num_tokens * GROUPS
@@ -115,7 +137,7 @@ def combine_chunks(
     for begin in range(0, num_chunks, MERGE_SPLITS):
         chunk = begin + tl.arange(0, MERGE_SPLITS)
         exists = (chunk < num_chunks)[None, :] & in_use[:, None]
-        slot = ((first_partial + chunk).to(tl.int64)[None, :] * KV_HEADS + head) * room + rows[:, None]
+        slot = (first_part + chunk * PART_STRIDE).to(tl.int64)[None, :] * room + rows[:, None]
         # .cg: written by other multiprocessors, whose stores this one's first-level cache does not see
         chunk_max = tl.load(maxima + slot, mask=exists, other=-float("inf"), cache_modifier=".cg")
         chunk_sum = tl.load(sums + slot, mask=exists, other=0.0, cache_modifier=".cg")
@@ -134,5 +156,8 @@ def combine_chunks(
         maximum = raised
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     token_row = (first_token + rows // GROUPS).to(tl.int64)
-    where = (token_row * (KV_HEADS * GROUPS) + head * GROUPS + rows % GROUPS)[:, None] * HEAD_DIM + dims[None, :]
+    place = token_row * (KV_HEADS * GROUPS) + head * GROUPS + rows % GROUPS
+    where = place[:, None] * HEAD_DIM + dims[None, :]
     tl.store(output + where, result.to(output.dtype.element_ty), mask=in_use[:, None] & is_dim[None, :])
+    if HAS_LSE:
+        tl.store(lse + place, (maximum + tl.log2(total)) * LN_2, mask=in_use)

@@ -9,7 +9,9 @@ maximum and total [M], acc [M, D]. With slices each has a first dimension more, 
 import triton
 import triton.language as tl
 
-from kernels.attention_combine import combine_chunks
+from kernels.attention_combine import LN_2, combine_chunks
+
+UNSEEN = tl.constexpr(-1e30)  # a score that is masked, where a step must stay finite
 
 
 @triton.jit
@@ -23,6 +25,27 @@ def absorb(scores, v, maximum, total, acc):
     total = total * shrink + tl.sum(probs, axis=-1)
     acc = tl.dot(probs.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision="ieee")
     return raised, total, acc
+
+
+@triton.jit
+def absorb_finite(scores, v, maximum, total, acc):
+    """absorb, where masked scores are UNSEEN and maximum begins so: what came before the first seen key counts 0 then.
+
+    A row that never sees one sums nonsense; settle_unseen makes it 0.
+    """
+    raised = tl.maximum(maximum, tl.max(scores, axis=-1))
+    probs = tl.exp2(scores - tl.expand_dims(raised, -1))
+    shrink = tl.exp2(maximum - raised)
+    total = total * shrink + tl.sum(probs, axis=-1)
+    acc = tl.dot(probs.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision="ieee")
+    return raised, total, acc
+
+
+@triton.jit
+def settle_unseen(maximum, total, acc):
+    """The (total, acc) of rows, 0 where a row has seen nothing."""
+    seen = maximum > 0.5 * UNSEEN
+    return tl.where(seen, total, 0.0), tl.where(tl.expand_dims(seen, -1), acc, 0.0)
 
 
 @triton.jit
@@ -45,6 +68,7 @@ def merge_slices(maximum, total, acc, SLICES: tl.constexpr, BLOCK_M: tl.constexp
 @triton.jit
 def finish(
     output,
+    lse,
     arrived,
     maxima,
     sums,
@@ -57,9 +81,10 @@ def finish(
     num_tokens,
     chunk,
     num_chunks,
-    tile,
-    first_partial,
+    first_part,
     head,
+    HAS_LSE: tl.constexpr,
+    PART_STRIDE: tl.constexpr,
     MAY_SPLIT: tl.constexpr,
     FOLD: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -70,7 +95,10 @@ def finish(
     MERGE_ROWS: tl.constexpr,
     MERGE_SPLITS: tl.constexpr,
 ):
-    """Store a tile's output where its one chunk is all; else leave the chunk's part, and merge all where it is last."""
+    """Store a tile's output where its one chunk is all; else leave the chunk's part, and merge all where it is last.
+
+    arrived: the tile's and head's own count. Chunk i is part first_part + i PART_STRIDE of maxima, sums and partials.
+    """
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     token = rows // GROUPS
@@ -80,22 +108,26 @@ def finish(
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         token_row = (first_token + token).to(tl.int64)
         query_head = head * GROUPS + rows % GROUPS
-        where = (token_row * (KV_HEADS * GROUPS) + query_head)[:, None] * HEAD_DIM + dims[None, :]
+        place = token_row * (KV_HEADS * GROUPS) + query_head
+        where = place[:, None] * HEAD_DIM + dims[None, :]
         tl.store(output + where, result.to(output.dtype.element_ty), mask=mask)
+        if HAS_LSE:
+            tl.store(lse + place, (maximum + tl.log2(total)) * LN_2, mask=in_use)
     else:
-        part = ((first_partial + chunk).to(tl.int64) * KV_HEADS + head) * room + rows
+        part = (first_part + chunk * PART_STRIDE).to(tl.int64) * room + rows
         tl.store(maxima + part, maximum, mask=in_use)
         tl.store(sums + part, total, mask=in_use)
         tl.store(partials + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=mask)
         if FOLD:
             tl.debug_barrier()  # every thread has stored before one of them says so
-            done = tl.atomic_add(arrived + tile * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
+            done = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu")
             if done == num_chunks - 1:
-                tl.store(arrived + tile * KV_HEADS + head, 0)  # for the next layer
+                tl.store(arrived, 0)  # for the next layer
                 for first_row in range(0, num_tokens * GROUPS, MERGE_ROWS):
                     combine_chunks(
-                        output, maxima, sums, partials, room, first_row, first_token, num_tokens, num_chunks,
-                        first_partial, head, KV_HEADS, GROUPS, HEAD_DIM, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
+                        output, lse, maxima, sums, partials, room, first_row, first_token, num_tokens, num_chunks,
+                        first_part, head, HAS_LSE, PART_STRIDE, KV_HEADS, GROUPS, HEAD_DIM, BLOCK_D, MERGE_ROWS,
+                        MERGE_SPLITS,
                     )  # fmt: skip
 
 

@@ -7,14 +7,15 @@ query heads that share a key head. Chunks of a tile are merged by their maxima a
 """
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import PagedSequences
-from kernels.attention_combine import combine, merge_shape
+from kernels.attention import BlockMaxima, PagedSequences
+from kernels.attention_combine import LN_2, combine, merge_shape
 from kernels.attention_plan import (
     ITEM_FIELDS,
     MIN_CHUNK,
@@ -26,6 +27,8 @@ from kernels.attention_plan import (
 from kernels.attention_steps import absorb, as_rows, finish, merge_slices
 from kernels.linear_triton import overlaps
 
+MAX_SELECT_BLOCK = 128  # keys of a step that registers hold
+
 
 def paged_attention_triton(
     query: torch.Tensor,
@@ -36,6 +39,7 @@ def paged_attention_triton(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    maxima: BlockMaxima | None = None,
     launch: Launch | None = None,
     min_chunk: int = MIN_CHUNK,
 ) -> torch.Tensor:
@@ -57,6 +61,9 @@ def paged_attention_triton(
         min_chunk=min_chunk,
         launch=launch,
     )
+    if maxima is not None:
+        assert sliding_window is None and maxima.scores.is_contiguous() and maxima.lse.is_contiguous()
+        geometry = replace(geometry, launch=with_whole_blocks(geometry.launch, maxima.select_block))
     launch = geometry.launch
     assert seqs.block_tables.stride(1) == 1 and groups <= launch.block_m
     assert launch.slices in (1, launch.num_warps)
@@ -66,11 +73,14 @@ def paged_attention_triton(
     block_d = max(16, triton.next_power_of_2(head_dim))
     merge_rows, merge_splits = merge_shape(plan, block_d)
     overlap = overlaps(query.device)
+    scores, lse = (None, None) if maxima is None else (maxima.scores, maxima.lse)
     _attention_kernel[(plan.items.shape[0] * num_kv_heads,)](
         query,
         key_cache,
         value_cache,
         output,
+        output if scores is None else scores,
+        output if lse is None else lse,
         seqs.block_tables,
         seqs.ancestors if is_tree else query,
         seqs.positions if is_tree else query,
@@ -87,6 +97,9 @@ def paged_attention_triton(
         scale / softcap if softcap is not None else scale * math.log2(math.e),
         0.0 if softcap is None else softcap * math.log2(math.e),
         geometry.window,
+        0 if scores is None else scores.shape[2],
+        HAS_MAXIMA=maxima is not None,
+        SELECT=1 if maxima is None else maxima.select_block,
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=sliding_window is not None,
         IS_TREE=is_tree,
@@ -109,17 +122,28 @@ def paged_attention_triton(
         num_stages=launch.num_stages,
         launch_pdl=overlap,
     )
-    combine(output, plan, block_d=block_d, merge_rows=merge_rows, merge_splits=merge_splits, overlap=overlap)
+    combine(output, lse, plan, block_d=block_d, merge_rows=merge_rows, merge_splits=merge_splits, overlap=overlap)
     return output
 
 
+def with_whole_blocks(launch: Launch, select_block: int) -> Launch:
+    """The launch, changed where it must be for every step to hold whole selection blocks, in one slice."""
+    assert select_block & (select_block - 1) == 0 and select_block <= MAX_SELECT_BLOCK, select_block
+    block_n = max(launch.block_n, select_block)
+    if launch.slices == 1:
+        return replace(launch, block_n=block_n)
+    return Launch(launch.block_m, max(64, select_block), num_warps=4, num_stages=3, programs_per_sm=3, fold=launch.fold)
+
+
 # one compilation whatever the table's width and the draft's size
-@triton.jit(do_not_specialize=["room", "table_stride", "window"])
+@triton.jit(do_not_specialize=["room", "table_stride", "window", "num_blocks"])
 def _attention_kernel(
     query,
     key_cache,
     value_cache,
     output,
+    block_scores,  # [T, Hq, num_blocks]
+    lse,
     block_tables,
     ancestors,
     positions,
@@ -136,6 +160,9 @@ def _attention_kernel(
     score_scale,  # to the exponent of 2, or with a softcap to what tanh takes
     cap,
     window,
+    num_blocks,
+    HAS_MAXIMA: tl.constexpr,
+    SELECT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     IS_TREE: tl.constexpr,
@@ -213,6 +240,9 @@ def _attention_kernel(
         maximum = tl.full([SLICES, BLOCK_M], -float("inf"), tl.float32)
         acc = tl.zeros([SLICES, BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros_like(maximum)
+    score_row = token_row * (KV_HEADS * GROUPS) + query_head
+    if HAS_MAXIMA:
+        score_row = score_row * num_blocks
     # a step ahead, in registers: the pipeline holds copies of keys and values alone, which wait for nothing
     block = tl.load(table + tl.minimum(first_key + step, last_key - 1) // BLOCK_SIZE)
     for begin in tl.range(first_key, last_key, BLOCK_N, num_stages=STAGES):
@@ -248,11 +278,23 @@ def _attention_kernel(
                 visible = visible & (row_position - tl.expand_dims(key_position, -2) < window)
             visible = visible & (column < last_key)
             scores = tl.where(visible, scores, -float("inf"))
+        if HAS_MAXIMA:
+            largest = tl.max(tl.reshape(scores, (BLOCK_M, BLOCK_N // SELECT, SELECT)), axis=2)
+            column = begin // SELECT + tl.arange(0, BLOCK_N // SELECT)
+            exists = in_use[:, None] & (column < tl.minimum(tl.cdiv(last_key, SELECT), num_blocks))[None, :]
+            tl.store(block_scores + score_row[:, None] + column[None, :], largest * LN_2, mask=exists)
         maximum, total, acc = absorb(scores, v, maximum, total, acc)
     if SLICES > 1:
         maximum, total, acc = merge_slices(maximum, total, acc, SLICES, BLOCK_M, BLOCK_D)
+    if HAS_MAXIMA and chunk == num_chunks - 1:
+        # what no chunk reaches
+        for begin in range(tl.cdiv(last_key, SELECT), num_blocks, BLOCK_N):
+            column = begin + tl.arange(0, BLOCK_N)
+            unseen = tl.full([BLOCK_M, BLOCK_N], -float("inf"), tl.float32)
+            mask = in_use[:, None] & (column < num_blocks)[None, :]
+            tl.store(block_scores + score_row[:, None] + column[None, :], unseen, mask=mask)
     finish(
-        output, arrived, maxima, sums, partials, room, maximum, total, acc, first_token, num_tokens, chunk, num_chunks,
-        tile, first_partial, head, MAY_SPLIT, FOLD, KV_HEADS, GROUPS, HEAD_DIM, BLOCK_M, BLOCK_D, MERGE_ROWS,
-        MERGE_SPLITS,
+        output, lse, arrived + tile * KV_HEADS + head, maxima, sums, partials, room, maximum, total, acc,
+        first_token, num_tokens, chunk, num_chunks, first_partial * KV_HEADS + head, head, HAS_MAXIMA, KV_HEADS,
+        MAY_SPLIT, FOLD, KV_HEADS, GROUPS, HEAD_DIM, BLOCK_M, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
     )  # fmt: skip

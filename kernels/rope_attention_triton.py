@@ -114,7 +114,7 @@ def rope_and_attend_triton(
         num_stages=launch.num_stages,
         launch_pdl=overlap,
     )
-    combine(output, plan, block_d=block_d, merge_rows=merge_rows, merge_splits=merge_splits, overlap=overlap)
+    combine(output, None, plan, block_d=block_d, merge_rows=merge_rows, merge_splits=merge_splits, overlap=overlap)
     return output
 
 
@@ -322,7 +322,7 @@ def _rope_and_attend_kernel(
         new_v = tl.load(key_row + KV_HEADS * HEAD_DIM + dims[None, :], mask=new_mask, other=0.0)
         maximum, total, acc = absorb(new_scores, new_v, maximum, total, acc)
     finish(
-        output, arrived, maxima, sums, partials, room, maximum, total, acc, first_token, num_tokens, chunk, num_chunks,
-        tile, first_partial, head, MAY_SPLIT, FOLD, KV_HEADS, GROUPS, HEAD_DIM, BLOCK_M, BLOCK_D, MERGE_ROWS,
-        MERGE_SPLITS,
+        output, output, arrived + tile * KV_HEADS + head, maxima, sums, partials, room, maximum, total, acc,
+        first_token, num_tokens, chunk, num_chunks, first_partial * KV_HEADS + head, head, False, KV_HEADS,
+        MAY_SPLIT, FOLD, KV_HEADS, GROUPS, HEAD_DIM, BLOCK_M, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
     )  # fmt: skip
