@@ -79,9 +79,9 @@ def test_values_are_redacted_by_name_and_content() -> None:
 
 
 def test_long_lines_take_no_longer_than_their_length() -> None:
-    begun = time.perf_counter()
+    begun = time.thread_time()
     redact("a" * 200_000 + " " + "token_" * 30_000)
-    assert time.perf_counter() - begun < 5.0
+    assert time.thread_time() - begun < 5.0
 
 
 @pytest.mark.parametrize(

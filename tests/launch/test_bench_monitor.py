@@ -31,7 +31,7 @@ def test_steps_are_taken_watched_and_unwatched_in_turns(tiny_model_dir: Path, tm
     assert all(turn["recorder_s"] > 0 and turn["num_bytes"]["lanes"] > 0 for turn in watched)
     assert all(turn["recorder_s"] == 0 and turn["num_bytes"]["lanes"] == 0 for turn in unwatched)
     assert all(turn["num_bytes"]["steps"] > 0 and turn["tokens"] > 0 for turn in turns)
-    assert result["own_share"]["median"] > 0 and 0 < result["aside"]["cycle_s"] < 1e-3
+    assert result["own_share"]["median"] > 0 and result["aside"]["cycle_s"] > 0
     assert result["wall_ratio"]["rounds"] == [
         pytest.approx(on["seconds"] / off["seconds"]) for on, off in zip(watched, unwatched, strict=True)
     ]

@@ -4,10 +4,10 @@ import errno
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,12 +64,14 @@ def exit_record(run: str = "run") -> dict[str, Any]:
     return record
 
 
-def test_help_is_there_within_a_second() -> None:
-    start = time.monotonic()
+def test_help_takes_a_second_of_computing_at_most() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     code = "import sys; sys.argv[1:] = ['--help']; from launch.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0
-    assert time.monotonic() - start < 5  # a second where nothing else runs
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # of its own, not of the clock's; several times as much where caches and cores are shared
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
     assert all(command in result.stdout for command in ("train", "resume", "plan", "export", "status"))
 
 

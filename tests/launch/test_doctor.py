@@ -134,7 +134,8 @@ def test_every_pair_meets_once_and_nobody_is_in_two_places() -> None:
             assert len(busy) == len(set(busy))
 
 
-def test_two_processes_add_up() -> None:
+def test_two_processes_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_pairs, "START_S", 500.0)
     (found,) = doctor_pairs.local_pairs(0)
     assert found.level == "pass", found
     assert "gloo" in found.said
@@ -142,6 +143,7 @@ def test_two_processes_add_up() -> None:
 
 def test_a_pair_that_hangs_is_named_when_the_deadline_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_pairs, "_answer", time.sleep)  # called with (rank, ...): ends at once, says nothing
+    monkeypatch.setattr(doctor_pairs, "START_S", 0.0)
     monkeypatch.setattr(doctor_pairs, "DEADLINE_S", 0.5)
     (found,) = doctor_pairs.local_pairs(0)
     assert (found.level, found.said) == ("fail", "two processes: no answer within 0 s")

@@ -19,7 +19,7 @@ from launch.exits import run_command
 
 pytestmark = pytest.mark.slow
 
-PATIENCE_S = 240.0
+PATIENCE_S = 900.0
 ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
@@ -50,14 +50,14 @@ def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             yield f"http://127.0.0.1:{page}"
         finally:
             ray.terminate()
-            ray.wait(60)
+            ray.wait(300)
 
 
 def status(address: str, job: str) -> str:
     """What Ray says of a job; "" while there is none."""
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
     request = Request(f"{address}/api/jobs/{job}", headers={"Authorization": f"Bearer {token}"})
-    with urlopen(request, timeout=30) as reply:
+    with urlopen(request, timeout=300) as reply:
         return str(json.load(reply)["status"])
 
 

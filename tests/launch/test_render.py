@@ -245,7 +245,7 @@ def test_a_tool_that_refuses_is_heard(
 def test_a_tool_that_hangs_is_named(
     recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fake_tool(tmp_path, monkeypatch, "sbatch", "exec sleep 60")
+    fake_tool(tmp_path, monkeypatch, "sbatch", "exec sleep 3600")
     monkeypatch.setattr(targets, "ANSWER_S", 0.2)
     assert launch("--on", "slurm", recipe) == 3
     assert "error: sbatch has not ended for 0.2 s" in capsys.readouterr().err

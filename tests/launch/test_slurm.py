@@ -19,7 +19,7 @@ from launch.render.slurm import Slurm, render
 
 pytestmark = pytest.mark.slow
 
-PATIENCE_S = 300.0
+PATIENCE_S = 900.0
 CONFIG = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -132,7 +132,7 @@ def end(daemon: subprocess.Popen[bytes]) -> None:
     """End a daemon, however it takes."""
     daemon.send_signal(signal.SIGTERM)
     try:
-        daemon.wait(15)
+        daemon.wait(60)
     except subprocess.TimeoutExpired:
         daemon.kill()
         daemon.wait()

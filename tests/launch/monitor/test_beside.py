@@ -17,7 +17,7 @@ import pytest
 from configs.schema import MonitorConfig
 from launch.monitor.beside import watched
 
-PATIENCE_S = 60.0
+PATIENCE_S = 600.0  # with a machine that is busy with other work
 
 
 def free_port() -> int:
@@ -35,7 +35,7 @@ def eventually(what: Callable[[], bool], why: str) -> None:
 
 def state(port: int) -> dict | None:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/state", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/state", timeout=60) as answer:
             return json.load(answer)
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return None
@@ -98,7 +98,7 @@ def test_hub_goes_with_a_run_that_is_killed(written) -> None:
         "import sys, time\nfrom pathlib import Path\nfrom configs.schema import MonitorConfig\n"
         "from launch.monitor.beside import watched\n"
         f"with watched(Path({str(written.path)!r}), MonitorConfig(port={port}), log=Path('/dev/null')):\n"
-        "    time.sleep(600)\n"
+        "    time.sleep(3600)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[3], stdout=subprocess.DEVNULL)
     try:
@@ -109,24 +109,41 @@ def test_hub_goes_with_a_run_that_is_killed(written) -> None:
     eventually(lambda: hubs(written.path) == [], "the hub outlives its run")
 
 
+HELD = """
+import time
+from pathlib import Path
+
+scored = 0
+
+def held(prompt, rollout):
+    global scored
+    scored += 1
+    while scored > {free} and not Path({go!r}).exists():
+        time.sleep(0.02)
+    return 0.0
+"""
+
+
 @pytest.mark.slow
 def test_killed_hub_leaves_training_untouched(tmp_path: Path, tiny_model_dir: Path) -> None:
-    port, path = free_port(), tmp_path / "run"
+    port, path, go = free_port(), tmp_path / "run", tmp_path / "go"
+    (tmp_path / "held_reward.py").write_text(HELD.format(free=3 * 4, go=str(go)))  # three steps, then until told
     command = [
         sys.executable, "-m", "launch.cli", "train", "configs/smoke.yaml", f"model={tiny_model_dir}", f"run.dir={path}",
-        f"monitor.port={port}", "train.steps=20", "rollout.prompts_per_step=2", "rollout.group_size=2",
+        f"monitor.port={port}", "train.steps=6", "rollout.prompts_per_step=2", "rollout.group_size=2",
         "rollout.max_new_tokens=8", "reward.workers=1", "eval.every=0", "checkpoint.every=1000",
+        "reward.functions={'held_reward:held': 1.0}", "reward.timeout_s=1000",
     ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     with (tmp_path / "out").open("wb") as out:
-        run = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=out, stderr=out)
+        run = subprocess.Popen(command, cwd=Path(__file__).parents[3], stdout=out, stderr=out, env=environment)
     try:
         eventually(lambda: (state(port) or {}).get("step", 0) >= 1 or run.poll() is not None, "no step is shown")
         (hub,) = hubs(path)
         os.kill(hub, signal.SIGKILL)
-        killed_at = json.loads((path / "STATUS.json").read_text())["step"]
+        go.touch()
         assert run.wait(PATIENCE_S) == 0, (tmp_path / "out").read_text()[-2000:]
     finally:
         run.kill()
-    assert killed_at < 20  # it went on without
     steps = [json.loads(line)["step"] for line in (path / "metrics" / "steps.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 21))
+    assert steps == list(range(1, 7))  # it went on without

@@ -63,7 +63,7 @@ def test_listening_prints_a_login_url_until_ctrl_c_ends_it(written) -> None:
         assert re.fullmatch(r"monitor http://[^/]+:\d+/login\?token=[\w-]{32}\n", hub.stdout.readline())
     finally:
         hub.send_signal(signal.SIGINT)
-        assert hub.wait(30) == 0
+        assert hub.wait(300) == 0
 
 
 def test_sinks_and_port_are_options_of_a_run() -> None:

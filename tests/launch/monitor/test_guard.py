@@ -21,7 +21,7 @@ def ask(
 ) -> http.client.HTTPResponse:
     """One request exactly as given: nothing tidies the path or the Host header. The body is read."""
     where = urlsplit(origin).netloc
-    connection = http.client.HTTPConnection(where, timeout=10)
+    connection = http.client.HTTPConnection(where, timeout=300)
     connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
     connection.putheader("Host", where if host is None else host)
     for name, value in headers.items():

@@ -61,12 +61,12 @@ def test_steps_done_again_replace_the_first_ones(written, monkeypatch: pytest.Mo
     written.step(2)
     feeding = threading.Thread(target=feed, args=(written.path, ["tensorboard"], stop))
     feeding.start()
-    assert wrote.wait(10)
+    assert wrote.wait(300)
     written.run.truncate_after(1)
-    assert restarted.wait(10)
+    assert restarted.wait(300)
     written.step(2, reward_mean=0.9)
     stop.set()
-    feeding.join(10)
+    feeding.join(300)
     assert seen == ["1: 0.1", "2: 0.2", "restart", "1: 0.1", "2: 0.9", "close"]
 
 
