@@ -266,6 +266,10 @@ def _lossy(config: Config) -> Iterator[tuple[str, str]]:
         yield "sparse.inner", f"is of sparse.mode=draft, not of {sparse.mode}; set off"
     if sparse.mode == "rectified" and sparse.every > 64:  # a window is verified as a chain of one less
         yield "sparse.every", "at most 64 tokens are forwarded again at once; set 64 or less"
+    if sparse.mode == "rectified" and sparse.window < sparse.every:
+        yield "sparse.window", f"tokens are always read until they are rectified; set {sparse.every}"
+    if sparse.mode == "plain" and sparse.selector == "verified":
+        yield "sparse.selector", "goes by what was verified, and sparse.mode=plain verifies nothing; set quest"
 
 
 def _vllm(config: Config) -> Iterator[tuple[str, str]]:

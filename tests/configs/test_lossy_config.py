@@ -42,3 +42,11 @@ def test_a_window_is_no_longer_than_what_is_forwarded_at_once() -> None:
         with pytest.raises(ConfigError, match="sparse.every"):
             parse(BASE, ["sparse.mode=rectified", f"sparse.every={every}"])
     assert parse(BASE, ["sparse.mode=plain", "sparse.every=65"])  # which it does not read
+    with pytest.raises(ConfigError, match="sparse.window=31: .*set 32"):
+        parse(BASE, ["sparse.mode=rectified", "sparse.window=31"])
+
+
+def test_what_goes_by_verification_needs_some() -> None:
+    assert parse(BASE, ["sparse.mode=rectified", "sparse.selector=verified"])
+    with pytest.raises(ConfigError, match="sparse.selector='verified'.*set quest"):
+        parse(BASE, ["sparse.mode=plain", "sparse.selector=verified"])
