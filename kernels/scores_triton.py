@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kernels.attention import BlockMaxima
 
 TILE = 8192  # elements of descriptors that a program holds
-PROGRAMS_PER_SM = 8
+PROGRAMS_PER_SM = 16
 INTERPRETED_PROGRAMS = 12  # of a machine without multiprocessors: few, so that small tests meet every case
 MAXIMA_BLOCKS = 256  # that a program of verified_scores looks at
 

@@ -18,7 +18,7 @@ from kernels.select import BlockLists, Choice, num_selection_blocks
 
 MAX_BLOCKS = 1 << 14  # of a sequence: two counts share an integer, and scores their program's registers
 FEW_BLOCKS = 1024  # of a sequence that is far below the bound on it: a smaller search does
-BLOCKS_PER_WARP = 512
+BLOCKS_PER_WARP = 256  # eight a thread: few enough warps that a count is soon summed
 
 
 def choose_blocks_triton(
@@ -27,6 +27,7 @@ def choose_blocks_triton(
     """kernels.select.choose_blocks on the GPU."""
     num_rows, num_kv_heads, num_scores = scores.shape
     num_blocks = num_selection_blocks(seqs, select_block)
+    assert scores.dtype == torch.float32 and scores.stride(2) in (0, 1)
     assert num_blocks <= MAX_BLOCKS, f"{num_blocks} selection blocks exceed {MAX_BLOCKS}; take larger ones"
     room = min(choice.max_blocks, num_blocks)
     blocks = torch.empty(num_rows, num_kv_heads, room, dtype=torch.int32, device=scores.device)
@@ -43,7 +44,6 @@ def choose_blocks_triton(
         room,
         scores.stride(0),
         scores.stride(1),
-        scores.stride(2),
         choice.max_blocks,
         choice.budget_blocks,
         choice.share_in_65536ths,
@@ -52,20 +52,21 @@ def choose_blocks_triton(
         choice.recent,
         choice.min_blocks,
         HAS_THRESHOLD=choice.threshold is not None,
+        SCORE_STRIDE=scores.stride(2),
         KV_HEADS=num_kv_heads,
         SELECT_BLOCK=select_block,
         BLOCK_N=block_n,
         FEW=min(FEW_BLOCKS, block_n),
         OVERLAP=overlap,
-        num_warps=min(max(4, block_n // BLOCKS_PER_WARP), 16),
+        num_warps=min(max(1, block_n // BLOCKS_PER_WARP), 16),
         launch_pdl=overlap,
     )
     return BlockLists(blocks, counts, select_block)
 
 
 NUMBERS = [
-    "num_scores", "room", "row_stride", "head_stride", "score_stride", "max_blocks", "budget_blocks", "share",
-    "threshold", "sinks", "recent", "min_blocks",
+    "num_scores", "room", "row_stride", "head_stride", "max_blocks", "budget_blocks", "share", "threshold",
+    "sinks", "recent", "min_blocks",
 ]  # fmt: skip
 
 
@@ -80,7 +81,6 @@ def _choose_kernel(
     room,
     row_stride,
     head_stride,
-    score_stride,
     max_blocks,
     budget_blocks,
     share,
@@ -89,6 +89,7 @@ def _choose_kernel(
     recent,
     min_blocks,
     HAS_THRESHOLD: tl.constexpr,
+    SCORE_STRIDE: tl.constexpr,
     KV_HEADS: tl.constexpr,
     SELECT_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,13 +111,13 @@ def _choose_kernel(
     wanted = tl.minimum(tl.maximum(wanted, budget_blocks), max_blocks)
     if (FEW < BLOCK_N) & (tl.maximum(total, room) <= FEW):
         _choose(
-            scores, blocks, counts, total, complete, wanted, tl.minimum(num_scores, complete), room, score_stride,
-            threshold, sinks, recent, min_blocks, HAS_THRESHOLD, FEW,
+            scores, blocks, counts, total, complete, wanted, tl.minimum(num_scores, complete), room, threshold,
+            sinks, recent, min_blocks, HAS_THRESHOLD, SCORE_STRIDE, FEW,
         )  # fmt: skip
     else:
         _choose(
-            scores, blocks, counts, total, complete, wanted, tl.minimum(num_scores, complete), room, score_stride,
-            threshold, sinks, recent, min_blocks, HAS_THRESHOLD, BLOCK_N,
+            scores, blocks, counts, total, complete, wanted, tl.minimum(num_scores, complete), room, threshold,
+            sinks, recent, min_blocks, HAS_THRESHOLD, SCORE_STRIDE, BLOCK_N,
         )  # fmt: skip
 
 
@@ -130,12 +131,12 @@ def _choose(
     wanted,
     num_scored,
     room,
-    score_stride,
     threshold,
     sinks,
     recent,
     min_blocks,
     HAS_THRESHOLD: tl.constexpr,
+    SCORE_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     lowest: tl.constexpr = -2147483648  # of what does not exist
@@ -143,7 +144,7 @@ def _choose(
     index = tl.arange(0, BLOCK_N)
     exists = index < total
     always = exists & ((index < sinks) | (index >= complete - recent))
-    score = tl.load(scores + index.to(tl.int64) * score_stride, mask=exists & (index < num_scored), other=-float("inf"))
+    score = tl.load(scores + index * SCORE_STRIDE, mask=exists & (index < num_scored), other=-float("inf"))
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 equals 0
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     key = tl.where(exists, tl.where(always, highest, key), lowest)

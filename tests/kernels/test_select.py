@@ -165,8 +165,20 @@ def test_blocks_without_a_score_come_after_those_that_have_one(kernel: Kernel) -
 def test_without_scores_the_list_is_sinks_and_a_window(kernel: Kernel) -> None:
     seqs = sequences([121, 5], [1, 1], device=kernel.device)
     choice = Choice(max_blocks=8, budget_blocks=8, sinks=2)
-    lists = newest_blocks(seqs, choice, num_kv_heads=2, select_block=SELECT_BLOCK)
-    check(lists, [[[0, 1, *range(25, 31)]] * 2, [[0, 1]] * 2], 8)
+    expected = [[[0, 1, *range(25, 31)]] * 2, [[0, 1]] * 2]
+    check(newest_blocks(seqs, choice, num_kv_heads=2, select_block=SELECT_BLOCK), expected, 8)
+    equal = torch.zeros(1, device=kernel.device).expand(2, 2, 31)
+    check(kernel.choose(equal, seqs, choice, select_block=SELECT_BLOCK), expected, 8)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_budget_grows_with_the_sequence(kernel: Kernel) -> None:
+    contexts = [7, 199, 1999, 3999]
+    seqs = sequences(contexts, [1] * 4, device=kernel.device)
+    choice = Choice(max_blocks=90, budget_blocks=10, share=0.1)
+    scores = torch.randn(4, 1, 1000, device=kernel.device)
+    lists = kernel.choose(scores, seqs, choice, select_block=SELECT_BLOCK)
+    assert lists.counts.flatten().tolist() == [2, 10, 50, 90]
 
 
 def test_a_list_without_room_for_what_is_always_read_is_refused() -> None:

@@ -67,7 +67,7 @@ def wanted(kind: Kind, keys: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("block_size", "select_block", "head_dim"), [(8, 4, 6), (4, 4, 16), (8, 1, 5)])
 @pytest.mark.parametrize("kind", get_args(Kind))
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_touched_blocks_are_described_from_committed_keys_and_others_stay(
     kernel: Kernel, kind: Kind, block_size: int, select_block: int, head_dim: int, data: st.DataObject

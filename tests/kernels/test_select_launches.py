@@ -1,0 +1,159 @@
+"""Scoring and choosing are two launches, compile for the GPUs they are meant for, and replay in a captured graph."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kernels
+from kernels import describe_triton, scores_triton, select_triton
+from kernels.attention import PagedSequences, paged_sequences
+from kernels.describe import describe, empty_descriptors
+from kernels.select import BlockLists, Choice, bound_scores, choose_blocks, choose_blocks_reference
+from kernels.select_triton import choose_blocks_triton
+
+SELECT_BLOCK, BLOCK_SIZE, WIDTH = 16, 64, 40
+CHOICE = Choice(max_blocks=32, budget_blocks=24, sinks=1, recent=2)
+
+# in a process of its own, without the interpreter, which takes anything; no GPU takes part
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels.describe_triton import _describe_kernel
+from kernels.scores_triton import _score_kernel, _verified_kernel
+from kernels.select_triton import _choose_kernel
+
+FLOATS, STORED = ("scores", "maxima", "lse"), ("storage", "out", "query", "descriptors")
+INTEGERS = ("block_tables", "begins", "ends", "cu_seqlens", "context_lens", "blocks", "counts")
+
+
+def compiles(kernel, num_warps, **constants):
+    signature = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in FLOATS + STORED + INTEGERS:
+            signature[name] = "*fp32" if name in FLOATS else "*bf16" if name in STORED else "*i32"
+        else:
+            signature[name] = "fp32" if name == "threshold" else "i32"
+    source = ASTSource(kernel, signature, constexprs=constants | {"OVERLAP": True})
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "launch_pdl": True})
+
+
+shape = dict(KV_HEADS=8, GROUPS=8, HEAD_DIM=128, PARTS=4, SELECT_BLOCK=16, BLOCK_G=8, BLOCK_D=128, BLOCK_N=32)
+for is_single in (True, False):
+    compiles(_score_kernel, 4, IS_BOUND=True, IS_SINGLE=is_single, **shape)
+compiles(_verified_kernel, 4, HEADS=64, KV_HEADS=8, SELECT_BLOCK=64, BLOCK_G=8, BLOCK_N=256)
+compiles(
+    _choose_kernel, 8, HAS_THRESHOLD=True, SCORE_STRIDE=1, KV_HEADS=8, SELECT_BLOCK=16, BLOCK_N=2048, FEW=1024
+)
+compiles(
+    _describe_kernel, 4, IS_MINMAX=True, PARTS=4, SELECT_BLOCK=16, ENTRY_SIZE=1024, HEAD_DIM=128, DESCRIPTOR_DIM=256,
+    BLOCK_T=16, BLOCK_E=256,
+)
+"""
+
+
+def test_the_kernels_compile_for_an_h100() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    folder = Path(kernels.__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+class Counted:
+    """Stands for a kernel and notes its launches."""
+
+    def __init__(self, name: str, launched: list[str]) -> None:
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.launched.append(self.name)
+
+
+def sequences(contexts: list[int], device: str) -> PagedSequences:
+    count = len(contexts)
+    return paged_sequences(
+        cu_seqlens_q=torch.arange(count + 1, dtype=torch.int32, device=device),
+        max_seqlen_q=1,
+        context_lens=torch.tensor(contexts, dtype=torch.int32, device=device),
+        max_context=WIDTH * BLOCK_SIZE - 1,
+        block_tables=torch.arange(count * WIDTH, dtype=torch.int32, device=device).view(count, WIDTH),
+        slots=torch.zeros(count, dtype=torch.int64, device=device),
+        block_size=BLOCK_SIZE,
+    )
+
+
+def test_scores_and_lists_are_a_launch_each(
+    monkeypatch: pytest.MonkeyPatch, launches: Callable[[Callable[[], object]], int]
+) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(scores_triton, "_score_kernel", Counted("score", launched))
+    monkeypatch.setattr(select_triton, "_choose_kernel", Counted("choose", launched))
+    query, minmax = torch.zeros(2, 4, 8), torch.zeros(2 * WIDTH, BLOCK_SIZE // SELECT_BLOCK, 2, 16)
+    seqs = sequences([900, 5], "cpu")
+
+    def select() -> BlockLists:
+        scores = scores_triton.bound_scores_triton(query, minmax, seqs)
+        return choose_blocks_triton(scores, seqs, CHOICE, select_block=SELECT_BLOCK)
+
+    assert launches(select) == 0
+    assert launched == ["score", "choose"]
+
+
+def test_all_layers_are_described_in_one_launch(
+    monkeypatch: pytest.MonkeyPatch, launches: Callable[[Callable[[], object]], int]
+) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(describe_triton, "_describe_kernel", Counted("describe", launched))
+    storage = torch.zeros(7, 2, 4, BLOCK_SIZE, 2, 8)
+    out = empty_descriptors("minmax", storage, select_block=SELECT_BLOCK)
+    options: dict[str, Any] = {"block_tables": torch.zeros(2, 2, dtype=torch.int32), "max_tokens": 9}
+    begins, ends = torch.tensor([3, 60], dtype=torch.int32), torch.tensor([4, 69], dtype=torch.int32)
+    assert (
+        launches(lambda: describe_triton.describe_triton("minmax", storage, out, begins=begins, ends=ends, **options))
+        == 0
+    )
+    assert launched == ["describe"]
+
+
+@pytest.mark.gpu
+def test_a_captured_selection_replays_for_other_contexts() -> None:
+    torch.manual_seed(0)
+    contexts = [[900, 2000], [2559, 17]]
+    storage = torch.randn(3, 2, 2 * WIDTH, BLOCK_SIZE, 2, 64, device="cuda", dtype=torch.bfloat16)
+    minmax = empty_descriptors("minmax", storage, select_block=SELECT_BLOCK)
+    query = torch.randn(2, 8, 64, device="cuda", dtype=torch.bfloat16)
+    seqs = sequences(contexts[0], "cuda")
+    begins = torch.zeros(2, dtype=torch.int32, device="cuda")
+
+    def select() -> tuple[torch.Tensor, BlockLists]:
+        tables, ends = seqs.block_tables, seqs.context_lens
+        describe("minmax", storage, minmax, block_tables=tables, begins=begins, ends=ends, max_tokens=seqs.max_context)
+        scores = bound_scores(query, minmax[1], seqs)
+        return scores, choose_blocks(scores, seqs, CHOICE, select_block=SELECT_BLOCK)
+
+    select()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        scores, lists = select()
+    for row in contexts:
+        seqs.context_lens.copy_(torch.tensor(row))
+        query.normal_()
+        graph.replay()
+        exact = bound_scores(query, minmax[1], seqs).cpu()
+        wanted = choose_blocks_reference(exact, sequences(row, "cpu"), CHOICE, select_block=SELECT_BLOCK)
+        complete = [length // SELECT_BLOCK for length in row]
+        for index, count in enumerate(complete):
+            assert torch.equal(scores[index, :, :count].cpu(), exact[index, :, :count])
+        is_listed = torch.arange(lists.blocks.shape[2]) < wanted.counts[:, :, None]
+        assert torch.equal(lists.counts.cpu(), wanted.counts)
+        assert torch.equal(lists.blocks.cpu()[is_listed], wanted.blocks[is_listed])
