@@ -102,12 +102,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_it_learns_is_published_when_better_and_drafts_what_was_judged() -> None:
     toy = Toy()
     learner = toy.learner()
-    assert learner.learn(budget_s=60, until=steps(5)).num_steps == 0, "no vocabulary yet"
+    assert learner.learn(budget_s=600, until=steps(5)).num_steps == 0, "no vocabulary yet"
     learner.begin(COUNTS)
     assert toy.served.versions == [], "random weights are not served"
     lengths = []
     for _ in range(4):
-        assert learner.learn(budget_s=60, until=steps(20)).num_steps == 20
+        assert learner.learn(budget_s=600, until=steps(20)).num_steps == 20
         report = learner.settle(0)
         lengths.append(report.accept_length)
         assert report.num_steps == 20 and not report.off
@@ -121,7 +121,7 @@ def test_a_step_that_would_exceed_the_budget_is_not_taken() -> None:
     learner = Toy().learner()
     learner.begin(COUNTS)
     assert learner.learn(budget_s=0.0, until=lambda: False).num_steps == 0
-    first = learner.learn(budget_s=60, until=steps(1))
+    first = learner.learn(budget_s=600, until=steps(1))
     assert first.step_s > 0
     assert learner.learn(budget_s=first.step_s / 2, until=lambda: False).num_steps == 0
 
@@ -130,7 +130,7 @@ def test_equal_weights_are_not_published_again() -> None:
     toy = Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(30))
+    learner.learn(budget_s=600, until=steps(30))
     assert learner.settle(0).outcome == "published"
     assert learner.settle(0).outcome == "kept", "nothing was learned since"
     learner._unjudged = True
@@ -143,16 +143,16 @@ def test_updates_that_are_not_finite_leave_the_weights_and_at_last_turn_the_draf
     toy = Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(20))
+    learner.learn(budget_s=600, until=steps(20))
     learner.settle(0)
     before = weights_of(learner)
     toy.embedding[:] = torch.nan
     for turn in range(MAX_FAILURES):
         assert not learner.off
-        learner.learn(budget_s=60, until=steps(2))
+        learner.learn(budget_s=600, until=steps(2))
         assert same(weights_of(learner), before), f"turn {turn}"
     assert "not finite" in learner.off
-    assert learner.learn(budget_s=60, until=lambda: False).num_steps == 0
+    assert learner.learn(budget_s=600, until=lambda: False).num_steps == 0
     assert learner.settle(0).off == learner.off and toy.served.versions == [1], "the last good head stays"
 
 
@@ -160,7 +160,7 @@ def test_a_trainer_that_dies_costs_what_it_had_learned_and_no_more(monkeypatch: 
     toy = Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(20))
+    learner.learn(budget_s=600, until=steps(20))
     learner.settle(0)
     before = weights_of(learner)
     step = DrafterTrainer.step
@@ -172,9 +172,9 @@ def test_a_trainer_that_dies_costs_what_it_had_learned_and_no_more(monkeypatch: 
         return step(trainer, batch)
 
     monkeypatch.setattr(DrafterTrainer, "step", dies)
-    learner.learn(budget_s=60, until=steps(10))
+    learner.learn(budget_s=600, until=steps(10))
     assert same(weights_of(learner), before) and not learner.off and learner.delta() == {}
-    assert learner.learn(budget_s=60, until=steps(10)).num_steps == 10, "it goes on"
+    assert learner.learn(budget_s=600, until=steps(10)).num_steps == 10, "it goes on"
 
 
 def test_training_that_finds_no_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_training_that_finds_no_memory_says_what_to_lower(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(DrafterTrainer, "step", starves)
     for _ in range(MAX_FAILURES):
-        learner.learn(budget_s=60, until=steps(1))
+        learner.learn(budget_s=600, until=steps(1))
     assert learner.off.endswith("no memory to train it; lower drafter.batch_tokens or drafter.buffer_mb")
 
 
@@ -195,7 +195,7 @@ def test_a_ruined_copy_starts_again_from_the_last_good_weights() -> None:
     toy = Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(40))
+    learner.learn(budget_s=600, until=steps(40))
     learner.settle(0)
     before = weights_of(learner)
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_a_head_that_turns_out_worse_gives_way_to_the_one_before() -> None:
     toy = Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(40))
+    learner.learn(budget_s=600, until=steps(40))
     learner.settle(0)
     good = checksum(toy.served.state)
     publisher = learner._publisher
@@ -246,13 +246,13 @@ def test_what_is_served_is_no_ones_storage() -> None:
     learner.begin(COUNTS)
     policy = {tensor.untyped_storage().data_ptr() for tensor in (toy.embedding, toy.lm_head)}
     trained = {tensor.untyped_storage().data_ptr() for tensor in learner._trainer.head.state_dict().values()}
-    learner.learn(budget_s=60, until=steps(20))
+    learner.learn(budget_s=600, until=steps(20))
     learner.settle(0)
     served = {tensor.untyped_storage().data_ptr() for tensor in learner._publisher.served.values()}
     assert not policy & trained and not policy & served and not trained & served
     before = checksum(learner._publisher.served)
     embedding, lm_head = toy.embedding.clone(), toy.lm_head.clone()
-    learner.learn(budget_s=60, until=steps(5))
+    learner.learn(budget_s=600, until=steps(5))
     assert checksum(learner._publisher.served) == before
     assert torch.equal(toy.embedding, embedding) and torch.equal(toy.lm_head, lm_head)
 
@@ -264,7 +264,7 @@ def test_replicas_agree_after_a_publish_though_each_learned_from_its_own_feature
         learner.begin(COUNTS)
     for turn in range(3):
         for learner in learners[: 3 - turn]:  # those without an idle moment learn nothing, one is lost at last
-            learner.learn(budget_s=60, until=steps(15))
+            learner.learn(budget_s=600, until=steps(15))
         deltas = [learner.delta() for learner in learners]
         assert [bool(delta) for delta in deltas] == [index < 3 - turn for index in range(3)]
         for learner in learners:
@@ -282,9 +282,9 @@ def test_a_worker_that_became_another_goes_on_as_that_one_does() -> None:
     one, other = learners = [toy.learner() for toy in toys]
     for learner in learners:
         learner.begin(COUNTS)
-        learner.learn(budget_s=60, until=steps(30))
+        learner.learn(budget_s=600, until=steps(30))
     one.settle(0)
-    one.learn(budget_s=60, until=steps(30))
+    one.learn(budget_s=600, until=steps(30))
     one.settle(0)
     before = other.delta()
     assert before and toys[1].served.versions == []
@@ -301,7 +301,7 @@ def test_a_worker_that_refuses_another_ones_head_tells_by_what_it_serves() -> No
     toys = [Toy(), Toy()]
     one, other = (toy.learner() for toy in toys)
     one.begin(COUNTS)
-    one.learn(budget_s=60, until=steps(30))
+    one.learn(budget_s=600, until=steps(30))
     one.settle(0)
 
     def refuse(state: dict[str, torch.Tensor], version: int) -> None:
@@ -315,10 +315,10 @@ def test_a_drafter_that_is_given_up_drafts_no_more_and_learns_no_more(tmp_path: 
     toy, other = Toy(), Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(30))
+    learner.learn(budget_s=600, until=steps(30))
     learner.settle(0)
     assert learner.give_up("workers differ") == (0, "")
-    assert toy.served.state == {} and learner.learn(budget_s=60, until=lambda: False).num_steps == 0
+    assert toy.served.state == {} and learner.learn(budget_s=600, until=lambda: False).num_steps == 0
     report = learner.settle(0)
     assert (report.version, report.off, report.outcome) == (0, "workers differ", "kept")
     learner.save(tmp_path / "drafter")
@@ -339,7 +339,7 @@ def test_a_head_is_judged_by_features_of_the_present_policy_alone() -> None:
     toy = Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(40))
+    learner.learn(budget_s=600, until=steps(40))
     assert learner.judge(1) is None, "the features are of version 0"
     assert learner.settle(1).outcome == "kept" and toy.served.versions == []
     assert learner.settle(0).outcome == "published", "what was not judged then is judged now"
@@ -349,7 +349,7 @@ def test_too_few_held_out_positions_publish_nothing_and_the_next_step_judges() -
     toy = Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(40))
+    learner.learn(budget_s=600, until=steps(40))
     judgement = learner.judge(0)
     assert judgement is not None and judgement.verdict == "published"
     report = learner.conclude(replace(judgement, num_tokens=MIN_JUDGED - 1))
@@ -363,7 +363,7 @@ def test_steps_without_a_held_out_prompt_are_told_of_once(caplog: pytest.LogCapt
     toy = Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(5))
+    learner.learn(budget_s=600, until=steps(5))
     for _ in range(PATIENCE - 1):
         learner.settle(1)
     assert not caplog.text
@@ -376,9 +376,9 @@ def test_a_resumed_drafter_is_the_saved_one_bit_for_bit(tmp_path: Path) -> None:
     toy, other = Toy(), Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(20))
+    learner.learn(budget_s=600, until=steps(20))
     learner.settle(0)
-    learner.learn(budget_s=60, until=steps(3))  # ahead of what is served
+    learner.learn(budget_s=600, until=steps(3))  # ahead of what is served
     assert learner.save(tmp_path / "drafter") > 0
     learner.saved()
     resumed = other.learner(head=EagleHead(SHAPE, seed=9))
@@ -406,7 +406,7 @@ def test_a_resumed_drafter_goes_back_to_the_last_good_head_as_the_saved_one_woul
     toy, other = Toy(), Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(40))
+    learner.learn(budget_s=600, until=steps(40))
     learner.settle(0)
     good = checksum(toy.served.state)
     bad = EagleHead(SHAPE, seed=3).state_dict()
@@ -431,11 +431,11 @@ def test_a_resumed_drafter_remembers_its_failures_and_why_it_is_off(tmp_path: Pa
     toy, other = Toy(), Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(20))
+    learner.learn(budget_s=600, until=steps(20))
     learner.settle(0)
     toy.embedding[:] = torch.nan
     for _ in range(failures):
-        learner.learn(budget_s=60, until=steps(2))
+        learner.learn(budget_s=600, until=steps(2))
     learner.save(tmp_path / "drafter")
     learner.saved()
     resumed = other.learner(head=EagleHead(SHAPE, seed=9))
@@ -443,7 +443,7 @@ def test_a_resumed_drafter_remembers_its_failures_and_why_it_is_off(tmp_path: Pa
     assert resumed.off == learner.off and bool(resumed.off) == (failures == MAX_FAILURES)
     assert same(other.served.state, toy.served.state), "what was served drafts on"
     other.embedding[:] = torch.nan
-    resumed.learn(budget_s=60, until=steps(2))
+    resumed.learn(budget_s=600, until=steps(2))
     assert "not finite" in resumed.off, "the next failure in a row is the last"
     assert resumed.settle(0).off == resumed.off
 
@@ -456,7 +456,7 @@ def test_what_is_turned_off_by_the_options_learns_again_when_they_say_so(tmp_pat
     learner.saved()
     resumed = other.learner()
     resumed.load(tmp_path / "drafter")
-    assert not resumed.off and resumed.learn(budget_s=60, until=steps(2)).num_steps == 2
+    assert not resumed.off and resumed.learn(budget_s=600, until=steps(2)).num_steps == 2
 
 
 def test_a_given_drafter_is_served_at_once_and_may_be_left_untrained() -> None:
@@ -465,7 +465,7 @@ def test_a_given_drafter_is_served_at_once_and_may_be_left_untrained() -> None:
     learner = toy.learner(replace(CONFIG, init="somewhere", train=False), head=head)
     assert toy.served.versions == [1] and checksum(toy.served.state) == checksum(head.state_dict())
     learner.begin(COUNTS)
-    assert learner.learn(budget_s=60, until=lambda: False).num_steps == 0
+    assert learner.learn(budget_s=600, until=lambda: False).num_steps == 0
     assert learner.settle(0).off == "drafter.train=false" and toy.served.versions == [1]
 
 
@@ -488,7 +488,7 @@ def test_a_ruined_copy_goes_back_to_the_head_served_though_settles_were_skipped_
     toy = Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(40))
+    learner.learn(budget_s=600, until=steps(40))
     assert learner.settle(0).outcome == "published"
     with torch.no_grad():
         for parameter in learner._trainer.head.parameters():
@@ -506,7 +506,7 @@ def test_the_served_accept_length_is_of_the_head_served_from_now_on() -> None:
     toy = Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(40))
+    learner.learn(budget_s=600, until=steps(40))
     judgement = learner.judge(0)
     assert judgement is not None
     report = learner.conclude(judgement)
@@ -517,7 +517,7 @@ def test_a_drafter_that_refuses_new_weights_leaves_the_old_ones_known_as_served(
     toy = Toy()
     learner = toy.learner()
     learner.begin(COUNTS)
-    learner.learn(budget_s=60, until=steps(20))
+    learner.learn(budget_s=600, until=steps(20))
     first = learner.settle(0)
     assert first.outcome == "published"
 
@@ -525,7 +525,7 @@ def test_a_drafter_that_refuses_new_weights_leaves_the_old_ones_known_as_served(
         raise RuntimeError("out of memory")
 
     toy.served.publish = refuse  # type: ignore[method-assign]
-    learner.learn(budget_s=60, until=steps(40))
+    learner.learn(budget_s=600, until=steps(40))
     report = learner.settle(0)
     assert (report.outcome, report.version, report.checksum) == ("kept", first.version, first.checksum)
     assert same(learner._publisher.served, toy.served.state)

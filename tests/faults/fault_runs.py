@@ -24,7 +24,7 @@ from drafter.sealed import is_sound, step_folders
 ROOT = Path(__file__).parents[2]
 PROMPTS, GROUP = 4, 4
 MARK = "PACELINE_TEST_RUN"  # in the environment of every process that a run starts
-LEAVE_S = 30.0  # for a run's processes to go after it: a raylet follows a killed driver on its own
+LEAVE_S = 300.0  # for a run's processes to go after it: a raylet follows a killed driver on its own
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's, which leave up to a minute after a killed driver
 NO_REPORT = (0, 75, 130)  # exit codes of runs that were not meant to be told about
 
@@ -113,10 +113,10 @@ class Commands:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._zygote.communicate(timeout=30)
+        self._zygote.communicate(timeout=300)
 
     def run(
-        self, *args: str | Path, fault: str = "", timeout_s: float = 300.0, env: Mapping[str, str] | None = None
+        self, *args: str | Path, fault: str = "", timeout_s: float = 1000.0, env: Mapping[str, str] | None = None
     ) -> Ended:
         """Run a command to its end; env: beside what all have."""
         mark = uuid.uuid4().hex

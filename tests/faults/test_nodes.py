@@ -29,7 +29,7 @@ def nodes(commands: Commands) -> Iterator[dict[str, str]]:
         address = cluster.stdout.readline().strip()
         assert address, "no cluster"
         yield token | {"RAY_ADDRESS": address}
-        cluster.communicate(timeout=60)
+        cluster.communicate(timeout=600)
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_a_lost_node_of_a_rank_ends_all_and_they_start_again_on_the_nodes_left(
 ) -> None:
     run = recipe.parent / "lost-node"
     ended = commands.run(
-        "train", recipe, f"run.dir={run}", *RAY, "run.silence_s=5", fault="rollout.cycle@1:30:node", env=nodes
+        "train", recipe, f"run.dir={run}", *RAY, "run.silence_s=8", fault="rollout.cycle@1:30:node", env=nodes
     )
     assert ended.code == 0, ended.said
     report = json.loads((run / "logs" / "attempt_1" / "crash.json").read_text())
@@ -54,7 +54,7 @@ def test_a_lost_node_that_only_samples_is_done_without(
     run = recipe.parent / "lost-sampler"
     options = (RAY[0], "compute.placement=separate", "compute.workers=1", "compute.rollout_workers=2", "train.steps=3")
     fault = "rollout.cycle@2:30:node"
-    ended = commands.run("train", recipe, f"run.dir={run}", *options, "run.silence_s=5", fault=fault, env=nodes)
+    ended = commands.run("train", recipe, f"run.dir={run}", *options, "run.silence_s=8", fault=fault, env=nodes)
     assert ended.code == 0, ended.said
     assert "the others sample what it owed" in ended.said
     assert check_end(run, ended) is None

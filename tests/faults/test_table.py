@@ -30,7 +30,9 @@ def test_a_fault_has_its_outcome(
         if name == "corrupt-shard":
             corrupt(run)
         if case.code != 0:
-            resumed = commands.run("resume", run)
+            # a limit that was short for the fault's sake
+            patience = ["reward.timeout_s=60"] if "reward.timeout_s=1" in case.options else []
+            resumed = commands.run("resume", run, *patience)
             assert resumed.code == 0, resumed.said
             check_end(run, resumed)
     finally:

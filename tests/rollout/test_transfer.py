@@ -245,7 +245,7 @@ def test_processes_receive_alike_and_notice_a_sender_that_dies() -> None:
         )
         for rank in range(3)
     ]
-    sent, *told = [process.communicate(timeout=100)[0] for process in processes]
+    sent, *told = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [faults.EXIT, 0, 0]
     expected = [as_bytes(each).tolist() for each in trainable(Policy(1)).values()]
     for answer in map(json.loads, told):
@@ -259,7 +259,7 @@ def run_process(port: int, rank: int) -> None:
     """The sender, which dies on its way through the second version, or a receiver."""
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, is_master=False)
-    link = Link(store, rank=rank, world=3, device="cpu", timeout_s=20)
+    link = Link(store, rank=rank, world=3, device="cpu", timeout_s=300)
     policy = Policy(10 * rank + 1)
     if rank == 0:
         sent = send(trainable(policy).items(), link, 1, bucket_bytes=BUCKET)

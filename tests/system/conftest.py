@@ -2,9 +2,10 @@
 
 import json
 import os
+import secrets
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
+def two_nodes(environment: dict[str, str], request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """Simulated nodes, with the CPUs that an indirect parameter says, or one each; the variables to find them by."""
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    script = [sys.executable, Path(__file__).with_name("two_nodes.py"), *map(str, getattr(request, "param", (1, 1)))]
+    with subprocess.Popen(script, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nodes:
+        assert nodes.stdout is not None and nodes.stdin is not None
+        address = nodes.stdout.readline().strip()
+        yield {"RAY_ADDRESS": address}
+        nodes.stdin.close()
+        nodes.wait(timeout=60)
+
+
+@pytest.fixture
 def command() -> list[str]:
     return [sys.executable, "-m", "launch.cli"]
 
@@ -70,7 +84,7 @@ def paceline(command: list[str], environment: dict[str, str], tmp_path: Path) ->
 
     def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*command, *map(str, args)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=400
+            [*command, *map(str, args)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1000
         )
 
     return run

@@ -77,5 +77,5 @@ def test_workers_agree_on_one_drafter(recipe: Path, tmp_path: Path, paceline: Pa
     assert steps[-1]["drafter_version"] > 0 and not any("drafter_off" in record for record in steps)
     assert all(0 <= record["idle_used_share"] <= 1 and record["idle_seconds"] >= 0 for record in steps)
     assert all(record["sequences_moved"] >= 0 and record["learned_seconds"] >= 0 for record in steps)
-    assert sum(record["scored_seconds"] for record in steps) > 0 and steps[-1]["kl"] > 0
+    assert all(record["scored_seconds"] >= 0 for record in steps) and steps[-1]["kl"] > 0
     assert "different drafters" not in result.stderr + result.stdout

@@ -1,10 +1,8 @@
 """One recipe, unchanged but for where it runs: what is sampled does not tell."""
 
 import json
-import secrets
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,6 @@ Paceline = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 2
 SIZE = [f"train.steps={STEPS}", "eval.every=0", "warmstart.steps=1", "checkpoint.every=10", "train.lr=1e-4"]
-
-
-@pytest.fixture
-def two_nodes(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """Simulated nodes; the variables by which a run finds them."""
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    script = Path(__file__).with_name("two_nodes.py")
-    with subprocess.Popen(
-        [sys.executable, script], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as nodes:
-        assert nodes.stdout is not None and nodes.stdin is not None
-        address = nodes.stdout.readline().strip()
-        yield {"RAY_ADDRESS": address}
-        nodes.stdin.close()
-        nodes.wait(timeout=60)
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Two Ray nodes simulated on this machine, of one CPU each: run as a script, prints their address, ends with stdin."""
+"""Two Ray nodes simulated on this machine: a script, given the CPUs of each; prints their address, ends with stdin."""
 
 import sys
 
@@ -6,10 +6,10 @@ from ray.cluster_utils import Cluster
 
 
 def main() -> None:
-    node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
-    del node["include_dashboard"]  # of the head alone
-    cluster.add_node(**node)
+    head, other = map(int, sys.argv[1:])
+    store = {"object_store_memory": 100 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=store | {"num_cpus": head, "include_dashboard": False})
+    cluster.add_node(num_cpus=other, **store)
     cluster.wait_for_nodes()
     print(cluster.address, flush=True)
     sys.stdin.read()
