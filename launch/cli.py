@@ -11,7 +11,7 @@ from rich.console import Console
 
 from configs import faults
 from configs.errors import ConfigError
-from launch import bench, doctor, drafter, launching, look
+from launch import bench, doctor, drafter, gate, launching, look
 from launch.exits import recorded, run_command, stoppable
 from launch.monitor.command import monitor
 from launch.monitor.sinks import require_sinks
@@ -232,6 +232,7 @@ app.command()(doctor.doctor)
 look.add_commands(app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(drafter.app, name="drafter")
+app.add_typer(gate.app, name="gate")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def train(
     layout: Annotated[Literal["eagle3", "speculators"], typer.Option("--format", help="Of OUT.")] = "eagle3",
 ) -> None:
     """Warm a drafter up: on what a policy says, or on worked solutions."""
-    subject = _subject(source, overrides)
+    subject = load_source(source, overrides)
     from launch import offline
     from rl.export_drafter import export_trained, require_drafter_place
 
@@ -91,7 +91,7 @@ def evaluate(
     """Accept length by draft position, by position in the response and by temperature."""
     if out is not None and not os.access(out.absolute().parent, os.W_OK):
         raise StorageError(f"--json {out}: its folder is missing or not writable; make it first")
-    subject = _subject(source, overrides)
+    subject = load_source(source, overrides)
     from launch import offline
 
     chosen = _temperatures(temperatures) or [subject.config.rollout.temperature]
@@ -122,8 +122,8 @@ def _temperatures(text: str) -> list[float]:
     return values
 
 
-def _subject(source: Path, overrides: list[str] | None) -> "Subject":
-    """The policy to draft for, after what comes before the first heavy import."""
+def load_source(source: Path, overrides: list[str] | None) -> "Subject":
+    """The policy of a run or a recipe, after what comes before the first heavy import."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading a checkpoint imports DeepSpeed, which would look for one
     from launch.logs import check_kernels, quiet_libraries
 

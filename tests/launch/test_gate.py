@@ -1,0 +1,177 @@
+"""`paceline gate train`, from a model folder to a folder of gates, and what of the policy it leaves alone."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from configs.errors import ConfigError, DataError, PreflightError
+from drafter.gate import GateConfig, Gates
+from drafter.gate_checkpoint import read_gates
+from drafter.gate_training import LayerSample
+from launch import distil
+from launch.cli import app
+from launch.subject import load_subject
+from rollout.model import forward_packed, load_policy
+
+RECIPE = """
+model: {model}
+compute: {{device: cpu, dtype: float32}}
+data:
+  name: chain_sum
+  options: {{min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}}
+  size: 64
+rollout: {{max_new_tokens: 12, temperature: 1.0}}
+warmstart: {{solutions: "rl.worked:chain_sum"}}
+"""
+SMALL = ("--length", "256", "--block", "16", "--budget", "32", "--steps", "12", "--batch", "2", "--texts", "64")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(model=tiny_model_dir))
+    return path
+
+
+@pytest.fixture
+def paceline() -> Callable[..., None]:
+    """The command line, in this process."""
+    return lambda *arguments: app([str(argument) for argument in arguments], standalone_mode=False)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("answers", ["policy", "solutions"])
+def test_gates_are_trained_saved_and_fit_the_policy_which_is_left_alone(
+    recipe: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    paceline: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    answers: str,
+) -> None:
+    before = hashes(tiny_model_dir)
+    paceline("gate", "train", recipe, tmp_path / "gates", *SMALL, "--answers", answers)
+    assert hashes(tiny_model_dir) == before
+    said = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert "best blocks found" in said and f"wrote {tmp_path / 'gates'}" in said
+    policy = load_policy(tiny_model_dir, device="cpu", dtype="float32")
+    gates = read_gates(tmp_path / "gates", policy.config)
+    assert gates.config.select_block == 16
+    assert not torch.equal(gates.query_weight, Gates(gates.config).query_weight)
+
+
+def test_a_text_file_is_learned_from(recipe: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
+    (tmp_path / "book.txt").write_text("one two three four five six seven " * 60)
+    paceline("gate", "train", recipe, tmp_path / "gates", *SMALL, "--text", tmp_path / "book.txt")
+    assert (tmp_path / "gates" / "attn_gate_weights.safetensors").is_file()
+
+
+def test_training_changes_no_tensor_of_the_policy_and_gives_none_a_gradient(recipe: Path) -> None:
+    subject = load_subject(recipe, [])
+    before = {name: tensor.clone() for name, tensor in subject.policy.state_dict().items()}
+    gates = Gates(GateConfig.of(subject.policy.config, select_block=16))
+    sequences = distil.of_answers(subject, 64, answers="solutions", length=200)
+    distil.train_gates(subject, gates, sequences, steps=2, batch=1, lr=1e-3, report=lambda step, stats: None)
+    after = subject.policy.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(parameter.grad is None for parameter in subject.policy.parameters())
+
+
+def test_what_is_harvested_is_what_the_policy_attends_to(tiny_model_dir: Path) -> None:
+    policy = load_policy(tiny_model_dir, device="cpu", dtype="float32")
+    tokens = torch.randint(0, 200, (100,), generator=torch.Generator().manual_seed(0))
+    samples: list[LayerSample] = []
+    scales: list[float] = []
+
+    def observe(sample: LayerSample, scale: float) -> None:
+        samples.append(sample)
+        scales.append(scale)
+
+    distil.harvest(policy, tokens.tolist(), observe, select_block=16)
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, *rest: object
+    ) -> torch.Tensor:
+        seen.append((query[0].transpose(0, 1), key[0].transpose(0, 1)))
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        ).transpose(1, 2)
+
+    with torch.no_grad():
+        forward_packed(policy, tokens, torch.arange(100), attend, None)
+    assert [sample.layer for sample in samples] == [0, 1]
+    for sample, scale, (query, key) in zip(samples, scales, seen, strict=True):
+        torch.testing.assert_close(sample.query, query[50:], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sample.keys, key, atol=1e-5, rtol=1e-5)
+        assert sample.positions.tolist() == list(range(50, 100))
+        probs = torch.einsum("qhd,khd->qhk", query[50:], key.repeat_interleave(2, dim=1)) * scale
+        unseen = torch.arange(100) > sample.positions[:, None, None]
+        probs = probs.masked_fill(unseen, -torch.inf).softmax(dim=2)
+        wanted = torch.stack([part.amax(dim=2) for part in probs.split(16, dim=2)], dim=2)
+        wanted = wanted.unflatten(1, (2, 2)).amax(dim=2)
+        torch.testing.assert_close(sample.weights, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        (("--block", "48"), ConfigError, "--block 48"),
+        (("--lr", "7"), ConfigError, "--lr 7"),
+        (("--budget", "128"), ConfigError, "nothing to select"),
+        (("--length", "1024"), ConfigError, "512 positions"),
+        (("--texts", "4"), DataError, "raise --texts"),
+        (("--text", "/no/such/file"), DataError, "/no/such/file"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    recipe: Path, tmp_path: Path, paceline: Callable[..., None], options: tuple[str, ...],
+    error: type[Exception], named: str,
+) -> None:  # fmt: skip
+    with pytest.raises(error, match=named) as caught:
+        paceline("gate", "train", recipe, tmp_path / "gates", *SMALL, "--answers", "solutions", *options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "gates").exists()
+
+
+def test_a_folder_that_holds_something_is_not_overwritten(
+    recipe: Path, tmp_path: Path, paceline: Callable[..., None]
+) -> None:
+    (tmp_path / "gates").mkdir()
+    (tmp_path / "gates" / "notes").write_text("mine")
+    with pytest.raises(PreflightError, match="not empty"):
+        paceline("gate", "train", recipe, tmp_path / "gates", *SMALL)
+
+
+def test_a_policy_that_caps_its_scores_is_refused_and_windows_are_left_out(tmp_path: Path) -> None:
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    for name, cap in (("plain", None), ("capped", 30.0)):
+        config.attn_logit_softcapping = cap
+        Gemma2ForCausalLM(config).save_pretrained(tmp_path / name)
+    observed: list[int] = []
+
+    def observe(sample: LayerSample, scale: float) -> None:
+        observed.append(sample.layer)
+
+    plain = load_policy(tmp_path / "plain", device="cpu", dtype="float32")
+    distil.harvest(plain, list(range(40)), observe, select_block=16)
+    assert observed == [1]
+    capped = load_policy(tmp_path / "capped", device="cpu", dtype="float32")
+    with pytest.raises(PreflightError, match="caps its attention scores at 30"):
+        distil.harvest(capped, list(range(40)), observe, select_block=16)
