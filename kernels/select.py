@@ -65,6 +65,17 @@ def num_selection_blocks(seqs: PagedSequences, select_block: int) -> int:
     return min(-(-(seqs.max_context + seqs.max_seqlen_q) // select_block), width)
 
 
+def list_room(seqs: PagedSequences, choice: Choice, *, select_block: int) -> int:
+    """Blocks that a list has room for: K. What is always read has to fit."""
+    num_blocks = num_selection_blocks(seqs, select_block)
+    room = min(choice.max_blocks, num_blocks)
+    incomplete = most_touched(seqs.max_seqlen_q, select_block)
+    assert room >= min(choice.sinks + choice.recent + incomplete, num_blocks), (
+        f"{choice} has no room for {incomplete} blocks of {seqs.max_seqlen_q} new tokens besides sinks and recent ones"
+    )
+    return room
+
+
 def bound_scores(query: torch.Tensor, minmax: torch.Tensor, seqs: PagedSequences) -> torch.Tensor:
     """What no key of a block can exceed: the sum over d of max(q_d min_d, q_d max_d), q the group's mean query.
 
@@ -112,11 +123,6 @@ def choose_blocks(scores: torch.Tensor, seqs: PagedSequences, choice: Choice, *,
     scores [B, Hkv, S] float32, no NaN among the complete blocks'; complete blocks from S on score -inf.
     On CUDA one launch, without synchronisation. Returns lists of K = min(choice.max_blocks, NB).
     """
-    room = min(choice.max_blocks, num_selection_blocks(seqs, select_block))
-    incomplete = most_touched(seqs.max_seqlen_q, select_block)
-    assert room >= min(choice.sinks + choice.recent + incomplete, num_selection_blocks(seqs, select_block)), (
-        f"{choice} has no room for {incomplete} blocks of {seqs.max_seqlen_q} new tokens besides sinks and recent ones"
-    )
     if not scores.is_cuda:
         return choose_blocks_reference(scores, seqs, choice, select_block=select_block)
     from kernels.select_triton import choose_blocks_triton
@@ -205,7 +211,7 @@ def choose_blocks_reference(
     order = newest.gather(2, scores.gather(2, newest).sort(dim=2, descending=True, stable=True).indices)
     rank = (exists.int() + always.int()).expand_as(scores).gather(2, order)
     order = order.gather(2, rank.sort(dim=2, descending=True, stable=True).indices)
-    room = min(choice.max_blocks, num_blocks)
+    room = list_room(seqs, choice, select_block=select_block)
     best = order[:, :, :room]
     is_listed = index[:room] < counts
     blocks = torch.where(is_listed, best, num_blocks).sort(dim=2).values

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import PagedSequences
 from kernels.linear_triton import overlaps
-from kernels.select import BlockLists, Choice, num_selection_blocks
+from kernels.select import BlockLists, Choice, list_room, num_selection_blocks
 
 MAX_BLOCKS = 1 << 14  # of a sequence: two counts share an integer, and scores their program's registers
 FEW_BLOCKS = 1024  # of a sequence that is far below the bound on it: a smaller search does
@@ -29,7 +29,7 @@ def choose_blocks_triton(
     num_blocks = num_selection_blocks(seqs, select_block)
     assert scores.dtype == torch.float32 and scores.stride(2) in (0, 1)
     assert num_blocks <= MAX_BLOCKS, f"{num_blocks} selection blocks exceed {MAX_BLOCKS}; take larger ones"
-    room = min(choice.max_blocks, num_blocks)
+    room = list_room(seqs, choice, select_block=select_block)
     blocks = torch.empty(num_rows, num_kv_heads, room, dtype=torch.int32, device=scores.device)
     counts = torch.empty(num_rows, num_kv_heads, dtype=torch.int32, device=scores.device)
     block_n = max(32, triton.next_power_of_2(num_blocks))
@@ -102,11 +102,40 @@ def _choose_kernel(
         gdc_wait()
     row, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     context = tl.load(context_lens + row)
-    total = tl.cdiv(context + tl.load(cu_seqlens + row + 1) - tl.load(cu_seqlens + row), SELECT_BLOCK)
-    complete = context // SELECT_BLOCK
+    num_new = tl.load(cu_seqlens + row + 1) - tl.load(cu_seqlens + row)
     scores += row.to(tl.int64) * row_stride + head * head_stride
     blocks += tl.program_id(0).to(tl.int64) * room
-    counts += tl.program_id(0)
+    choose_list(
+        scores, blocks, counts + tl.program_id(0), context, num_new, num_scores, room, max_blocks, budget_blocks, share,
+        threshold, sinks, recent, min_blocks, HAS_THRESHOLD, SCORE_STRIDE, SELECT_BLOCK, BLOCK_N, FEW,
+    )  # fmt: skip
+
+
+@triton.jit
+def choose_list(
+    scores,
+    blocks,
+    counts,
+    context,
+    num_new,
+    num_scores,
+    room,
+    max_blocks,
+    budget_blocks,
+    share,
+    threshold,
+    sinks,
+    recent,
+    min_blocks,
+    HAS_THRESHOLD: tl.constexpr,
+    SCORE_STRIDE: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """The list of one sequence and key head, by its scores. BLOCK_N: no fewer than its blocks and a list's room."""
+    total = tl.cdiv(context + num_new, SELECT_BLOCK)
+    complete = context // SELECT_BLOCK
     wanted = ((total.to(tl.int64) * share + 32768) // 65536).to(tl.int32)
     wanted = tl.minimum(tl.maximum(wanted, budget_blocks), max_blocks)
     if (FEW < BLOCK_N) & (tl.maximum(total, room) <= FEW):
