@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from configs.errors import DivergedError, StorageError
@@ -383,15 +383,14 @@ def test_two_ranks_take_the_steps_of_one(
         {f"{step}.{name}": tensor for step, batch in enumerate(batches) for name, tensor in asdict(batch).items()},
         tmp_path / "batches.safetensors",
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where the ranks meet
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(tiny_model_dir), str(tmp_path)],
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join(sys.path)},
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
         for rank in range(2)
     ]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from transformers import Qwen3Config
 
 from configs.errors import PreflightError
@@ -44,15 +44,14 @@ def test_two_ranks_that_share_every_sequence_take_the_steps_of_one(
     batches = [pack(make_groups(3, 3, seed=0)), pack(make_groups(1, 1, seed=5))]
     assert len(batches[0].token_ids) % 2 == 1  # one rank's tokens are padded
     save_file({f"{n}.{k}": v for n, batch in enumerate(batches) for k, v in asdict(batch).items()}, tmp_path / "b")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # where the ranks meet
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, str(tiny_model_dir), str(tmp_path)],
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join(sys.path)},
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
         for rank in range(2)
     ]
