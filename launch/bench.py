@@ -25,6 +25,7 @@ for command in (
     bench_runs.longtail_picture,
     bench_engines.drift,
     bench_engines.kernels,
+    bench_engines.sparse,
     bench_engines.tensor_parallel,
     bench_runs.drafter_training,
     bench_runs.idle,

@@ -1,5 +1,6 @@
 """The commands of `paceline bench` that measure the engine and its kernels."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -199,6 +200,39 @@ def kernels(
     job = bench_kernels.Job(geometry, where, kind, kept, tuple(rows), logprob_rows, seed)
     result = bench_kernels.run(job)
     show(result, bench_kernels.table(result), out)
+
+
+def sparse(
+    heads: Annotated[str, typer.Option(metavar="Q,K,D", help="Query heads, key heads, their dimension.")] = "64,8,128",
+    batches: Annotated[str, typer.Option(help="Sequences that decode.")] = "1,4,8,16",
+    contexts: Annotated[str, typer.Option(help="Keys of each.")] = "8192,32768,131072",
+    left_out: Annotated[str, typer.Option(help="Blocks that are not read, in percent.")] = "50,60,70,80,90",
+    selectors: Annotated[str, typer.Option(help="Who picks the blocks: gate,quest,mean.")] = "gate,quest",
+    fa3_python: Annotated[
+        Path | None, typer.Option(help="A Python that has vLLM: its FlashAttention-3 is timed beside.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Json = None,
+) -> None:
+    """One layer's decode over picked blocks, the picking included, against the dense decodes at hand."""
+    sizes = tuple((batch, keys) for keys in numbers("--contexts", contexts) for batch in numbers("--batches", batches))
+    percent, shape = numbers("--left-out", left_out), numbers("--heads", heads)
+    if len(shape) != 3 or shape[0] % shape[1]:
+        raise ConfigError(f"--heads {heads}: give query heads, key heads that divide them, and a dimension: 64,8,128")
+    if any(not 0 < share < 100 for share in percent):
+        raise ConfigError(f"--left-out {left_out}: give percentages between 1 and 99")
+    prepare(out)
+    from launch import bench_sparse
+    from launch.bench_attention import Heads
+    from launch.geometry import placement
+
+    where, kind = placement(device, dtype)
+    shares = tuple(share / 100 for share in percent)
+    job = bench_sparse.Job(Heads(*shape), sizes, shares, tuple(selectors.split(",")), where, kind, seed)
+    result = bench_sparse.run(job, fa3_python=fa3_python)
+    show(result, bench_sparse.table(result), out)
 
 
 def tensor_parallel(

@@ -1,0 +1,77 @@
+"""Sparse decoding under the clock: what is checked, what is told, and a Python without FlashAttention-3."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from configs.errors import ConfigError, PreflightError
+from kernels.select import BlockLists, Choice
+from launch import bench_sparse
+from launch.bench import app
+from launch.bench_attention import Heads
+from launch.bench_report import WrongResultError
+from launch.sparse_operands import Operands, masked, operands
+
+HEADS = Heads(4, 2, 64)
+
+
+def make_job(**changes: object) -> bench_sparse.Job:
+    how = {"sizes": ((2, 300),), "sparsities": (0.5,), "selectors": ("gate", "quest", "mean"), "seed": 0}
+    return bench_sparse.Job(heads=HEADS, device="cpu", dtype="float32", **(how | changes))  # type: ignore[arg-type]
+
+
+def test_the_command_writes_a_line_for_every_cell(tmp_path: Path) -> None:
+    out = tmp_path / "sparse.json"
+    options = ["--heads", "4,2,64", "--batches", "1,2", "--contexts", "200", "--left-out", "50,90"]
+    done = CliRunner().invoke(app, ["sparse", *options, "--device", "cpu", "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    assert [(cell["selector"], cell["batch"], cell["sparsity"]) for cell in result["cells"]] == [
+        (selector, batch, share) for batch in (1, 2) for selector in ("gate", "quest") for share in (0.5, 0.9)
+    ]
+    for cell in result["cells"]:
+        fastest = min(times["median"] for times in cell["dense_us"].values())
+        assert cell["speedup"] == pytest.approx(fastest / cell["us"]["median"])
+
+
+@pytest.mark.parametrize("selector", ["gate", "quest", "mean"])
+def test_lists_are_short_and_their_masked_form_is_what_sparse_attention_computes(selector: str) -> None:
+    torch.manual_seed(0)
+    given = operands(HEADS, 2, 300, selector, dtype=torch.float32, device=torch.device("cpu"))
+    block = {"gate": 64, "quest": 16, "mean": 64}[selector]
+    choice = Choice(max_blocks=2, budget_blocks=2)
+    lists = given.lists(choice, block)
+    assert int(lists.counts.max()) <= 2
+    torch.testing.assert_close(given.sparse(choice, block, 0.125), masked(given, lists, 0.125)[:, 0])
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(given: Operands, lists: BlockLists, scale: float) -> torch.Tensor:
+        return masked(given, BlockLists(lists.blocks, lists.counts - 1, lists.select_block), scale)
+
+    monkeypatch.setattr(bench_sparse, "masked", forgetful)
+    with pytest.raises(WrongResultError, match="quest, 2 x 300"):
+        bench_sparse.run(make_job(selectors=("quest",)), fa3_python=None)
+
+
+def test_flash_attentions_times_come_from_the_other_python(tmp_path: Path) -> None:
+    peer = tmp_path / "python"
+    peer.write_text("#!/bin/sh\nwhile read line; do echo '{\"us\": [3.0, 1.0, 2.0]}'; done\n")
+    peer.chmod(0o755)
+    result = bench_sparse.run(make_job(selectors=("mean",)), fa3_python=peer)
+    (cell,) = result["cells"]
+    assert cell["dense_us"]["fa3"]["median"] == 2.0 and cell["fastest"] == "fa3"
+
+
+def test_a_python_without_vllm_is_refused_by_name() -> None:
+    with pytest.raises(PreflightError, match=r"--fa3-python .* ended with 1: ModuleNotFoundError: .*vllm"):
+        bench_sparse.fa3(make_job(), Path(sys.executable))
+
+
+def test_an_unknown_selector_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'guess' is none of gate, quest, mean"):
+        bench_sparse.run(make_job(selectors=("guess",)), fa3_python=None)
