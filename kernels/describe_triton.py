@@ -61,7 +61,7 @@ def describe_triton(
     )
 
 
-@triton.jit(do_not_specialize=["num_touched", "num_layers", "layer_stride", "out_stride", "table_stride"])
+@triton.jit(do_not_specialize=["num_touched", "num_layers", "table_stride"])
 def _describe_kernel(
     storage,
     out,
