@@ -18,8 +18,9 @@ class Quality:
     """Means over the tokens, heads and layers that had more blocks than the budget.
 
     recall: of as many blocks with the largest attention weights, the share selected. mass: attention on what was read,
-    over the heads of a group. best reads those blocks; gate the gates' choice; bound the best by Quest's bound of the
-    group's mean query over the same blocks, fine_bound over blocks of 16 keys, as many keys; recent the newest.
+    over the heads of a group. best reads those blocks, which need not have the largest mass; gate the gates' choice;
+    bound the best by Quest's bound of the group's mean query over the same blocks, fine_bound over blocks of 16 keys,
+    as many keys; recent the newest.
     """
 
     gate_recall: float

@@ -117,7 +117,7 @@ class GateTrainer:
         if applied:
             self.steps += 1
             for group in self._adam.param_groups:
-                group["lr"] = self._lr * self._share()
+                group["lr"] = self.learning_rate
             self._adam.step()
         self._adam.zero_grad()
         begun, self._begun = self._begun, perf_counter()
@@ -130,11 +130,12 @@ class GateTrainer:
             self.learn(sample)
         return self.update()
 
-    def _share(self) -> float:
-        """Of the learning rate, at this update, counted from 1."""
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update that was applied."""
         if self.steps <= WARMUP_STEPS:
-            return self.steps / WARMUP_STEPS
+            return self._lr * self.steps / WARMUP_STEPS
         if self._num_steps is None:
-            return 1.0
-        done = (self.steps - WARMUP_STEPS) / max(1, self._num_steps - WARMUP_STEPS)
-        return LAST_LR + (1 - LAST_LR) * (1 + cos(pi * min(1.0, done))) / 2
+            return self._lr
+        done = min(1.0, (self.steps - WARMUP_STEPS) / max(1, self._num_steps - WARMUP_STEPS))
+        return self._lr * (LAST_LR + (1 - LAST_LR) * (1 + cos(pi * done)) / 2)

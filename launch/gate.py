@@ -91,5 +91,5 @@ def _lines(before: "Quality", after: "Quality") -> list[str]:
         f"{after.bound_recall:.1%} by Quest's bound",
         f"  attention read: {after.gate_mass:.1%} by the gates ({before.gate_mass:.1%} untrained), "
         f"{after.bound_mass:.1%} by the bound, {after.fine_bound_mass:.1%} by the bound over blocks of 16, "
-        f"{after.recent_mass:.1%} by the newest, {after.best_mass:.1%} at best",
+        f"{after.recent_mass:.1%} by the newest, {after.best_mass:.1%} by the best blocks",
     ]
