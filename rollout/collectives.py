@@ -4,10 +4,12 @@ Sums and gathers run on the device's stream and may be captured in a CUDA graph;
 """
 
 import logging
+import socket
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
 ONE_SHOT_BYTES = 512 << 10  # beyond this, reading every peer's whole tensor costs more than a ring's hops
@@ -19,6 +21,16 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+
+def listening_store(host: str, port: int = 0) -> TCPStore:
+    """Where processes meet, for the one that all others connect to: it listens to this address alone; 0: any port.
+
+    torch's own would listen to every network.
+    """
+    listener = socket.create_server((host, port))
+    port = listener.getsockname()[1]
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 class Ranks:
@@ -65,11 +77,21 @@ class Ranks:
         dist.broadcast_object_list(values, src=self._first, group=self._group, device=torch.device("cpu"))
         return values[0]
 
+    def signal(self, number: int) -> int:
+        """Rank 0's number, on every rank: sooner there than by share."""
+        told = torch.tensor(number)
+        dist.broadcast(told, self._first, group=self._group)
+        return int(told)
+
+    def least(self, number: int) -> int:
+        """The least of all ranks' numbers, on every rank."""
+        told = torch.tensor(number)
+        dist.all_reduce(told, dist.ReduceOp.MIN, group=self._group)
+        return int(told)
+
     def all(self, holds: bool) -> bool:
         """Whether it holds on every rank."""
-        flag = torch.tensor(int(holds))
-        dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._group)
-        return bool(flag)
+        return bool(self.least(int(holds)))
 
     def _try_one_shot(self, num_bytes: int) -> "OneShot | None":
         """Peers' memory as the way of small sums; None, said once, where it is not to be had on every rank."""

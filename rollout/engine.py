@@ -15,6 +15,7 @@ from drafter.types import Drafter, FeatureReader, FollowsTemperature, ResidentDr
 from kernels.sample import noise_key
 from rollout.activity import Tally
 from rollout.blocks import BlockPool
+from rollout.collectives import ranks_of
 from rollout.decoder import Decoder, make_decoder
 from rollout.graphs import GraphPool
 from rollout.hosted import HostedCycles
@@ -85,6 +86,9 @@ class NativeEngine:
     ) -> None:
         self.version = 0
         self.weights = weights
+        self.ranks = ranks_of(model)  # that share the policy
+        # called before every cycle, and whether there is to be one: those ranks agree here
+        self.agree: abc.Callable[[], bool] = lambda: True
         self._model = model
         self._drafter = drafter
         self._chooser = chooser
@@ -134,7 +138,7 @@ class NativeEngine:
         # a full collection walks all of torch and transformers, 0.1 s in which no cycle is launched
         gc.set_threshold(thresholds[0], thresholds[1], NEVER)
         try:
-            while (running := self._unfinished_cycles()) or self._finished:
+            while self.agree() and ((running := self._unfinished_cycles()) or self._finished):
                 finished, self._finished = self._finished, []
                 if running is not None:
                     hit("rollout.cycle")
@@ -433,5 +437,6 @@ class NativeEngine:
         return bytes_per_block(self._model.config, self._config.block_size, self._model.dtype)
 
     def _affordable_blocks(self) -> int:
-        """Blocks that the device's memory has room for beside everything else."""
-        return cache_budget(str(self._model.device)) // self._bytes_per_block()
+        """Blocks that the device's memory has room for beside everything else; every rank's, of a shared policy."""
+        blocks = cache_budget(str(self._model.device)) // self._bytes_per_block()
+        return blocks if self.ranks is None else self.ranks.least(blocks)

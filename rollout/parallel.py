@@ -1,6 +1,7 @@
 """Tensor parallelism for rollouts: every rank keeps a share of each projection, cut as the module's own plan says."""
 
 import re
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -10,8 +11,10 @@ from configs.errors import PreflightError
 from rollout.collectives import Ranks, held_by, ranks_of
 from rollout.decoder import agree_up_to_rounding, some_logits
 from rollout.fused import FusedDecoder
+from rollout.pieces import Piece, whole_pieces
 from rollout.projections import lay_side_by_side
 from rollout.standard import NotStandardError
+from rollout.transfer import trainable
 
 # What transformers' plans say of the projections that FusedDecoder knows: cut by outputs, by inputs, or by outputs
 # that are then gathered. All else (norms; the embedding, which is looked up) stays whole.
@@ -27,8 +30,10 @@ PLAN = {
 }
 
 
-def shard_policy(model: PreTrainedModel, ranks: Ranks) -> None:
+def shard_policy(model: PreTrainedModel, ranks: Ranks) -> dict[str, Piece]:
     """Keep only this rank's share of a policy, in place. Every rank holds the whole one before, with equal weights.
+
+    Returns what that is of each parameter that is trained, in their order; of tied ones once.
 
     Attention is cut by whole heads, the MLP by features, the head by tokens of the vocabulary. make_decoder and the
     engine serve the share as they serve a whole policy. So does the module itself, whose outputs are summed and
@@ -42,6 +47,7 @@ def shard_policy(model: PreTrainedModel, ranks: Ranks) -> None:
     if not ranks.all(_equals_first(model, ranks)):
         raise PreflightError("the ranks hold different weights; load the same model, or draw it with the same seed")
     tied = model.lm_head.weight is model.get_input_embeddings().weight
+    wholes = whole_pieces(trainable(model))
     with torch.no_grad():
         for linear, style in shares:
             if style == "rowwise":
@@ -53,6 +59,17 @@ def shard_policy(model: PreTrainedModel, ranks: Ranks) -> None:
     held_by(model, ranks)
     if not agree_up_to_rounding(some_logits(model), whole, model):
         raise PreflightError(f"{type(model).__name__} computes something else when {ranks.world} ranks share it")
+    return {name: _piece(model, name, whole, ranks) for name, whole in wholes.items()}
+
+
+def _piece(model: PreTrainedModel, name: str, whole: Piece, ranks: Ranks) -> Piece:
+    """What a rank has of a parameter, found by its shape."""
+    path, _, kind = name.rpartition(".")
+    kept = getattr(model.get_submodule(path), kind)
+    if kept is None or kept.shape == whole.shape:
+        return replace(whole, parameter=kept)
+    (dim,) = [dim for dim, size in enumerate(kept.shape) if size != whole.shape[dim]]
+    return replace(whole, dim=dim, start=ranks.rank * kept.shape[dim], parameter=kept)
 
 
 def _planned(model: PreTrainedModel, world: int) -> list[tuple[nn.Linear, str]]:

@@ -5,7 +5,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -20,12 +19,13 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 
-from configs.errors import ConfigError, PacelineError, PreflightError, ResourceError
+from configs.errors import PacelineError, PreflightError, ResourceError
 from configs.schema import RolloutConfig
 from drafter.types import ResidentDrafter, Strategy
-from rollout.collectives import Ranks, ranks_of
+from rollout.collectives import Ranks, listening_store, ranks_of
 from rollout.engine import NativeEngine
 from rollout.strategy import Chooser, CycleReport, FixedChooser
+from rollout.transfer import Weights
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -75,10 +75,7 @@ def run_ranks(
     """
     if device == "cuda" and torch.cuda.device_count() < world:
         raise PreflightError(f"{world} GPUs are asked for and torch sees {torch.cuda.device_count()}; ask for fewer")
-    # its own listener would be open to every network
-    listener = socket.create_server((LOOPBACK, 0))
-    port = listener.getsockname()[1]
-    store = TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    store = listening_store(LOOPBACK)
     context = multiprocessing.get_context("spawn")
     processes: list[SpawnProcess] = []
     inboxes: list[Connection] = []
@@ -87,7 +84,7 @@ def run_ranks(
             inbox, outbox = context.Pipe(duplex=False)
             process = context.Process(
                 target=_run_rank,
-                args=(rank, world, port, device, os.getpid(), outbox, function, args, kwargs),
+                args=(rank, world, store.port, device, os.getpid(), outbox, function, args, kwargs),
                 name=f"rank-{rank}",
                 daemon=True,
             )
@@ -237,19 +234,20 @@ class SharedChooser:
 
 
 def shared_engine(
-    model: PreTrainedModel, *, drafter: ResidentDrafter | None, chooser: Chooser, rollout: RolloutConfig
+    model: PreTrainedModel,
+    *,
+    drafter: ResidentDrafter | None,
+    chooser: Chooser,
+    rollout: RolloutConfig,
+    weights: Weights | None = None,
 ) -> NativeEngine:
     """This rank's engine over its share of a policy (rollout/parallel.py): all ranks sample the same rollouts.
 
     Every rank makes one, of equal configuration and with a drafter whose drafts follow from the texts alone, and runs
-    the same calls to the end. Raises ConfigError where the ranks would measure how large their caches are.
+    the same calls to the end; rollout/team.py has those follow that nobody calls.
     """
     ranks = ranks_of(model)
     assert ranks is not None, "shard_policy comes first"
-    if not rollout.kv_tokens:
-        raise ConfigError(
-            "rollout.kv_tokens=0 lets every GPU measure its own cache, and ranks must agree; set a number of tokens"
-        )
     if not isinstance(chooser, FixedChooser):
         chooser = SharedChooser(chooser, ranks)
-    return NativeEngine(model, drafter=drafter, chooser=chooser, rollout=rollout, cycles="resident")
+    return NativeEngine(model, drafter=drafter, chooser=chooser, rollout=rollout, cycles="resident", weights=weights)

@@ -4,7 +4,7 @@ A policy that trains elsewhere is received into the engine's parameters where th
 them stays valid. From the first byte until the last was checked the engine holds no version, and samples nothing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
@@ -18,6 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from configs.errors import ResourceError
 from configs.faults import hit
+from rollout.pieces import Piece, whole_pieces
 
 WORDS = 1 << 22  # of a parameter summed at a time: bounds the memory that a checksum takes
 FACTOR = 1_000_003  # between one parameter's sum and the next one's
@@ -85,17 +86,20 @@ class ReceivedWeights:
     """Weights of a policy that trains in another process.
 
     version: what the parameters hold; None while they are mixed. What they were loaded from is version 0.
+    pieces: what this process has of the policy's parameters, by name and in order, where it has not all of them; they
+    are sent whole, and cut here.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, pieces: Mapping[str, Piece] | None = None) -> None:
         self.version: int | None = 0
-        self._parameters = trainable(model)
+        self._pieces = whole_pieces(trainable(model)) if pieces is None else pieces
+        self._device = next(model.parameters()).device
         self._cause = ""
 
     @property
     def layout(self) -> str:
         """Equal for two policies whose parameters can be sent to one another."""
-        return layout((name, each.shape, each.dtype) for name, each in self._parameters.items())
+        return layout((name, each.shape, each.dtype) for name, each in self._pieces.items())
 
     def take(self, version: int) -> int:
         """As Weights says: it must have been received."""
@@ -130,14 +134,17 @@ class ReceivedWeights:
 
     def _receive(self, channel: Channel, version: int, bucket_bytes: int) -> tuple[int, int]:
         """The bytes, and their checksum. Raises RuntimeError."""
-        parameters = self._parameters.values()
-        device = next(iter(parameters)).device
-        num_bytes = left = sum(parameter.nbytes for parameter in parameters)
+        device = self._device
+        num_bytes = left = sum(piece.shape.numel() * piece.dtype.itemsize for piece in self._pieces.values())
         bucket = torch.empty(min(bucket_bytes, num_bytes), dtype=torch.uint8, device=device)
         checksum = Checksum(device)
         arrived = bucket[:0]
-        for parameter in parameters:
-            missing = as_bytes(parameter)
+        for piece in self._pieces.values():
+            # in place, or beside it to be cut
+            is_whole = piece.parameter is not None and piece.parameter.shape == piece.shape
+            whole = piece.parameter if is_whole else torch.empty(piece.shape, dtype=piece.dtype, device=device)
+            assert whole is not None
+            missing = as_bytes(whole)
             while len(missing):
                 if not len(arrived):
                     arrived = bucket[:left]
@@ -147,7 +154,9 @@ class ReceivedWeights:
                 size = min(len(missing), len(arrived))
                 missing[:size].copy_(arrived[:size])
                 missing, arrived = missing[size:], arrived[size:]
-            checksum.add(parameter)  # of what stands there now, not of what came by
+            checksum.add(whole)  # of what stands there now, not of what came by
+            if not is_whole:
+                piece.keep(whole)
         sent = torch.empty(3, dtype=torch.int64, device=device)
         channel.broadcast(sent)
         found = [version, num_bytes, checksum.value()]

@@ -12,13 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import ConfigError, PreflightError
-from configs.schema import RolloutConfig
-from drafter.types import OFF
-from rollout.collectives import ONE_SHOT_BYTES, held_by
+from configs.errors import PreflightError
+from rollout.collectives import ONE_SHOT_BYTES
 from rollout.decoder import some_logits
-from rollout.ranks import RankFailedError, run_ranks, shared_engine
-from rollout.strategy import FixedChooser
+from rollout.ranks import RankFailedError, run_ranks
 
 sys.path.append(str(Path(__file__).parent))  # of the processes started here, too
 import in_ranks  # noqa: E402
@@ -133,10 +130,3 @@ def test_too_few_gpus_are_refused_before_anything_starts() -> None:
     world = torch.cuda.device_count() + 1
     with pytest.raises(PreflightError, match=f"{world} GPUs are asked for"):
         run_ranks(world, "cuda", in_ranks.fail, "user")
-
-
-def test_ranks_that_would_measure_their_caches_are_refused() -> None:
-    model = in_ranks.tiny_model("llama", {})
-    held_by(model, object())  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="kv_tokens=0"):
-        shared_engine(model, drafter=None, chooser=FixedChooser(OFF), rollout=RolloutConfig())
