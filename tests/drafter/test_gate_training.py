@@ -7,7 +7,6 @@ from transformers import Qwen3Config
 from drafter.gate import GateConfig, Gates
 from drafter.gate_quality import Quality, bound_scores, selection_quality
 from drafter.gate_training import GateTrainer, LayerSample, candidates, gate_loss
-from drafter.rope import Turns, rotate
 from kernels.attention import PackedSequences
 from kernels.pooled_attention import block_weights, pooled_attention
 
@@ -21,6 +20,13 @@ CONFIG = GateConfig.of(
 )  # fmt: skip
 TOPICS, LENGTH = 6, 512
 TOLD, PAIRED = [8, 9, 10, 11, 24, 25, 26, 27], [12, 14, 28, 30]  # dimensions
+
+
+def turned(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, D] after the policy's rotary embedding."""
+    angles = positions[:, None, None] * torch.tensor(CONFIG.rope.frequencies)
+    pairs = torch.complex(*x.chunk(2, dim=2)) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([pairs.real, pairs.imag], dim=2)
 
 
 class Policy:
@@ -54,8 +60,7 @@ class Policy:
         keys[..., [dim + 1 for dim in PAIRED]] = -opposite
         query[..., [*PAIRED, *(dim + 1 for dim in PAIRED)]] = 1.0
         positions = torch.arange(LENGTH)
-        turns = Turns(CONFIG.rope).at(positions)
-        query, keys = rotate(query, *turns), rotate(keys, *turns)
+        query, keys = turned(query, positions), turned(keys, positions)
         seqs = PackedSequences(torch.tensor([0, LENGTH], dtype=torch.int32), LENGTH)
         _, scores, lse = pooled_attention(query, keys, keys, seqs, scale=SCALE, select_block=BLOCK)
         later = slice(LENGTH // 2, None)
