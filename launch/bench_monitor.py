@@ -86,7 +86,7 @@ async def _run(config: Config, *, pairs: int, folder: Path) -> dict[str, Any]:
         ground = Ground(path, device, dtype, tokenizer, data, rewards, folder, threading.Event())
         loop = make_loop("monitor", config, ground)
         recorders: dict[str, Any] = {
-            WATCHED: TimedRecorder(loop.run, loop.engine, config.compute),
+            WATCHED: TimedRecorder(loop.run, loop.engine, config),
             UNWATCHED: Unrecorded(),
         }
         turns = []

@@ -66,7 +66,7 @@ class Loop:
     drift: DriftAlarm = field(default_factory=DriftAlarm)
 
     def __post_init__(self) -> None:
-        self.recorder = Recorder(self.run, self.engine, self.config.compute)
+        self.recorder = Recorder(self.run, self.engine, self.config)
 
     async def train(self) -> None:
         """Run from self.step to the last step. Raises PreemptedError, state saved, when asked to stop."""

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import aclosing, contextmanager
 from typing import Any
 
-from configs.schema import ComputeConfig
+from configs.schema import Config
 from rl.metrics import Stopwatch
 from rl.rundir import RunDir
 from rl.trace import KEPT_TRACES, Lane, step_trace
@@ -36,12 +36,18 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Records one run, step after step. Workers that only train have the numbers after those that sample."""
+    """Records one run, step after step.
 
-    def __init__(self, run: RunDir, engine: Engine, compute: ComputeConfig) -> None:
+    Workers have the numbers that errors and logs call them by: those that only train come first. An engine that
+    several workers share has the first one's.
+    """
+
+    def __init__(self, run: RunDir, engine: Engine, config: Config) -> None:
+        compute = config.compute
         self._run = run
         self._engine = engine
         self._num_trainers = compute.workers if compute.placement == "separate" else 0
+        self._team = config.rollout.tensor_parallel
         self._step = 0
         self._begun = time.time()
         self._lanes: list[Lane] = []  # of the step at hand, like the next
@@ -89,6 +95,7 @@ class Recorder:
             self._take_spans()
             self._keep_point(sampling, total=total, finished=finished)
 
+        look()  # whoever watches sees the step begin
         watching = asyncio.create_task(_again_and_again(look))
         try:
             async with aclosing(rollouts):
@@ -101,14 +108,14 @@ class Recorder:
             look()
 
     @property
-    def _engines(self) -> range:
-        return range(max(1, len(self._engine.activity())))
+    def _engines(self) -> Sequence[int]:
+        """Workers that sample, in the order of the engine's activity."""
+        return [self._num_trainers + each * self._team for each in range(max(1, len(self._engine.activity())))]
 
     @property
-    def _trainers(self) -> range:
+    def _trainers(self) -> Sequence[int]:
         """Workers that train; those that sample where none does nothing else."""
-        engines = self._engines
-        return range(len(engines), len(engines) + self._num_trainers) if self._num_trainers else engines
+        return range(self._num_trainers) if self._num_trainers else self._engines
 
     def _who(self, phase: str) -> Sequence[int]:
         """Whose span a phase is; nobody's where it is none."""
@@ -132,6 +139,7 @@ class Recorder:
             "tokens": sum(each.tokens for each in workers),
             "workers": [
                 {
+                    "worker": number,
                     "running": each.running,
                     "waiting": each.waiting,
                     "strategy": each.strategy,
@@ -139,7 +147,7 @@ class Recorder:
                     "preempted": each.preempted,
                     "tokens": each.tokens,
                 }
-                for each in workers
+                for number, each in zip(self._engines, workers, strict=False)
             ],
         }
         self._curve.append(point)
@@ -148,7 +156,7 @@ class Recorder:
     def _take_spans(self) -> None:
         """What workers have done since it was asked last."""
         lanes = []
-        for number, activity in enumerate(self._engine.activity()):
+        for number, activity in zip(self._engines, self._engine.activity(), strict=False):
             told = self._told.get(number, 0.0)
             for span in activity.spans:
                 if span.begin >= told:

@@ -80,7 +80,8 @@ def _counters(curve: Sequence[Mapping[str, Any]], begun: float) -> Iterator[dict
         at = {"ts": round((point["time"] - begun) * 1e6)}
         yield at | {"name": "finished", "ph": "C", "pid": _process(-1), "args": {"rollouts": point["finished"]}}
         yield at | {"name": "tokens", "ph": "C", "pid": _process(-1), "args": {"tokens": point["tokens"]}}
-        for worker, each in enumerate(point["workers"]):
+        for each in point["workers"]:
+            worker = each["worker"]
             own = at | {"pid": _process(worker)}
             counts = {"running": each["running"], "waiting": each["waiting"]}
             yield own | {"name": "sequences", "ph": "C", "args": counts}

@@ -62,8 +62,8 @@ def _points(records: list[Record], begin: float) -> dict[str, list[float]]:
 def _strategies(records: list[Record], begin: float) -> list[list[Any]]:
     """What each worker drafted with while it had sequences to run, as stretches without a change."""
     found: list[list[Any]] = []
-    for worker in range(max(len(record["workers"]) for record in records)):
-        known = [(r["time"] - begin, r["workers"][worker]) for r in records if worker < len(r["workers"])]
+    for place in range(max(len(record["workers"]) for record in records)):
+        known = [(r["time"] - begin, r["workers"][place]) for r in records if place < len(r["workers"])]
         last: list[Any] = []
         for (start, doing), (end, _) in pairwise(known):
             strategy = doing["strategy"]
@@ -72,7 +72,8 @@ def _strategies(records: list[Record], begin: float) -> list[list[Any]]:
             elif last and last[3] == strategy:
                 last[2] = round(end, 3)
             else:
-                last = [worker, round(start, 3), round(end, 3), strategy]
+                # lines of earlier versions hold no number
+                last = [doing.get("worker", place), round(start, 3), round(end, 3), strategy]
                 found.append(last)
     return found
 

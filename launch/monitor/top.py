@@ -136,15 +136,15 @@ def workers(points: Sequence[Record]) -> Table:
     now = points[-1]
     before = points[max(0, len(points) - 9)]  # two seconds, at four points a second
     seconds = now["time"] - before["time"]
-    for number, worker in enumerate(now["workers"]):
-        then = before["workers"][number] if number < len(before["workers"]) else worker
+    for place, worker in enumerate(now["workers"]):
+        then = before["workers"][place] if place < len(before["workers"]) else worker
         grown = worker.get("tokens", 0) - then.get("tokens", 0)
         cycles = worker["cycles"]
         drafted = sum(count for name, count in cycles.items() if name != "off") / max(1, sum(cycles.values()))
         rate = f"{grown / seconds:,.0f}" if seconds > 0 and grown >= 0 else "–"
         using = Text(worker["strategy"], style=SOURCES.get(worker["strategy"].partition(" ")[0], ""))
         counts = (str(worker["running"]), str(worker["waiting"]), rate, f"{drafted:.0%}", str(worker["preempted"]))
-        table.add_row(str(number), *counts, using)
+        table.add_row(str(worker.get("worker", place)), *counts, using)
     return table
 
 

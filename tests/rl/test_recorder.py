@@ -32,7 +32,8 @@ class FakeEngine:
 
 
 def make(run: RunDir, engine: FakeEngine, **compute: Any) -> Recorder:
-    return Recorder(run, engine, ComputeConfig(**compute))  # type: ignore[arg-type]
+    config = Config(compute=ComputeConfig(**compute))
+    return Recorder(run, engine, config)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -82,16 +83,18 @@ def test_the_curve_has_a_line_now_and_then_and_one_at_the_end(run: RunDir, monke
     async def slow_second() -> AsyncGenerator[Rollout]:
         async for rollout in rollouts(0.0, 0.0, 0.0):
             yield rollout
-            while len(lines(run, "curve")) < 2:
+            while not any(point["finished"] for point in lines(run, "curve")):
                 await asyncio.sleep(0.01)
 
     assert asyncio.run(drain(recorder.watched(slow_second(), SAMPLING, total=3))) == 3
     curve = lines(run, "curve")
     finished = [point["finished"] for point in curve]
-    assert finished[:2] == [1, 1], "while the second is waited for"
+    assert finished[0] == 0, "as the step begins"
+    assert 1 in finished, "while the second is waited for"
     assert finished == sorted(finished) and finished[-1] == 3
     assert curve[0]["tokens"] == 40, "what a worker did in another step is none of this one's"
     assert curve[0]["workers"][0] == {
+        "worker": 0,
         "running": 3,
         "waiting": 1,
         "strategy": "suffix d4 k1 v4",
@@ -174,23 +177,25 @@ def test_phases_become_spans_and_gaps_idle_time(run: RunDir, clock: Callable[[fl
 def test_workers_that_only_train_have_lanes_of_their_own(run: RunDir, clock: Callable[[float], None]) -> None:
     recorder = make(run, FakeEngine(Activity()), placement="separate", workers=2)
     watch = recorder.begin(1)
+    asyncio.run(drain(recorder.watched(rollouts(0.0), SAMPLING, total=1)))
+    assert [worker["worker"] for worker in lines(run, "curve")[0]["workers"]] == [2], "after those that train"
     for phase, end in (("drafter", 101.0), ("train", 102.0), ("sync", 103.0)):
         with watch.phase(phase):
             clock(end)
     told = lanes(run)
     assert told == [
-        (0, "drafter", 100.0, 101.0),
+        (2, "drafter", 100.0, 101.0),
+        (0, "train", 101.0, 102.0),
         (1, "train", 101.0, 102.0),
-        (2, "train", 101.0, 102.0),
         (0, "sync", 102.0, 103.0),
         (1, "sync", 102.0, 103.0),
         (2, "sync", 102.0, 103.0),
     ]
     recorder.end()
     assert {(worker, begin, end) for worker, kind, begin, end in lanes(run) if kind == "idle"} == {
-        (0, 101.0, 102.0),
+        (0, 100.0, 101.0),
         (1, 100.0, 101.0),
-        (2, 100.0, 101.0),
+        (2, 101.0, 102.0),
     }
 
 
@@ -219,7 +224,7 @@ def test_a_trace_holds_spans_and_counters_and_only_the_latest_are_kept(
     assert spans["train"]["ts"] == 2_000_000 and spans["train"]["dur"] == 1_500_000
     assert [event["name"] for event in events if event["ph"] == "i"] == ["off", "suffix d4 k1 v4"]
     assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {"worker 0"}
-    assert [event["args"]["running"] for event in events if event["name"] == "sequences"] == [2, 2, 2]
+    assert [event["args"]["running"] for event in events if event["name"] == "sequences"] == [2] * 6
     for step in range(2, KEPT_TRACES + 3):
         recorder.begin(step)
         recorder.end()

@@ -101,9 +101,10 @@ export function forgetCurve() {
   shown.plot = null;
 }
 
-/** Where the first worker's strategy changes: [time, strategy]. */
+/** Where the strategy of the first worker that samples changes: [time, strategy]. */
 function switches() {
-  const of = shown.curve.strategies.filter(([worker]) => worker === 0);
+  const first = Math.min(...shown.curve.strategies.map(([worker]) => worker));
+  const of = shown.curve.strategies.filter(([worker]) => worker === first);
   return of.slice(1).map(([, from, , name]) => [from, name]);
 }
 
@@ -156,8 +157,8 @@ function key(plot) {
 
 function drawLanes() {
   const host = $("lanes"), { lanes, curve, end } = shown;
-  const rows = Math.max(lanes.workers.length, new Set(curve.strategies.map(([worker]) => worker)).size);
-  const workers = lanes.workers.length ? lanes.workers : [...Array(rows).keys()];
+  const drafting = [...new Set(curve.strategies.map(([worker]) => worker))].sort((a, b) => a - b);
+  const workers = lanes.workers.length ? lanes.workers : drafting;
   const tall = workers.length > 16 ? 10 : 20, strip = workers.length > 16 ? 0 : 5, gap = workers.length > 16 ? 3 : 9;
   const pitch = tall + strip + gap + (strip ? 2 : 0);
   const width = host.clientWidth, height = workers.length * pitch, px = devicePixelRatio;
