@@ -34,7 +34,7 @@ def test_a_policy_trains_on_rollouts_of_its_present_weights(served_dir: Path, tm
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(RECIPE.format(model=served_dir, run=run))
     done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "train", str(recipe)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "launch.cli", "train", str(recipe)], capture_output=True, text=True, timeout=1000
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
@@ -63,7 +63,7 @@ def test_a_drafter_learns_beside_vllm_and_is_published_to_it(served_dir: Path, t
         [sys.executable, "-m", "launch.cli", "train", str(recipe), *options],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1000,
     )
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line) for line in (run / "metrics" / "steps.jsonl").read_text().splitlines()]
