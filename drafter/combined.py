@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from drafter.selfdraft import ApproximatePolicy, DraftsAsPolicy
 from drafter.types import Begun, Drafts, FollowsTemperature, ResidentDrafter, Rows, Strategy, Texts
 
 
@@ -33,6 +34,12 @@ class CombinedDrafter:
     def propose(self, texts: Texts, rows: Rows, strategy: Strategy, out: Drafts) -> None:
         """Let the strategy's source write a draft for each of the first B rows."""
         self._drafters[strategy.source].propose(texts, rows, strategy, out)
+
+    def lend(self, policy: ApproximatePolicy) -> None:
+        """Lend the policy to those that draft with it."""
+        for drafter in self._drafters.values():
+            if isinstance(drafter, DraftsAsPolicy):
+                drafter.lend(policy)
 
     def set_temperature(self, temperature: float) -> None:
         """Draft for sampling at this temperature from now on."""

@@ -16,7 +16,7 @@ from kernels.cycle import Texts as Texts
 class Strategy:
     """How far and how widely to draft. A value: equal strategies are interchangeable."""
 
-    source: Literal["off", "suffix", "eagle"]
+    source: Literal["off", "suffix", "eagle", "sparse"]
     depth: int  # levels below the pending token
     top_k: int  # children kept a node; 1 drafts a chain
     num_verify: int  # drafted tokens verified at most

@@ -39,13 +39,24 @@ class CostTable:
     tokens_per_row: tokens a row forwards under each arm, the pending one included. Cycles that forward equally many
     tokens cost about the same, however many rows they are spread over: so arms predict one another. shorter: for each
     arm another one, before it, that costs no more: of the same source and shorter, or arm 0.
+    drafting: cycles of one token a row, over at most drafting_cached tokens of each, that an arm's draft takes besides,
+    where the policy itself drafts; what other drafts take is left to measurement.
     """
 
-    def __init__(self, tokens_per_row: Sequence[int], shorter: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokens_per_row: Sequence[int],
+        shorter: Sequence[int],
+        *,
+        drafting: Sequence[int] | None = None,
+        drafting_cached: int = 0,
+    ) -> None:
         assert tokens_per_row[0] == 1, "arm 0 forwards the pending token alone"
         assert all(other < arm for arm, other in enumerate(shorter) if arm), "shorter arms come first"
         self._tokens = list(tokens_per_row)
         self._shorter = list(shorter)
+        self._drafting = list(drafting or [0] * len(self._tokens))
+        self._drafting_cached = drafting_cached
         self._cells: list[dict[Place, Cell]] = [{} for _ in tokens_per_row]
         self._predicted: list[dict[Place, float]] = [{} for _ in tokens_per_row]
 
@@ -56,7 +67,7 @@ class CostTable:
 
     def plain_seconds(self, rows: int, context: float) -> float:
         """Expected seconds under the first arm."""
-        return self._unit(0, _place(rows, context)) * _shape(rows, 1, context)
+        return self._unit(0, _place(rows, context)) * self._shape(0, rows, context)
 
     def seconds(self, rows: int, context: float) -> list[float]:
         """Expected seconds under each arm. Drafting makes no cycle cheaper, and drafting further is not expected to."""
@@ -64,7 +75,7 @@ class CostTable:
         plain = self.plain_seconds(rows, context)
         expected = [plain]
         for arm in range(1, len(self._tokens)):
-            seconds = self._unit(arm, place) * _shape(rows, self._tokens[arm], context)
+            seconds = self._unit(arm, place) * self._shape(arm, rows, context)
             floor = plain if place in self._cells[arm] else expected[self._shorter[arm]]
             expected.append(max(floor, seconds))
         return expected
@@ -80,7 +91,7 @@ class CostTable:
         elif cycle - cell.cycle > STALE_CYCLES:
             cell.units.clear()
             cell.units.append(cell.unit)
-        cell.units.append(seconds / _shape(rows, self._tokens[arm], context))
+        cell.units.append(seconds / self._shape(arm, rows, context))
         count = len(cell.units)
         cell.unit = sorted(cell.units)[(count - 1) // 2]
         cell.context = context
@@ -91,7 +102,7 @@ class CostTable:
     def measured(self, arm: int) -> dict[int, float]:
         """Seconds by rows, where they were measured, at the context seen there last."""
         cells = sorted(self._cells[arm].items(), key=lambda item: (item[0][0], item[1].cycle))
-        return {rows: cell.unit * _shape(rows, self._tokens[arm], cell.context) for (rows, _), cell in cells}
+        return {rows: cell.unit * self._shape(arm, rows, cell.context) for (rows, _), cell in cells}
 
     def _unit(self, arm: int, place: Place) -> float:
         """The measured unit, or a mean of the nearest measured ones."""
@@ -115,6 +126,11 @@ class CostTable:
                 total += weight * cell.unit
                 weights += weight
         return total / weights if weights else 1.0
+
+    def _shape(self, arm: int, rows: int, context: float) -> float:
+        """What an arm's cycle takes over reading the weights once, by the roofline."""
+        drafting = self._drafting[arm] * _shape(rows, 1, min(context, self._drafting_cached))
+        return _shape(rows, self._tokens[arm], context) + drafting
 
     def _forget_predictions(self) -> None:
         for predicted in self._predicted:

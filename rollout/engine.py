@@ -4,11 +4,12 @@ import asyncio
 import gc
 import time
 from collections import abc
+from math import ceil
 from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedModel
 
-from configs.errors import ResourceError
+from configs.errors import PreflightError, ResourceError
 from configs.faults import hit
 from configs.schema import RolloutConfig
 from drafter.types import Drafter, FeatureReader, FollowsTemperature, ResidentDrafter
@@ -17,6 +18,7 @@ from rollout.activity import Tally
 from rollout.blocks import BlockPool
 from rollout.collectives import ranks_of
 from rollout.decoder import Decoder, make_decoder
+from rollout.fused import FusedDecoder
 from rollout.graphs import GraphPool
 from rollout.hosted import HostedCycles
 from rollout.memory import cache_budget
@@ -26,6 +28,7 @@ from rollout.residency import Residency
 from rollout.resident import ResidentCycles
 from rollout.scheduler import Scheduler
 from rollout.sequence import Sequence
+from rollout.sparse import SparseAttention
 from rollout.strategy import Chooser
 from rollout.transfer import Weights
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling
@@ -67,7 +70,8 @@ class NativeEngine:
     cycles: "resident" keeps the sequences' state on the device, with a ResidentDrafter; "hosted" plans each cycle on
     the host, with a Drafter. "auto" is resident on a GPU, and wherever drafter or reader ask for it. drafter None, or a
     strategy whose source is "off", decodes token by token. What is sampled is the same.
-    reader: is given the hidden states of what is committed, by resident cycles. weights: where no trainer updates the
+    reader: is given the hidden states of what is committed, by resident cycles. sparse: the policy's sparse attention,
+    which a drafter that drafts with the policy is lent; cycles are resident then. weights: where no trainer updates the
     policy in place, who answers for the version its parameters hold.
     One generate at a time. The KV cache is allocated by the first one and grows when a later one can use more, up to
     what the device could afford when the first one asked.
@@ -82,6 +86,7 @@ class NativeEngine:
         rollout: RolloutConfig,
         cycles: Literal["auto", "hosted", "resident"] = "auto",
         reader: FeatureReader | None = None,
+        sparse: SparseAttention | None = None,
         weights: Weights | None = None,
     ) -> None:
         self.version = 0
@@ -93,10 +98,11 @@ class NativeEngine:
         self._drafter = drafter
         self._chooser = chooser
         self._config = rollout
-        on_device = model.device.type == "cuda" or isinstance(drafter, ResidentDrafter) or reader is not None
+        on_device = model.device.type == "cuda" or isinstance(drafter, ResidentDrafter) or bool(reader or sparse)
         self._resident = cycles == "resident" or (cycles == "auto" and on_device)
-        assert reader is None or self._resident, "hosted cycles keep no hidden states"
+        assert self._resident or not (reader or sparse), "hosted cycles keep no hidden states, and attend to everything"
         self._reader = reader
+        self._sparse = sparse
         self._graphs = GraphPool(model.device, max_bytes=rollout.graph_mb << 20)
         self._decoder: Decoder | None = None
         self._residency: Residency | None = None
@@ -261,7 +267,7 @@ class NativeEngine:
     def release(self) -> None:
         """Give the memory of the KV cache and of all graphs back; the next generate makes them again, as large."""
         assert self._scheduler is None, "sequences are being sampled"
-        self._cache = None
+        self._forget_cache()
         self._graphs.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -324,16 +330,27 @@ class NativeEngine:
         for part in (self._drafter, self._reader):
             if isinstance(part, FollowsTemperature):
                 part.set_temperature(sampling.temperature)
+        decoder, residency = self._provide_decoder(max_length), self._provide_residency(max_length)
+        if self._sparse is not None:
+            if not isinstance(decoder, FusedDecoder):
+                raise PreflightError(
+                    f"{type(self._model).__name__} decodes through its own module, which attends to everything; set"
+                    " sparse.mode=off"
+                )
+            self._sparse.attach(
+                self._cache, num_texts=len(residency.texts.lengths), table_width=residency.rows.block_tables.shape[1]
+            )
         return ResidentCycles(
-            self._provide_decoder(max_length),
+            decoder,
             self._cache,
             scheduler,
             sampling,
-            residency=self._provide_residency(max_length),
+            residency=residency,
             graphs=self._graphs,
             chooser=self._chooser,
             tally=self._tally,
             block_size=block_size,
+            sparse=self._sparse,
         )
 
     def _provide_decoder(self, max_length: int) -> Decoder:
@@ -413,7 +430,7 @@ class NativeEngine:
             )
         if self._cache is not None and self._pool.num_blocks == self._kv_blocks:
             return
-        self._cache = None  # before the new one is allocated beside it
+        self._forget_cache()  # before the new one is allocated beside it
         if self._pool.num_blocks != self._kv_blocks:
             self._residency = None
         self._graphs.clear()
@@ -433,8 +450,16 @@ class NativeEngine:
             ) from error
         self._pool = BlockPool(self._kv_blocks, block_size)
 
+    def _forget_cache(self) -> None:
+        self._cache = None
+        if self._sparse is not None:
+            self._sparse.release()
+
     def _bytes_per_block(self) -> int:
-        return bytes_per_block(self._model.config, self._config.block_size, self._model.dtype)
+        """Of the cache, and of what sparse attention keeps beside it."""
+        share = self._sparse.selector.share_of_cache if self._sparse else 0.0
+        num_bytes = bytes_per_block(self._model.config, self._config.block_size, self._model.dtype)
+        return num_bytes + ceil(share * num_bytes)
 
     def _affordable_blocks(self) -> int:
         """Blocks that the device's memory has room for beside everything else; every rank's, of a shared policy."""

@@ -12,19 +12,20 @@ import numpy as np
 import torch
 
 from configs.errors import DivergedError
+from drafter.selfdraft import DraftsAsPolicy
 from drafter.types import CycleFeatures, FeatureReader, Strategy
-from kernels.attention import paged_sequences
 from kernels.cache import compact
 from kernels.cycle import RUNNING, commit, prepare
-from kernels.sample import sample
 from rollout.activity import Tally
 from rollout.decoder import Decoder
+from rollout.forward import RowForward
 from rollout.graphs import GraphPool, bucket
 from rollout.model import PagedCache
 from rollout.residency import Residency
 from rollout.runner import NOT_FINITE, group_by_length, pack
 from rollout.scheduler import Scheduler, Work
 from rollout.sequence import Sequence
+from rollout.sparse import SparseAttention, SparsePolicy
 from rollout.strategy import Chooser, CycleReport
 from rollout.types import Sampling
 
@@ -79,6 +80,7 @@ class ResidentCycles:
         chooser: Chooser,
         tally: Tally,
         block_size: int,
+        sparse: SparseAttention | None = None,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
@@ -91,8 +93,10 @@ class ResidentCycles:
         self._block_size = block_size
         self._device = cache.storage.device
         self._stop = frozenset(sampling.stop_token_ids)
-        self._stop_ids = residency.stop_ids(sampling.stop_token_ids)
-        self._transform = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        self._sparse = sparse
+        self._forward = RowForward(decoder, cache, sampling, residency=residency, block_size=block_size)
+        if sparse is not None and isinstance(residency.drafter, DraftsAsPolicy):
+            residency.drafter.lend(SparsePolicy(self._forward, sparse))
         self._launched: Launched | None = None
         self._last_done: torch.cuda.Event | float | None = None  # None where something else ran since
 
@@ -123,6 +127,8 @@ class ResidentCycles:
             if work.sequence.num_uncached == 1 and self._scheduler.holds(work.sequence, ahead)
         ]
         self._residency.enter(ready)
+        if self._sparse is not None and ready:
+            self._sparse.begin(self._residency.row_texts()[-len(ready) :].tolist())
         self._residency.upload_blocks()
         self._launched = self._launch(strategy, version) if self._residency.sequences else None
         prefilling = [work for work in coming if work.sequence.num_uncached > 1]
@@ -174,12 +180,12 @@ class ResidentCycles:
             drafter, drafts = residency.drafter, residency.drafts(num_rows, num_nodes)
             assert drafter is not None
             capture_s += self._graphs.run(
-                ("draft", strategy, num_rows),
+                ("draft", strategy, num_rows, *(self._forward.identity if strategy.source == "sparse" else ())),
                 lambda: drafter.propose(residency.texts, residency.rows, strategy, drafts),
             )
         device_results = residency.results(num_rows, num_nodes)
         capture_s += self._graphs.run(
-            ("target", num_rows, num_nodes, self._transform, self._sampling.stop_token_ids),
+            ("target", num_rows, num_nodes, *self._forward.identity),
             lambda: self._target(num_rows, num_nodes, device_results),
         )
         results = residency.host_results(num_rows, num_nodes)
@@ -204,56 +210,39 @@ class ResidentCycles:
         texts, rows = residency.texts, residency.rows
         drafts = residency.drafts(num_rows, num_nodes) if num_nodes else None
         inputs = prepare(texts, rows, drafts, num_rows=num_rows, block_size=size, dummy_slot=cache.dummy_slot)
-        # a captured forward must be right for any context; an eager one on a CPU is dearer the wider it looks
-        on_cpu = self._device.type == "cpu"
-        seqs = paged_sequences(
-            cu_seqlens_q=residency.cu_seqlens(num_rows, 1 + num_nodes),
-            max_seqlen_q=1 + num_nodes,
-            context_lens=inputs.context_lens,
-            max_context=int(inputs.context_lens.max()) if on_cpu else residency.max_length,
-            block_tables=rows.block_tables[:num_rows],
-            slots=inputs.slots,
-            block_size=size,
-            positions=inputs.positions,
-            ancestors=inputs.ancestors if num_nodes else None,
-            num_drafted=inputs.num_drafted if num_nodes else None,
-        )
-        reader = residency.reader
-        hidden, aux = self._decoder.forward_with_aux(
-            inputs.token_ids, inputs.positions, seqs, cache, reader.aux_layers if reader else ()
-        )
-        temperature, top_k, top_p, min_p = self._transform
-        token_ids, logprobs = sample(
-            self._decoder.logits(hidden),
-            inputs.keys,
-            inputs.sample_positions,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
+        reader, sparse = residency.reader, self._sparse
+        drawn = self._forward(
+            rows,
+            inputs,
+            num_rows=num_rows,
+            num_nodes=num_nodes,
+            aux_layers=reader.aux_layers if reader else (),
+            attention=sparse.watch(rows, num_rows) if sparse else None,
         )
         result = commit(
             texts,
             rows,
             drafts,
             inputs,
-            token_ids,
-            logprobs,
+            drawn.token_ids,
+            drawn.logprobs,
             num_rows=num_rows,
             block_size=size,
-            stop_ids=self._stop_ids,
+            stop_ids=self._forward.stop_ids,
             out=results,
         )
         if num_nodes:
             compact(cache.storage, result.src_slots, result.dst_slots)
+        if sparse is not None:
+            sparse.commit(rows, inputs, result.counts, most=1 + num_nodes)
         if reader is not None:
             reader.observe(
                 texts,
                 rows,
                 CycleFeatures(
                     num_rows=num_rows,
-                    aux=aux,
-                    hidden=hidden,
+                    aux=drawn.aux,
+                    hidden=drawn.hidden,
                     counts=result.counts,
                     path=result.path,
                     num_valid=inputs.num_valid,
@@ -268,6 +257,8 @@ class ResidentCycles:
         for group in groups:
             packed = pack([shares[index] for index in group], block_size=self._block_size, device=self._device)
             self._decoder.forward(packed.token_ids, packed.positions, packed.seqs, self._cache)
+            if self._sparse is not None:
+                self._sparse.prefilled(packed.seqs)
         self._last_done = None
         for share in shares:
             self._scheduler.advance(share.sequence, share.sequence.num_cached + share.num_tokens)

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
-from configs.schema import SpecConfig
+from configs.schema import SparseConfig, SpecConfig
 from drafter.types import OFF, Strategy
 from rollout.bandit import BegMabChooser
 from rollout.goodput import GoodputChooser
 
+NOT_SPARSE = SparseConfig()
 SOURCES: tuple[Literal["suffix", "eagle"], ...] = ("suffix", "eagle")  # of spec.source=auto
 
 
@@ -128,29 +129,31 @@ class BelowChooser:
         return {**self._inner.summary(), "below": self._below, "cycles_above": self._cycles_above}
 
 
-def configured(spec: SpecConfig) -> tuple[Strategy, ...]:
+def configured(spec: SpecConfig, sparse: SparseConfig = NOT_SPARSE) -> tuple[Strategy, ...]:
     """The strategy of each source that uses all the config allows; off alone where there is none.
 
-    A chain has one node a level: it verifies at most depth.
+    A chain has one node a level: it verifies at most depth. The policy under sparse attention drafts chains.
     """
-    if spec.source == "off":
-        return (OFF,)
-    sources = SOURCES if spec.source == "auto" else (spec.source,)
-    num_verify = min(spec.num_verify, spec.depth) if spec.top_k == 1 else spec.num_verify
-    depth = min(spec.depth, num_verify)
-    return tuple(Strategy(source, depth, spec.top_k, num_verify) for source in sources)
+    strategies: list[Strategy] = []
+    if spec.source != "off":
+        sources = SOURCES if spec.source == "auto" else (spec.source,)
+        num_verify = min(spec.num_verify, spec.depth) if spec.top_k == 1 else spec.num_verify
+        depth = min(spec.depth, num_verify)
+        strategies += [Strategy(source, depth, spec.top_k, num_verify) for source in sources]
+    if sparse.mode == "draft":
+        strategies.append(Strategy("sparse", sparse.depth, 1, sparse.depth))
+    return tuple(strategies) or (OFF,)
 
 
-def arms(spec: SpecConfig) -> tuple[Strategy, ...]:
+def arms(spec: SpecConfig, sparse: SparseConfig = NOT_SPARSE) -> tuple[Strategy, ...]:
     """What a chooser may choose from: off, and by source the configured strategy after two shorter ones at most.
 
     A shorter one verifies the largest 2^k - 1 drafted tokens that are at most half of the next one's, so that a row
     forwards 2^k with the pending one; it is no deeper than that many tokens. spec.num_verify 15 gives 0, 3, 7, 15;
     6 gives 0, 1, 3, 6. Four widths at most: each costs a set of CUDA graphs, which sources share.
     """
-    if spec.source == "off":
-        return (OFF,)
-    return (OFF, *(arm for strategy in configured(spec) for arm in _shorter(strategy)))
+    found = configured(spec, sparse)
+    return (OFF,) if found == (OFF,) else (OFF, *(arm for strategy in found for arm in _shorter(strategy)))
 
 
 def _shorter(strategy: Strategy) -> list[Strategy]:
@@ -163,23 +166,23 @@ def _shorter(strategy: Strategy) -> list[Strategy]:
     return found
 
 
-def make_chooser(spec: SpecConfig, *, device: str, seed: int) -> Chooser:
+def make_chooser(spec: SpecConfig, *, device: str, seed: int, sparse: SparseConfig = NOT_SPARSE) -> Chooser:
     """The chooser that spec.choice names, below spec.below sequences.
 
     "auto" measures on a GPU. On a CPU it is fixed, so that equal inputs give equal batches and a resumed run the last
     bit of an uninterrupted one's. seed: of beg_mab's exploration.
     """
-    if spec.source == "off":
+    if configured(spec, sparse) == (OFF,):
         return FixedChooser(OFF)
     choice = spec.choice
     if choice == "auto":
         choice = "goodput" if device.startswith("cuda") else "fixed"
     chooser: Chooser
     if choice == "fixed":
-        chooser = FixedChooser(*configured(spec))
+        chooser = FixedChooser(*configured(spec, sparse))
     elif choice == "beg_mab":
         # with a limit it is TLT's policy: below it something is always drafted
-        chooser = BegMabChooser(arms(spec)[1:] if spec.below else arms(spec), seed=seed)
+        chooser = BegMabChooser(arms(spec, sparse)[1 if spec.below else 0 :], seed=seed)
     else:
-        chooser = GoodputChooser(arms(spec))
+        chooser = GoodputChooser(arms(spec, sparse), sparse_tokens=sparse.budget_tokens)
     return BelowChooser(chooser, below=spec.below) if spec.below else chooser

@@ -90,7 +90,7 @@ def checked_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
         assert int(last.max()) // inputs["block_size"] < table.shape[1], "a padded node's key lies past the table"
         return paged_sequences(**inputs)
 
-    monkeypatch.setattr("rollout.resident.paged_sequences", checked)
+    monkeypatch.setattr("rollout.forward.paged_sequences", checked)
     # rows that begin short and few spare texts, so that both are outgrown
     monkeypatch.setattr("rollout.engine.LENGTH_STEP", 16)
     monkeypatch.setattr("rollout.engine.TEXT_BYTES", 300)

@@ -1,0 +1,212 @@
+"""The selectors by name: those that go by a block's keys or its place, and how all of them are configured."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from configs.errors import ConfigError, PreflightError
+from configs.schema import SparseConfig
+from drafter.gate_checkpoint import read_gates
+from drafter.selfdraft import INNER_DEPTH
+from kernels.attention import PagedSequences
+from kernels.describe import PLANES, Kind, describe, empty_descriptors, most_touched
+from kernels.select import (
+    BlockLists,
+    Choice,
+    bound_scores,
+    choose_blocks,
+    mean_scores,
+    newest_blocks,
+    num_selection_blocks,
+)
+from rollout.gate_selector import GateSelector
+from rollout.model import PagedCache
+from rollout.sparse import Selector, SparseAttention
+from rollout.verified import VerifiedSelector
+
+RESA_BLOCKS = 16  # that ReSA reads in any case
+EVERYTHING = 1 << 20  # blocks: no sequence has as many
+
+
+class DescribedSelector:
+    """Picks by descriptors of the cached keys: Quest's and ReSA's bound ("minmax"), or MoBA's mean key ("mean").
+
+    descriptors: as kernels.describe.empty_descriptors makes them, of the attached cache.
+    Sources: arXiv 2406.10774, 2506.04108, 2502.13189.
+    """
+
+    def __init__(self, kind: Kind, choice: Choice, *, select_block: int) -> None:
+        self.kind = kind
+        self.choice = choice
+        self.select_block = select_block
+        self.share_of_cache = PLANES[kind] / (2 * select_block)
+        self.descriptors = torch.empty(0)
+
+    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
+        """Room for descriptors of this cache."""
+        self.descriptors = empty_descriptors(self.kind, cache.storage, select_block=self.select_block)
+
+    def release(self) -> None:
+        """Keep no descriptors."""
+        self.descriptors = torch.empty(0)
+
+    def describe(
+        self, storage: torch.Tensor, *, block_tables: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
+    ) -> None:
+        """Describe the blocks that these keys touch."""
+        describe(
+            self.kind,
+            storage,
+            self.descriptors,
+            block_tables=block_tables,
+            begins=begins,
+            ends=ends,
+            max_tokens=most,
+        )
+
+    def scores(self, layer: int, query: torch.Tensor, seqs: PagedSequences) -> torch.Tensor:
+        """Of each block, [B, Hkv, NB] float32."""
+        score = bound_scores if self.kind == "minmax" else mean_scores
+        return score(query, self.descriptors[layer], seqs)
+
+    def select(
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
+    ) -> BlockLists:
+        """The blocks of the highest scores."""
+        return choose_blocks(self.scores(layer, query, seqs), seqs, self.choice, select_block=self.select_block)
+
+
+class NewestSelector:
+    """Picks sinks and the newest blocks, whatever is asked for: StreamingLLM (arXiv 2309.17453)."""
+
+    share_of_cache = 0.0
+
+    def __init__(self, choice: Choice, *, select_block: int) -> None:
+        self.select_block = select_block
+        self._choice = choice
+        self._num_kv_heads = 0
+
+    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
+        """Nothing is kept of what is cached."""
+        self._num_kv_heads = cache.storage.shape[4]
+
+    def release(self) -> None:
+        """Nothing was kept."""
+
+    def describe(
+        self, storage: torch.Tensor, *, block_tables: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
+    ) -> None:
+        """Places are known."""
+
+    def select(
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
+    ) -> BlockLists:
+        """The newest blocks."""
+        return newest_blocks(seqs, self._choice, num_kv_heads=self._num_kv_heads, select_block=self.select_block)
+
+
+class HeadsSelector:
+    """Reads everything for retrieval heads, and sinks and the newest blocks for the others: DuoAttention.
+
+    retrieval [layers, Hkv] bool. choice: of the others. Source: arXiv 2410.10819.
+    """
+
+    share_of_cache = 0.0
+
+    def __init__(self, retrieval: torch.Tensor, choice: Choice, *, select_block: int) -> None:
+        self.select_block = select_block
+        newest = max(0, choice.budget_blocks - choice.sinks - 1)
+        self._choice = replace(
+            choice, max_blocks=EVERYTHING, budget_blocks=EVERYTHING, min_blocks=0, recent=newest, threshold=0.5
+        )
+        # a retrieval head's blocks pass the threshold, the others' only where they are always read
+        self._scores = retrieval.float()[:, None, :, None]
+
+    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
+        """Nothing is kept."""
+        self._scores = self._scores.to(cache.storage.device)
+
+    def release(self) -> None:
+        """Nothing was kept."""
+
+    def describe(
+        self, storage: torch.Tensor, *, block_tables: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
+    ) -> None:
+        """Places are known."""
+
+    def select(
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
+    ) -> BlockLists:
+        """All blocks, or the newest, by head."""
+        num_blocks = num_selection_blocks(seqs, self.select_block)
+        scores = self._scores[layer].expand(len(text), -1, num_blocks)
+        return choose_blocks(scores, seqs, self._choice, select_block=self.select_block)
+
+
+def make_sparse(config: SparseConfig, policy: PreTrainedModel) -> SparseAttention:
+    """A policy's sparse attention as its config has it. Raises ConfigError, PreflightError."""
+    num_layers = policy.config.get_text_config().num_hidden_layers
+    if misnamed := [layer for layer in config.dense if layer >= num_layers]:
+        raise ConfigError(f"sparse.dense={misnamed[0]}: the policy's layers are 0 to {num_layers - 1}")
+    return SparseAttention(_selector(config, policy), dense={*range(config.dense_layers), *config.dense})
+
+
+def choice_of(config: SparseConfig) -> Choice:
+    """How many blocks are read, and which in any case."""
+    block = config.block_tokens
+    budget = max(1, config.budget_tokens // block)
+    recent = -(-config.window // block)
+    return Choice(
+        # a forward of a few drafted tokens touches more than its budget may be
+        max_blocks=max(budget, config.sinks + recent + most_touched(1 + INNER_DEPTH, block)),
+        budget_blocks=budget,
+        threshold=config.threshold or None,
+        share=config.budget_share,
+        sinks=config.sinks,
+        recent=recent,
+        min_blocks=min(RESA_BLOCKS, budget) if config.selector == "resa" else 0,
+    )
+
+
+def _selector(config: SparseConfig, policy: PreTrainedModel) -> Selector:
+    choice, block = choice_of(config), config.block_tokens
+    match config.selector:
+        case "quest" | "resa":
+            return DescribedSelector("minmax", choice, select_block=block)
+        case "mean":
+            return DescribedSelector("mean", choice, select_block=block)
+        case "streaming":
+            return NewestSelector(choice, select_block=block)
+        case "verified":
+            return VerifiedSelector(choice, select_block=block)
+        case "duo":
+            heads = retrieval_heads(Path(config.gate).expanduser(), policy, above=config.threshold or 0.5)
+            return HeadsSelector(heads, choice, select_block=block)
+        case "gate":
+            gates = read_gates(Path(config.gate).expanduser(), policy.config).to(policy.device, policy.dtype)
+            if gates.config.select_block != block:
+                raise ConfigError(
+                    f"sparse.gate={config.gate} scores blocks of {gates.config.select_block} tokens, not of {block};"
+                    f" set sparse.select_block={gates.config.select_block}"
+                )
+            return GateSelector(gates.requires_grad_(False), choice)
+
+
+def retrieval_heads(path: Path, policy: PreTrainedModel, *, above: float) -> torch.Tensor:
+    """The key heads that must see everything, [layers, Hkv] bool, by a file as DuoAttention publishes it.
+
+    Lines of layers, values of heads between tabs. Raises PreflightError for another file.
+    """
+    text = policy.config.get_text_config()
+    shape = (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    try:
+        values = [
+            [float(value) for value in line.split("\t")] for line in path.read_text().splitlines() if line.strip()
+        ]
+    except (OSError, ValueError) as error:
+        raise PreflightError(f"sparse.gate={path} is no full_attention_heads.tsv: {error}") from error
+    if [len(values), *{len(line) for line in values}] != [*shape]:
+        raise PreflightError(f"sparse.gate={path} is not of {shape[0]} layers of {shape[1]} key heads")
+    return torch.tensor(values) > above

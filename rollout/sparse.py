@@ -1,0 +1,178 @@
+"""Attention to the blocks of the KV cache that are worth reading: who picks them, and forwards that attend so.
+
+What a selector knows of the cached keys (descriptors of their blocks, what was attended to) lies beside the cache. It
+is updated when tokens are committed, from committed keys alone: a draft that was rejected leaves no trace in it.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from drafter.types import Rows
+from kernels.attention import PagedSequences
+from kernels.cycle import CycleInputs
+from kernels.select import BlockLists
+from kernels.sparse_attention import sparse_attention
+from rollout.forward import Drawn, RowForward
+from rollout.fused import LayerAttention
+from rollout.model import PagedCache
+
+
+class Selector(Protocol):
+    """Picks the selection blocks that sequences' new tokens read, layer by layer (rollout/selectors.py).
+
+    select_block: tokens in one, which divides the cache's block size. share_of_cache: what it keeps of each block,
+    relative to the bytes of the block's keys and values.
+    """
+
+    select_block: int
+    share_of_cache: float
+
+    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
+        """Select from this cache from now on, for so many texts of at most table_width blocks: nothing is cached."""
+
+    def release(self) -> None:
+        """The cache is gone: keep nothing beside it."""
+
+    def describe(
+        self, storage: torch.Tensor, *, block_tables: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
+    ) -> None:
+        """Keys of token indices [begin, end) were committed, at most `most` a row: know the blocks they touch anew.
+
+        Captured in CUDA graphs: no host synchronisation. Shapes: as in kernels.describe.describe.
+        """
+
+    def select(
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
+    ) -> BlockLists:
+        """The blocks to read. query [T, Hq, D] after rotary embedding; positions [T] int64; text [B] int64.
+
+        Captured in CUDA graphs: no host synchronisation.
+        """
+
+
+@runtime_checkable
+class WatchingSelector(Protocol):
+    """A selector that goes by what dense forwards attend to."""
+
+    def begin(self, texts: Sequence[int]) -> None:
+        """Sequences start to write these texts: nothing is known of what they attend to."""
+
+    def watch(self, text: torch.Tensor) -> LayerAttention:
+        """Dense attention of the rows that write these texts, [B] int64, which keeps what the selector goes by."""
+
+
+class SparseAttention:
+    """A policy's sparse attention: its selector, the layers that attend densely in any case, and one cache at a time.
+
+    dense: those layers. What a forward under it writes to the cache is approximate, as is what it computes.
+    """
+
+    def __init__(self, selector: Selector, *, dense: Collection[int] = ()) -> None:
+        self.selector = selector
+        self.dense = frozenset(dense)
+        self._attached: tuple[PagedCache, int, int] | None = None
+
+    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
+        """Attend to this cache from now on; where it is the present one, what is known of it stays known."""
+        attached = (cache, num_texts, table_width)
+        if self._attached is None or self._attached[0] is not cache or self._attached[1:] != attached[1:]:
+            self.release()  # before more is allocated
+            # written in inference mode and outside of it
+            with torch.inference_mode(False):
+                self.selector.attach(cache, num_texts=num_texts, table_width=table_width)
+            self._attached = attached
+
+    def release(self) -> None:
+        """Keep nothing: the cache is gone."""
+        self._attached = None
+        self.selector.release()
+
+    def begin(self, texts: Sequence[int]) -> None:
+        """Sequences start to write these texts."""
+        if texts and isinstance(self.selector, WatchingSelector):
+            self.selector.begin(texts)
+
+    def forward(self, rows: Rows, num_rows: int) -> LayerAttention:
+        """The attention of a forward of the first rows."""
+        return _Selected(self.selector, self.dense, rows.text[:num_rows].long())
+
+    def watch(self, rows: Rows, num_rows: int) -> LayerAttention | None:
+        """What a dense forward of the first rows attends with for the selector's sake; None: as it does anyway."""
+        if not isinstance(self.selector, WatchingSelector):
+            return None
+        return self.selector.watch(rows.text[:num_rows].long())
+
+    def commit(self, rows: Rows, inputs: CycleInputs, counts: torch.Tensor, *, most: int) -> None:
+        """Each row committed so many tokens of a dense cycle, whose keys are at their places: they are known now.
+
+        counts [B] int32, at most `most`. The last of them is pending: its key is not cached.
+        """
+        assert self._attached is not None
+        begins = inputs.context_lens
+        tables = rows.block_tables[: len(counts)]
+        self.selector.describe(
+            self._attached[0].storage, block_tables=tables, begins=begins, ends=begins + counts, most=most
+        )
+
+    def prefilled(self, seqs: PagedSequences) -> None:
+        """The new tokens of a dense forward are cached: they are known now. seqs: of that forward, without drafts."""
+        assert self._attached is not None and seqs.num_drafted is None
+        begins = seqs.context_lens
+        self.selector.describe(
+            self._attached[0].storage,
+            block_tables=seqs.block_tables,
+            begins=begins,
+            ends=begins + seqs.cu_seqlens_q.diff(),
+            most=seqs.max_seqlen_q,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """Attention of one forward to what a selector picks: rollout.fused.LayerAttention."""
+
+    selector: Selector
+    dense: frozenset[int]
+    text: torch.Tensor
+
+    def takes(self, layer: int) -> bool:
+        """Whether a layer attends so."""
+        return layer not in self.dense
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        positions: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        seqs: PagedSequences,
+        *,
+        scale: float,
+    ) -> torch.Tensor:
+        """Over the blocks that are picked."""
+        lists = self.selector.select(layer, query, positions, seqs, self.text)
+        return sparse_attention(query, key_cache, value_cache, seqs, lists, scale=scale)
+
+
+class SparsePolicy:
+    """The policy under sparse attention, as drafter.selfdraft.SelfDrafter is lent it."""
+
+    def __init__(self, forward: RowForward, sparse: SparseAttention) -> None:
+        self.block_size = forward.block_size
+        self.dummy_slot = forward.cache.dummy_slot
+        self.stop_ids = forward.stop_ids
+        self._forward = forward
+        self._sparse = sparse
+
+    def draw(
+        self, rows: Rows, inputs: CycleInputs, *, num_rows: int, num_nodes: int, aux_layers: Sequence[int]
+    ) -> Drawn:
+        """As RowForward, under the selector."""
+        attention = self._sparse.forward(rows, num_rows)
+        return self._forward(
+            rows, inputs, num_rows=num_rows, num_nodes=num_nodes, aux_layers=aux_layers, attention=attention
+        )
