@@ -21,19 +21,33 @@ from configs import faults
 from drafter.learner import Learner
 from drafter.publish import Judgement
 from drafter.report import DrafterReport, LearnStats, Replica, Standing
-from launch.noted import noting
+from launch.noted import noting, one_line
 from launch.pace import Key
 from launch.pulse import GROUP, Life, life
 from rl.reference import by_rollout, responses
 from rl.trainer import DeepSpeedTrainer
 from rl.types import Batch, StepStats
+from rollout.collectives import listening_store
 from rollout.engine import NativeEngine
+from rollout.team import Call, Leader, follow
 from rollout.transfer import Link, ReceivedWeights, Transfer, send
 from rollout.types import Activity, Engine, Partial, Prompt, Rollout, Sampling
 
 # What a worker is made of. Without a trainer it only samples, without an engine it only trains; without a learner there
 # is no drafter to train.
 Parts = tuple[Engine | None, DeepSpeedTrainer | None, Learner | None]
+
+
+class Summons:
+    """Calls the other ranks of a team to what its first one does."""
+
+    def __init__(self, followers: Sequence[Any]) -> None:
+        self.followers = followers
+
+    def __call__(self, call: Call) -> None:
+        """Worker.follow on all of them."""
+        for follower in self.followers:
+            follower.follow.remote(call)
 
 
 @noting
@@ -55,11 +69,12 @@ class Worker:
         self.away_from = 0  # the last turn of learning that is over
         self.receiver: ReceivedWeights | None = None
         self.link: Link | None = None  # to those that weights are sent to, or come from
+        self.failed = ""
 
     @ray.method(concurrency_group=GROUP)
     def alive(self) -> Life:
         """Who this is; answered by a thread of its own, whatever the other is at."""
-        return life()
+        return life(self.failed)
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port: where the ranks of rank 0's group meet."""
@@ -73,7 +88,7 @@ class Worker:
         faults.hit("worker.build")
         engine, trainer, learner = make()
         if engine is not None:
-            assert isinstance(engine, NativeEngine)  # configs.check lets no other engine run under Ray
+            assert isinstance(engine, NativeEngine | Leader)  # configs.check lets no other engine run under Ray
             self.engine = engine
             self.receiver = engine.weights if isinstance(engine.weights, ReceivedWeights) else None
         if trainer is not None:
@@ -90,6 +105,16 @@ class Worker:
         async with self.generating, aclosing(stream) as rollouts:
             async for rollout in rollouts:
                 yield rollout
+
+    async def follow(self, call: Call) -> None:
+        """Take part in a call of the team's first rank, which waits for nobody's answer: the pulse tells of errors."""
+        assert isinstance(self.engine, NativeEngine)
+        try:
+            async with self.generating:
+                await follow(self.engine, call)
+        except Exception as error:
+            self.failed = one_line(error)
+            raise
 
     def surrender(self, count: int) -> list[Partial]:
         """NativeEngine.surrender, between two cycles."""
@@ -145,10 +170,8 @@ class Worker:
     def listen(self) -> tuple[str, int]:
         """Where those that the first trainer sends to meet it."""
         host = ray.util.get_node_ip_address()
-        listener = socket.create_server((host, 0))  # torch's own would listen to every network
-        port = listener.getsockname()[1]
-        self.store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
-        return host, port
+        self.store = listening_store(host)
+        return host, self.store.port
 
     def join(self, meet: tuple[str, int], rank: int, world: int, device: str, timeout_s: float) -> None:
         """Become one of the group that weights are sent in; rank 0 sends."""
@@ -170,10 +193,11 @@ class Worker:
             self.link = None  # engines that wait for more hear so now
             raise
 
-    def receive(self, version: int, bucket_bytes: int) -> Transfer:
+    async def receive(self, version: int, bucket_bytes: int) -> Transfer:
         """ReceivedWeights.receive, between two generates."""
-        assert self.link is not None and self.receiver is not None and not self.engine.is_generating
-        return self.receiver.receive(self.link, version, bucket_bytes=bucket_bytes)
+        async with self.generating:  # one that follows may end a little later than the one that is followed
+            assert self.link is not None and self.receiver is not None
+            return self.receiver.receive(self.link, version, bucket_bytes=bucket_bytes)
 
     def begin_learning(self, counts: torch.Tensor) -> None:
         """Learner.begin."""

@@ -4,6 +4,7 @@ A worker that is lost takes no part any more: the engine does without it, as lau
 cannot.
 """
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from drafter.report import LearnStats
 from launch.fleet import Fleet, WorkerLostError, silent
 from launch.noted import earliest, note, one_line, waiting_for
 from launch.pace import Key
-from launch.pulse import silence, who
+from launch.pulse import ASK_S, death, first_gone, silence, who
 from launch.shift import sample
 from rl.types import Batch, StepStats
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling
@@ -48,7 +49,8 @@ class RayMember:
             ended = True
         except ray.exceptions.RayError as error:
             ended = True
-            raise first_cause(error) from error
+            cause = first_cause(error)
+            raise (await self._torn(cause) if is_collective(cause) else cause) from error
         finally:
             if not ended:
                 ray.cancel(refs)
@@ -81,6 +83,17 @@ class RayMember:
     async def call_away(self, turn: int) -> None:
         """As Member says."""
         await self._call("call_away", turn)
+
+    async def _torn(self, cause: Exception) -> Exception:
+        """What is said of a team whose first rank lost another: who is gone, once that is known."""
+        deadline_s = time.monotonic() + GRACE_S
+        while time.monotonic() < deadline_s:
+            await asyncio.sleep(ASK_S)
+            try:
+                await self.handle.alive.remote()
+            except ray.exceptions.RayError as error:
+                return first_cause(error)
+        return WorkerLostError(f"the ranks of a team lost touch ({one_line(cause)}); resume the run")
 
     async def _call(self, method: str, *args: Any) -> Any:
         try:
@@ -261,13 +274,9 @@ def get(refs: Any) -> Any:
 
 def lost(error: Any) -> WorkerLostError:
     """What is said of an actor that is gone."""
-    name, life = who(error.actor_id)
-    if isinstance(error, ray.exceptions.ActorUnavailableError):
-        said = "cannot be reached"
-    else:
-        reason = str(error).strip().splitlines()[-1].partition(" Worker exit type")[0].rstrip(".")
-        said = f"died ({reason}); it may have run out of memory"
-    said = silence(error.actor_id) or said
+    first = first_gone(error.actor_id)
+    name, life = who(first)
+    said = silence(first) or death(error)
     gone = WorkerLostError(f"{name} (process {life.pid} on {life.host}) {said}; resume the run")
     note(gone, process=name, host=life.host, pid=life.pid)
     waiting_for(gone, name)

@@ -32,7 +32,8 @@ class Trained(Protocol):
 class Delivery:
     """Sends what the trainers have to every engine alive, once for every change.
 
-    trainers, engines: worker actors on this kind of device. fleet: of the engines. bucket_bytes: that travel at a time.
+    trainers, engines: worker actors on this kind of device. fleet: of the engines, or of teams of them, one after the
+    other. bucket_bytes: that travel at a time.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Delivery:
         self._device = device
         self._bucket_bytes = bucket_bytes
         self._sent = trained.changes
-        self._linked: list[int] = []  # engines of the present group
+        self._linked: list[int] = []  # members of the fleet whose engines are in the present group
         self.last: Transfer | None = None
 
     def bring(self, version: int) -> int:
@@ -83,16 +84,18 @@ class Delivery:
         """Join the first trainer and these engines into a group. Raises PreflightError where their policies differ."""
         first = self._trainers[0]
         (own,) = gather({0: first.layout.remote()}, "layout", limit_s=BUCKET_S)
-        for number, other in self._answers({n: self._engines[n].layout.remote() for n in alive}, "layout").items():
+        engines = self._engines_of(alive)
+        layouts = {number: engine.layout.remote() for number, engine in engines.items()}
+        for number, other in self._answers(layouts, "layout").items():
             if other != own:
-                name = f"worker {self._fleet.number(number)}"
+                name = f"worker {self._fleet.first + number}"
                 raise PreflightError(f"{name} has other parameters than the trainers; load the same model")
         (meet,) = gather({0: first.listen.remote()}, "listen", limit_s=BUCKET_S)
-        world = len(alive) + 1
+        world = len(engines) + 1
         joining = first.join.remote(meet, 0, world, self._device, BUCKET_S)
         refs = {
-            n: self._engines[n].join.remote(meet, rank, world, self._device, BUCKET_S)
-            for rank, n in enumerate(alive, 1)
+            number: engine.join.remote(meet, rank, world, self._device, BUCKET_S)
+            for rank, (number, engine) in enumerate(engines.items(), 1)
         }
         self._answers(refs, "join")
         gather({0: joining}, "join", limit_s=BUCKET_S)
@@ -100,7 +103,8 @@ class Delivery:
 
     def _transfer(self, version: int) -> Transfer:
         sending = {rank: each.send.remote(version, self._bucket_bytes) for rank, each in enumerate(self._trainers)}
-        receiving = {n: self._engines[n].receive.remote(version, self._bucket_bytes) for n in self._linked}
+        engines = self._engines_of(self._linked)
+        receiving = {number: each.receive.remote(version, self._bucket_bytes) for number, each in engines.items()}
         lost = set(self._fleet.lost)
         try:
             self._answers(receiving, "receive", limit_s=TRANSFER_S)
@@ -111,6 +115,11 @@ class Delivery:
         sent: Transfer = gather(sending, "send", limit_s=BUCKET_S)[0]
         return sent
 
+    def _engines_of(self, members: Sequence[int]) -> dict[int, Any]:
+        """The engines of these members of the fleet, by their numbers among all engines."""
+        size = self._fleet.team
+        return {n: self._engines[n] for member in members for n in range(member * size, (member + 1) * size)}
+
     def _answers(self, refs: Mapping[int, Any], method: str, *, limit_s: float = 2 * BUCKET_S) -> dict[int, Any]:
         """Every engine's answer. Raises the first error once all have ended; those that are lost are, then."""
         deadline_s = time.monotonic() + limit_s
@@ -119,10 +128,10 @@ class Delivery:
         for number, ref in refs.items():
             try:
                 if not ray.wait([ref], timeout=max(0.0, deadline_s - time.monotonic()))[0]:
-                    raise silent([self._fleet.number(number)], method, limit_s)
+                    raise silent([self._fleet.first + number], method, limit_s)
                 answers[number] = get(ref)
             except WorkerLostError as error:
-                self._fleet.lose(number, error)
+                self._fleet.lose(number // self._fleet.team, error)
                 errors.insert(0, error)
             except PacelineError as error:
                 errors.append(error)

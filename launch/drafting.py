@@ -18,8 +18,10 @@ from drafter.learner import Learner
 from drafter.memory import drafter_bytes
 from drafter.ngram import NgramDrafter
 from drafter.rings import FeatureRings
+from drafter.selfdraft import SelfDrafter
 from drafter.suffix import SuffixDrafter
 from drafter.types import Drafter, FeatureReader, ResidentDrafter
+from rollout.collectives import ranks_of
 from rollout.strategy import Chooser
 
 
@@ -51,16 +53,47 @@ class Announced:
 
 
 def make_drafting(config: Config, policy: PreTrainedModel, chooser: Chooser) -> Drafting:
-    """The drafting that spec.source names, on the policy's device; its parameters must have found their place.
+    """The drafting that spec.source and sparse.mode name, on the policy's device; its parameters must have found their
+    place.
 
     chooser: of the engine that will draft so. Raises ConfigError, PreflightError.
     """
-    match config.spec.source:
-        case "off":
-            return Drafting(None)
-        case "suffix":
-            hosted = policy.device.type == "cpu"
-            return Drafting((SuffixDrafter if hosted else NgramDrafter)(min_match=config.spec.min_match))
+    if config.spec.source in ("eagle", "auto"):
+        return _with_head(config, policy, chooser)
+    drafts_itself = config.sparse.mode == "draft"
+    if config.spec.source == "off" and not drafts_itself:
+        return Drafting(None)
+    # cycles are resident wherever attention may be sparse
+    on_cpu = policy.device.type == "cpu" and ranks_of(policy) is None
+    if on_cpu and config.sparse.mode == "off":
+        return Drafting(SuffixDrafter(min_match=config.spec.min_match))
+    quoting = config.spec.source == "suffix" or (drafts_itself and config.sparse.inner == "suffix")
+    suffix = NgramDrafter(min_match=config.spec.min_match) if quoting else None
+    return Drafting(_combined(config, suffix, eagle=None, rings=None))
+
+
+def _combined(
+    config: Config, suffix: NgramDrafter | None, eagle: EagleDrafter | None, rings: FeatureRings | None
+) -> ResidentDrafter:
+    """Those there are, and the policy itself where it drafts, sped up by one of them where it is."""
+    drafters: dict[str, ResidentDrafter] = {}
+    if suffix is not None:
+        drafters["suffix"] = suffix
+    if eagle is not None:
+        drafters["eagle"] = eagle
+    if config.sparse.mode == "draft":
+        match config.sparse.inner:
+            case "off":
+                drafters["sparse"] = SelfDrafter()
+            case "suffix":
+                drafters["sparse"] = SelfDrafter(suffix, source="suffix")
+            case "eagle":
+                drafters["sparse"] = SelfDrafter(eagle, source="eagle", reader=rings)
+    return CombinedDrafter(drafters) if len(drafters) > 1 else next(iter(drafters.values()))
+
+
+def _with_head(config: Config, policy: PreTrainedModel, chooser: Chooser) -> Drafting:
+    """Drafting with a learned head, made or read."""
     options = config.drafter
     start = starting_head(config, policy.config)
     needed = drafter_bytes(
@@ -108,10 +141,9 @@ def _learned(config: Config, policy: PreTrainedModel, chooser: Chooser, head: Ea
         config=options,
         dtype=policy.dtype,
     )
-    drafter: ResidentDrafter = eagle
-    if config.spec.source == "auto":
-        drafter = CombinedDrafter({"suffix": NgramDrafter(min_match=config.spec.min_match), "eagle": eagle})
-    return Drafting(drafter, rings, learner)
+    quoting = config.spec.source == "auto" or (config.sparse.mode == "draft" and config.sparse.inner == "suffix")
+    suffix = NgramDrafter(min_match=config.spec.min_match) if quoting else None
+    return Drafting(_combined(config, suffix, eagle, rings), rings, learner)
 
 
 def starting_head(config: Config, model_config: PretrainedConfig) -> EagleHead:

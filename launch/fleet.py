@@ -67,14 +67,22 @@ class Fleet:
 
     slots: sequences a worker runs at a time. learns: whether workers have a drafter to train. decide: what an idle
     worker does; other than launch.idle.decide only to measure it. first: of how many workers, that only train, the
-    run's numbers come before these.
+    run's numbers come before these. team: workers that are one member, which the first of them speaks for.
     """
 
     def __init__(
-        self, members: Sequence[Member], *, slots: int, learns: bool, decide: Decide = decide, first: int = 0
+        self,
+        members: Sequence[Member],
+        *,
+        slots: int,
+        learns: bool,
+        decide: Decide = decide,
+        first: int = 0,
+        team: int = 1,
     ) -> None:
         self.members = members
         self.first = first
+        self.team = team
         self.lost: dict[int, WorkerLostError] = {}
         self.warm: set[int] = set()  # those that have finished a rollout, hence have compiled what sampling takes
         self.pace = Pace(slots=slots)
@@ -106,8 +114,8 @@ class Fleet:
         return replace(activity, spans=tuple(spans))
 
     def number(self, member: int) -> int:
-        """A member's number among all workers of the run, which is what errors call it."""
-        return self.first + member
+        """A member's number among all workers of the run, which is what errors call it; a team's is its first one's."""
+        return self.first + member * self.team
 
     def nobody(self) -> WorkerLostError:
         """What is said where no worker is left."""

@@ -1,5 +1,6 @@
 """What the processes of a run are made of, from its config: trainer, engine and learner, together or apart."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -7,12 +8,17 @@ from transformers import PreTrainedModel
 
 from configs.schema import Config
 from drafter.learner import Learner
+from drafter.types import ResidentDrafter
 from launch.drafting import make_drafting
 from launch.vllm_parts import make_vllm
 from rl.trainer import DeepSpeedTrainer
 from rollout.engine import NativeEngine
 from rollout.model import load_policy
+from rollout.parallel import shard_policy
+from rollout.ranks import shared_engine
+from rollout.selectors import make_sparse
 from rollout.strategy import make_chooser
+from rollout.team import Call, Leader, Seat
 from rollout.transfer import CopiedWeights, ReceivedWeights, Weights
 from rollout.types import Engine
 
@@ -51,6 +57,20 @@ def build_engine(config: Config, path: Path, *, device: str, dtype: str) -> tupl
     return engine, None, learner
 
 
+def build_share(
+    config: Config, path: Path, *, device: str, dtype: str, seat: Seat, summon: Callable[[Call], None]
+) -> tuple[Engine, None, None]:
+    """This rank's share of such a policy, loaded whole before, and an engine over it; rank 0's leads them all."""
+    ranks = seat.take(device)
+    policy = load_policy(path, device=device, dtype=dtype)
+    weights = ReceivedWeights(policy, shard_policy(policy, ranks))
+    chooser = make_chooser(config.spec, device=device, seed=config.run.seed)
+    drafter = make_drafting(config, policy, chooser).drafter
+    assert drafter is None or isinstance(drafter, ResidentDrafter)
+    engine = shared_engine(policy, drafter=drafter, chooser=chooser, rollout=config.rollout, weights=weights)
+    return Leader(engine, summon) if ranks.rank == 0 else engine, None, None
+
+
 def _make_trainer(config: Config, policy: PreTrainedModel, device: str) -> DeepSpeedTrainer:
     return DeepSpeedTrainer(
         policy,
@@ -66,7 +86,7 @@ def _make_engine(
     config: Config, policy: PreTrainedModel, weights: Weights | None
 ) -> tuple[NativeEngine, Learner | None]:
     """The engine over a policy whose parameters have found their place."""
-    chooser = make_chooser(config.spec, device=policy.device.type, seed=config.run.seed)
+    chooser = make_chooser(config.spec, device=policy.device.type, seed=config.run.seed, sparse=config.sparse)
     drafting = make_drafting(config, policy, chooser)
     engine = NativeEngine(
         policy,
@@ -74,6 +94,7 @@ def _make_engine(
         chooser=chooser,
         rollout=config.rollout,
         reader=drafting.reader,
+        sparse=None if config.sparse.mode == "off" else make_sparse(config.sparse, policy),
         weights=weights,
     )
     return engine, drafting.learner

@@ -14,16 +14,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from configs import faults
 from configs.errors import ResourceError
 from configs.schema import Config
-from launch.actors import Parts, Worker
+from launch.actors import Parts, Summons, Worker
 from launch.adapters import RayEngine, RayMember, RayTrainer, gather
 from launch.delivery import Delivery
 from launch.fleet import Fleet
 from launch.idle import Decide, decide
 from launch.joined import join
 from launch.learners import RayLearner
-from launch.parts import build_engine, build_trainer, build_worker
+from launch.parts import build_engine, build_share, build_trainer, build_worker
 from launch.pulse import GROUP, Pulse
 from rl.trainer import DeepSpeedTrainer
+from rollout.team import Seat
 
 PLACEMENT_TIMEOUT_S = 120.0
 SILENCE_S = 60.0  # of workers that write no checkpoint
@@ -83,29 +84,37 @@ def start_actors(
 def _start_separate(config: Config, path: Path, *, device: str, dtype: str, recovery: int) -> Iterator[Over]:
     """Actors that train and actors that sample. With one of the former all end; without one of the latter the others
     sample on."""
-    compute = config.compute
+    compute, team = config.compute, config.rollout.tensor_parallel
     counts = [compute.workers, compute.rollout_workers]
     asked = f"compute.workers={counts[0]} and compute.rollout_workers={counts[1]}"
     train, sample = (partial(each, config, path, device=device, dtype=dtype) for each in (build_trainer, build_engine))
-    with _placed(counts, asked, device=device, silence_s=config.run.silence_s, recovery=recovery) as actors:
-        trainers, engines = actors
-        learns = _build([*((each, train) for each in trainers), *((each, sample) for each in engines)])
+    placed = _placed(counts, asked, device=device, silence_s=config.run.silence_s, recovery=recovery, team=team)
+    with placed as (trainers, engines):
+        making: list[tuple[Any, Callable[[], Parts]]] = [(each, train) for each in trainers]
+        if team == 1:
+            making += [(each, sample) for each in engines]
+        else:
+            share = partial(build_share, config, path, device=device, dtype=dtype)
+            making += _seated(share, engines, team, timeout_s=config.run.collective_s)
+        learns = _build(making)
         all_learn = all(learns[len(trainers) :])
-        members, slots = [RayMember(each) for each in engines], config.rollout.max_running
-        fleet = Fleet(members, slots=slots, learns=all_learn, first=len(trainers))
+        leaders, slots = engines[::team], config.rollout.max_running
+        members = [RayMember(each) for each in leaders]
+        fleet = Fleet(members, slots=slots, learns=all_learn, first=len(trainers), team=team)
         trainer = RayTrainer(trainers, Fleet([], slots=1, learns=False))
         bucket_bytes = compute.bucket_mb << 20
         delivery = Delivery(trainers, engines, fleet, trainer, device=device, bucket_bytes=bucket_bytes)
-        yield RayEngine(engines, fleet, delivery.bring), trainer, RayLearner(engines, fleet) if all_learn else None
+        yield RayEngine(leaders, fleet, delivery.bring), trainer, RayLearner(leaders, fleet) if all_learn else None
 
 
 @contextmanager
 def _placed(
-    counts: Sequence[int], asked: str, *, device: str, silence_s: float, recovery: int
+    counts: Sequence[int], asked: str, *, device: str, silence_s: float, recovery: int, team: int = 1
 ) -> Iterator[list[list[Any]]]:
     """So many actors of each kind, each on a CPU and a GPU of its own, near to one another; stopped at the end.
 
-    asked: by which options, for whoever asked for too many. Raises PreflightError and ResourceError.
+    asked: by which options, for whoever asked for too many. team: so many of the last kind are on one node, and do not
+    outlive one another. Raises PreflightError and ResourceError.
     """
     join(os.environ.get("RAY_ADDRESS", "local"))  # not any other that this machine runs
     bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
@@ -114,10 +123,14 @@ def _placed(
     if "RAY_ADDRESS" not in os.environ and (short := shortage(ray.cluster_resources(), bundle, sum(counts))):
         ray.shutdown()
         raise ResourceError(f"{asked} need {short} on this machine; ask for fewer")
-    group = placement_group([bundle] * sum(counts), strategy="PACK")
+    first = sum(counts[:-1])
+    bundle_of = [*range(first), *(first + number // team for number in range(counts[-1]))]
+    together = {kind: team * size for kind, size in bundle.items()}
+    group = placement_group([bundle] * first + [together] * (counts[-1] // team), strategy="PACK")
     try:
         if not group.wait(PLACEMENT_TIMEOUT_S):  # nodes may still join
-            free = shortage(ray.available_resources(), bundle, sum(counts)) or "nodes with room for one each"
+            lacking = f"nodes with room for {'one each' if team == 1 else f'each {team}'}"
+            free = shortage(ray.available_resources(), bundle, sum(counts)) or lacking
             raise ResourceError(
                 f"{asked} need {free} free in the cluster after {PLACEMENT_TIMEOUT_S:g} s; ask for fewer, or add nodes"
             )
@@ -126,11 +139,13 @@ def _placed(
             kind.options(
                 num_cpus=1,
                 num_gpus=bundle.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place),
             ).remote(number, counts[0], planned, recovery)
-            for number in range(sum(counts))
+            for number, place in enumerate(bundle_of)
         ]
-        pulse = Pulse(actors, silence_s=silence_s)
+        numbers = range(sum(counts))
+        teams = [numbers[start : start + team] for start in range(first, sum(counts), team)] if team > 1 else []
+        pulse = Pulse(actors, silence_s=silence_s, teams=teams)
         yield [actors[sum(counts[:index]) :][:count] for index, count in enumerate(counts)]
     finally:
         if pulse is not None:
@@ -143,6 +158,19 @@ def shortage(has: Mapping[str, float], each: Mapping[str, float], count: int) ->
     """Of what there is too little for so many workers, in words; "" where there is enough of everything."""
     lacking = {kind: count * size for kind, size in each.items() if has.get(kind, 0.0) < count * size}
     return ", ".join(f"{wanted:g} {kind}s and there are {has.get(kind, 0.0):g}" for kind, wanted in lacking.items())
+
+
+def _seated(
+    make: Callable[..., Parts], engines: Sequence[Any], size: int, *, timeout_s: float
+) -> list[tuple[Any, Callable[[], Parts]]]:
+    """Engines in teams of this size, the ranks of each meeting at its first one's."""
+    teams = [engines[start : start + size] for start in range(0, len(engines), size)]
+    asked = {number: team[0].address.remote() for number, team in enumerate(teams)}
+    return [
+        (each, partial(make, seat=Seat(port, rank, size, timeout_s), summon=Summons(team[1:])))
+        for team, (_, port) in zip(teams, gather(asked, "address", limit_s=BUILD_S), strict=True)
+        for rank, each in enumerate(team)
+    ]
 
 
 def _build(made: Sequence[tuple[Any, Callable[[], Parts]]]) -> list[bool]:

@@ -79,6 +79,21 @@ def test_a_policy_that_has_not_changed_is_not_sent() -> None:
     assert engines[1].times("join") == trainer.times("join") == 1  # one group for both
 
 
+def test_every_rank_of_a_team_receives_and_one_that_is_lost_takes_its_team() -> None:
+    trainer, engines = Actor(), [Actor() for _ in range(4)]
+    engines[1].script["receive"] = [WorkerLostError("rank 1 of team 0 died")]
+    engines[3].script["receive"] = [StaleWeightsError("cut short")]
+    fleet = Fleet([None, None], slots=1, learns=False, first=1, team=2)  # type: ignore[list-item]
+    trained = Trained()
+    delivery = Delivery([trainer], engines, fleet, trained, device="cpu", bucket_bytes=64)
+    trained.changes += 1
+    assert delivery.bring(1) == 1000
+    assert list(fleet.lost) == [0] and fleet.number(1) == 3
+    assert [each.times("receive") for each in engines] == [1, 1, 2, 2]
+    worlds = [[args[1:3] for name, args in each.called if name == "join"] for each in engines]
+    assert worlds == [[(1, 5)], [(2, 5)], [(3, 5), (1, 3)], [(4, 5), (2, 3)]]  # its rank, and of how many
+
+
 def test_every_rank_of_the_trainers_takes_part() -> None:
     trainer, second, engine = Actor(), Actor(), Actor()
     second.answers["send"] = None
