@@ -12,6 +12,7 @@ from kernels.attention_masks import DenseMasks, dense_masks
 
 if TYPE_CHECKING:
     from kernels.attention_plan import Geometry, Plan
+    from kernels.sparse_split import Grid, Room
 
 # without cuDNN's: it plans every new shape anew, a millisecond of the host's time a layer, and every cycle's is new
 SDPA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -36,6 +37,7 @@ class PagedSequences:
     where each new token's key and value are written.
     ancestors [T] int64, num_drafted [B] int32, positions [T] int64: trees, see paged_sequences.
     masks: on the CPU. plans: the GPU's work lists, one a geometry of heads and window, made by its first layer.
+    rooms: likewise what launches over block lists leave one another.
     """
 
     cu_seqlens_q: torch.Tensor
@@ -50,6 +52,7 @@ class PagedSequences:
     positions: torch.Tensor | None
     masks: DenseMasks | None
     plans: "dict[Geometry, Plan]" = field(default_factory=dict)
+    rooms: "dict[Grid, Room]" = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

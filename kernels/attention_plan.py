@@ -146,7 +146,7 @@ def _make_plan(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:
     num_tiles = min(
         num_sequences * triton.cdiv(seqs.max_seqlen_q, tokens), (num_tokens + num_sequences * (tokens - 1)) // tokens
     )
-    wave = max(1, _num_programs(device, launch.programs_per_sm) // num_kv_heads)
+    wave = max(1, num_programs(device, launch.programs_per_sm) // num_kv_heads)
     may_split = min(seqs.max_context + seqs.max_seqlen_q, geometry.window + tokens) > geometry.min_chunk
     # the kernel's promise: a wave of items where the tiles fit one, and otherwise at most a wave more than tiles
     max_items = (wave if num_tiles <= wave else num_tiles + wave) if may_split else num_tiles
@@ -199,7 +199,7 @@ def _make_plan(seqs: PagedSequences, geometry: Geometry, head_dim: int) -> Plan:
 
 
 @lru_cache
-def _num_programs(device: torch.device, per_sm: int) -> int:
+def num_programs(device: torch.device, per_sm: int) -> int:
     """Programs that run at once."""
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS

@@ -23,7 +23,12 @@ def sparse_attention(
     Returns [T, Hq, D].
     """
     assert seqs.block_size % lists.select_block == 0, (seqs.block_size, lists.select_block)
-    return sparse_attention_reference(query, key_cache, value_cache, seqs, lists, scale=scale)
+    if not query.is_cuda:
+        return sparse_attention_reference(query, key_cache, value_cache, seqs, lists, scale=scale)
+    # only where it runs: importing triton settles whether kernels are interpreted
+    from kernels.sparse_attention_triton import sparse_attention_triton
+
+    return sparse_attention_triton(query, key_cache, value_cache, seqs, lists, scale=scale)
 
 
 def sparse_attention_reference(

@@ -1,0 +1,157 @@
+# mypy: allow-untyped-defs
+# ruff: noqa: N803
+"""Which program reads which listed blocks: a static grid over the steps of all lists, end to end (Triton).
+
+A unit is one tile of new tokens of one sequence and key head; its steps read its list, BLOCK_N keys each. Programs take
+equal runs of the steps of all units, however unequal the lists: a run may begin in one unit and end in another
+(stream-K; Osama et al. 2023, arXiv 2301.03598). Each program finds its run from the counts alone, so no plan is made.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention import PagedSequences
+from kernels.attention_plan import Launch, num_programs
+
+MIN_CHUNK = 128  # keys of a run below which a further program costs more to combine than it saves
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What a launch is made of, known to the host: its room in memory follows.
+
+    tiles: of a sequence and key head, of `tokens` new tokens each. units: sequences times key heads times tiles.
+    programs: as many as run at once, or as there can be steps. min_steps: of a program's run.
+    """
+
+    launch: Launch
+    groups: int
+    head_dim: int
+    tokens: int
+    tiles: int
+    units: int
+    programs: int
+    min_steps: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile that may be in use."""
+        return self.tokens * self.groups
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What programs leave for one another; made once a forward, and left as it was found by every layer.
+
+    arrived [units] int32: chunks of each unit that are done, 0 between layers. maxima, sums [P, rows] and partials
+    [P, rows, D] float32: of the chunks of split units; a unit and a program are met at most once, so chunk i of unit u,
+    which program p0 + i computes, is part p0 + i + u.
+    """
+
+    arrived: torch.Tensor
+    maxima: torch.Tensor
+    sums: torch.Tensor
+    partials: torch.Tensor
+
+
+def choose_sparse_launch(rows: int, head_dim: int, dtype: torch.dtype) -> Launch:
+    """A launch for tiles of so many rows (new tokens times query heads a key head); not yet measured on a GPU."""
+    block_m = min(max(16, triton.next_power_of_2(rows)), 128)
+    if dtype.itemsize == 4:
+        # exact float32 products take no tensor cores; small steps keep them in registers
+        return Launch(min(block_m, 32), 32, num_warps=4, num_stages=2, programs_per_sm=1, fold=True)
+    if head_dim > 128:
+        return Launch(min(block_m, 64), 32, num_warps=4, num_stages=3, programs_per_sm=2, fold=True)
+    if block_m == 16:
+        # two programs a multiprocessor: all registers are in use, and 96 KB of each one's keys on their way
+        return Launch(block_m, 64, num_warps=4, num_stages=4, programs_per_sm=2, fold=True, slices=4)
+    if block_m < 128:
+        return Launch(64, 64, num_warps=4, num_stages=3, programs_per_sm=2, fold=True)
+    return Launch(block_m, 64, num_warps=8, num_stages=3, programs_per_sm=1, fold=True)
+
+
+def grid_of(
+    seqs: PagedSequences,
+    *,
+    groups: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    max_list_keys: int,
+    launch: Launch | None,
+    min_chunk: int,
+) -> Grid:
+    """The grid for lists of at most max_list_keys keys; launch None chooses one by shape."""
+    launch = launch or choose_sparse_launch(groups * seqs.max_seqlen_q, head_dim, dtype)
+    tiles = triton.cdiv(seqs.max_seqlen_q, launch.block_m // groups)
+    units = seqs.context_lens.shape[0] * num_kv_heads * tiles
+    min_steps = max(1, min_chunk // launch.block_n)
+    max_runs = triton.cdiv(units * triton.cdiv(max_list_keys, launch.block_n), min_steps)
+    return Grid(
+        launch=launch,
+        groups=groups,
+        head_dim=head_dim,
+        tokens=triton.cdiv(seqs.max_seqlen_q, tiles),
+        tiles=tiles,
+        units=units,
+        programs=min(num_programs(seqs.slots.device, launch.programs_per_sm), max_runs),
+        min_steps=min_steps,
+    )
+
+
+def room_for(seqs: PagedSequences, grid: Grid) -> Room:
+    """The room of these sequences' launches, made by the first layer of its grid and shared by the others."""
+    if grid not in seqs.rooms:
+        parts = grid.programs + grid.units
+        device = seqs.slots.device
+        seqs.rooms[grid] = Room(
+            arrived=torch.zeros(grid.units, dtype=torch.int32, device=device),
+            maxima=torch.empty(parts, grid.rows, dtype=torch.float32, device=device),
+            sums=torch.empty(parts, grid.rows, dtype=torch.float32, device=device),
+            partials=torch.empty(parts, grid.rows, grid.head_dim, dtype=torch.float32, device=device),
+        )
+    return seqs.rooms[grid]
+
+
+@triton.jit
+def steps_of(counts, unit, exists, max_count, TILES: tl.constexpr, SELECT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Steps of a unit: at least one where it exists, so that every output is written, and 0 where it does not."""
+    count = tl.minimum(tl.load(counts + unit // TILES, mask=exists, other=0), max_count)
+    return tl.where(exists, tl.maximum(tl.cdiv(count * SELECT, BLOCK_N), 1), 0)
+
+
+@triton.jit
+def find_run(
+    counts,
+    num_units,
+    max_count,
+    min_steps,
+    TILES: tl.constexpr,
+    SELECT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+):
+    """This program's run among the steps of all units: (steps of a run, its begin, its end, its first unit, that one's
+    begin). Where there is nothing left, end <= begin."""
+    lane = tl.arange(0, BLOCK_U)
+    steps = tl.zeros([BLOCK_U], tl.int32)
+    for base in range(0, num_units, BLOCK_U):
+        steps += steps_of(counts, base + lane, base + lane < num_units, max_count, TILES, SELECT, BLOCK_N)
+    total = tl.sum(steps, axis=0)
+    length = tl.maximum(tl.cdiv(total, tl.num_programs(0)), min_steps)
+    begin = tl.program_id(0) * length
+    before = tl.zeros([], tl.int32)  # steps of the units seen so far
+    unit = tl.zeros([], tl.int32)  # units that end before the run begins
+    unit_begin = tl.zeros([], tl.int32)
+    for base in range(0, num_units, BLOCK_U):
+        exists = base + lane < num_units
+        steps = steps_of(counts, base + lane, exists, max_count, TILES, SELECT, BLOCK_N)
+        end = before + tl.cumsum(steps, axis=0)
+        is_past = exists & (end <= begin)
+        unit += tl.sum(is_past.to(tl.int32), axis=0)
+        unit_begin = tl.maximum(unit_begin, tl.max(tl.where(is_past, end, 0), axis=0))
+        before += tl.sum(steps, axis=0)
+    return length, begin, tl.minimum(begin + length, total), unit, unit_begin
