@@ -51,6 +51,9 @@ class ApproximatePolicy(Protocol):
     ) -> Drawn:
         """Forward what prepare gave and sample after each token, as the target does; keys and values are cached."""
 
+    def draft_logprobs(self, num_rows: int, num_nodes: int) -> torch.Tensor | None:
+        """Where to leave what drafted tokens were drawn with, [B, M] float32; None where nobody is to know."""
+
 
 @runtime_checkable
 class DraftsAsPolicy(Protocol):
@@ -114,8 +117,12 @@ class SelfDrafter:
             block_tables=rows.block_tables[:num_rows],
         )
         # with an inner drafter two tokens a round are hoped for
-        for _ in range(num_nodes if self._inner is None else -(-num_nodes // 2)):
-            self._advance(texts, ahead)
+        rounds = num_nodes if self._inner is None else -(-num_nodes // 2)
+        logprobs = [self._advance(texts, ahead) for _ in range(rounds)]
+        assert self._policy is not None
+        if (kept := self._policy.draft_logprobs(num_rows, num_nodes)) is not None:
+            assert self._inner is None, "a round may commit several tokens"
+            kept.copy_(torch.cat(logprobs, dim=1))
         node = torch.arange(num_nodes, device=text.device, dtype=torch.int32)
         drafted = (begin[:, None] + node).clamp(max=texts.tokens.shape[1] - 1)
         out.token_ids.copy_(texts.tokens[text[:, None], drafted])
@@ -136,8 +143,11 @@ class SelfDrafter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to take up."""
 
-    def _advance(self, texts: Texts, rows: Rows) -> None:
-        """One cycle of the approximate policy: its texts grow, and a row that reaches its end is no longer active."""
+    def _advance(self, texts: Texts, rows: Rows) -> torch.Tensor:
+        """One cycle of the approximate policy: its texts grow, and a row that reaches its end is no longer active.
+
+        Returns what its tokens were drawn with, [B, 1 and the inner drafter's] float32.
+        """
         policy, num_rows = self._policy, len(rows.text)
         assert policy is not None, "lend the policy first"
         drafts, num_nodes = None, 0
@@ -182,6 +192,7 @@ class SelfDrafter:
                     drafts=drafts,
                 ),
             )
+        return result.logprobs
 
 
 def _empty_drafts(num_rows: int, num_nodes: int, device: torch.device) -> Drafts:

@@ -31,7 +31,7 @@ from rollout.sequence import Sequence
 from rollout.sparse import SparseAttention
 from rollout.strategy import Chooser
 from rollout.transfer import Weights
-from rollout.types import Activity, Partial, Prompt, Rollout, Sampling
+from rollout.types import Activity, Partial, Prompt, Rollout, SampledUnder, Sampling
 
 NEVER = 1 << 30
 LENGTH_STEP = 1024  # resident sequences have room for a multiple of so many tokens: graphs outlive a longer prompt
@@ -113,6 +113,7 @@ class NativeEngine:
         self._scheduler: Scheduler | None = None
         self._running: Cycles | None = None
         self._sampling: Sampling | None = None  # of the call under way
+        self._under: SampledUnder = "dense"  # what the cache was written under
         self._finished: list[Sequence] = []  # found out between two cycles, not yet handed on
         self._tally = Tally()
 
@@ -127,6 +128,7 @@ class NativeEngine:
         KV cache cannot hold it, or the policy is not whole (StaleWeightsError).
         """
         assert self._scheduler is None, "one generate at a time"
+        assert sampling.under == "dense" or self._sparse is not None, "there is no selector to sample under"
         if not prompts and not partials:
             return
         if self.weights is not None:
@@ -137,6 +139,9 @@ class NativeEngine:
         assert len({(s.prompt.id, s.sample) for s in sequences}) == len(sequences), "a sample is asked for twice"
         if self._tally.is_over or self._tally.step != sampling.step:  # else it is the same step's next generate
             self._tally = Tally(sampling.step)
+        if sampling.under != self._under:
+            self._pool.forget()  # what is cached is another forward's
+            self._under = sampling.under
         self._queue(sequences, sampling)  # may refuse the policy: nothing is under way before
         was_training = self._model.training
         self._model.eval()
@@ -400,6 +405,7 @@ class NativeEngine:
             noise_key=noise_key(seed=sampling.seed, step=sampling.step, prompt_id=prompt.id, sample=sample),
             max_length=len(prompt.token_ids) + sampling.max_new_tokens,
             block_size=self._config.block_size,
+            sampled_under=sampling.under,
         )
 
     def _taken_up(self, partials: abc.Sequence[Partial], sampling: Sampling) -> list[Sequence]:

@@ -20,11 +20,13 @@ from rollout.types import Sampling
 class Drawn:
     """What a forward of T tokens gave. token_ids [T] int64 and logprobs [T] float32 of those sampled after each.
 
-    hidden [T, H]: after the final norm. aux: the residual stream where it enters each of the layers asked for.
+    logits [T, V]: what that was from. hidden [T, H]: after the final norm. aux: the residual stream where it enters
+    each of the layers asked for.
     """
 
     token_ids: torch.Tensor
     logprobs: torch.Tensor
+    logits: torch.Tensor
     hidden: torch.Tensor
     aux: tuple[torch.Tensor, ...]
 
@@ -44,7 +46,7 @@ class RowForward:
         self._decoder = decoder
         self._residency = residency
         self._transform = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-        self.identity = (self._transform, sampling.stop_token_ids)
+        self.identity = (self._transform, sampling.stop_token_ids, sampling.under)
 
     def __call__(
         self,
@@ -79,8 +81,9 @@ class RowForward:
             inputs.token_ids, inputs.positions, seqs, self.cache, aux_layers, attention
         )
         temperature, top_k, top_p, min_p = self._transform
+        logits = self._decoder.logits(hidden)
         token_ids, logprobs = sample(
-            self._decoder.logits(hidden),
+            logits,
             inputs.keys,
             inputs.sample_positions,
             temperature=temperature,
@@ -88,4 +91,4 @@ class RowForward:
             top_p=top_p,
             min_p=min_p,
         )
-        return Drawn(token_ids, logprobs, hidden, aux)
+        return Drawn(token_ids, logprobs, logits, hidden, aux)

@@ -73,6 +73,7 @@ class Residency:
         )
         self._draft_ids = zeros(num_rows * max_nodes)
         self._draft_parents = zeros(num_rows * max_nodes)
+        self._draft_logprobs = zeros(num_rows * max_nodes, dtype=torch.float32)
         self._num_nodes = zeros(num_rows)
         self._grown = 0  # tokens at most that a text has got in all cycles so far
         self._grown_before: dict[str, int] = {}  # by source: those before it proposed last
@@ -83,7 +84,7 @@ class Residency:
         self._text_of: dict[Sequence, int] = {}
         self._uploaded: list[int] = []  # blocks of each row that the device knows
         self._row_texts = np.zeros(num_rows, dtype=np.int64)
-        width = 3 * (1 + max_nodes) + 3
+        width = 4 * (1 + max_nodes) + 3  # of a table, and the dense log-probs behind it
         self._results = zeros(num_rows * width)
         pinned = device.type == "cuda"
         # two: the host reads one cycle's results while the next one's arrive
@@ -106,6 +107,10 @@ class Residency:
             num_nodes=self._num_nodes[:num_rows],
         )
 
+    def draft_logprobs(self, num_rows: int, num_nodes: int) -> torch.Tensor:
+        """Where a drafter leaves what it drew its drafts with, [num_rows, num_nodes] float32."""
+        return self._draft_logprobs[: num_rows * num_nodes].view(num_rows, num_nodes)
+
     def results(self, num_rows: int, num_nodes: int) -> torch.Tensor:
         """Where a cycle of this shape leaves CycleResult.host, [num_rows, 3 + 3 (1 + num_nodes)] int32."""
         return _table(self._results, num_rows, num_nodes)
@@ -114,6 +119,14 @@ class Residency:
         """Where the host reads them; the other of two buffers at each call."""
         self._host_results.reverse()
         return _table(self._host_results[0], num_rows, num_nodes)
+
+    def dense_logprobs(self, num_rows: int, num_nodes: int) -> torch.Tensor:
+        """Where a rectified cycle leaves the policy's own log-probs, [num_rows, 1 + num_nodes] float32."""
+        return _behind_table(self._results, num_rows, num_nodes)
+
+    def host_dense_logprobs(self, num_rows: int, num_nodes: int) -> torch.Tensor:
+        """Where the host reads them, beside the results it was given last."""
+        return _behind_table(self._host_results[0], num_rows, num_nodes)
 
     def cu_seqlens(self, num_rows: int, tokens_each: int) -> torch.Tensor:
         """Boundaries of num_rows sequences of equal length, [num_rows + 1] int32, at an address that stays."""
@@ -323,3 +336,8 @@ class Residency:
 def _table(buffer: torch.Tensor, num_rows: int, num_nodes: int) -> torch.Tensor:
     width = 3 + 3 * (1 + num_nodes)
     return buffer[: num_rows * width].view(num_rows, width)
+
+
+def _behind_table(buffer: torch.Tensor, num_rows: int, num_nodes: int) -> torch.Tensor:
+    begin, tokens = num_rows * (3 + 3 * (1 + num_nodes)), num_rows * (1 + num_nodes)
+    return buffer[begin : begin + tokens].view(torch.float32).view(num_rows, 1 + num_nodes)

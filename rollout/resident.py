@@ -13,13 +13,15 @@ import torch
 
 from configs.errors import DivergedError
 from drafter.selfdraft import DraftsAsPolicy
-from drafter.types import CycleFeatures, FeatureReader, Strategy
+from drafter.types import CycleFeatures, Drafts, FeatureReader, Strategy
 from kernels.cache import compact
-from kernels.cycle import RUNNING, commit, prepare
+from kernels.cycle import RUNNING, CycleInputs, commit, prepare
 from rollout.activity import Tally
 from rollout.decoder import Decoder
-from rollout.forward import RowForward
+from rollout.forward import Drawn, RowForward
+from rollout.fused import LayerAttention
 from rollout.graphs import GraphPool, bucket
+from rollout.lossy import let_stand
 from rollout.model import PagedCache
 from rollout.residency import Residency
 from rollout.runner import NOT_FINITE, group_by_length, pack
@@ -36,7 +38,8 @@ COUNT, FINISH, ACCEPTED, TOKENS = 0, 1, 2, 3  # columns of CycleResult.host
 class Launched:
     """A cycle under way: whose rows it works on, and where its results will be.
 
-    results: [B, 3 + 3 Q] int32, pinned, valid after done. begun: the end of the cycle before, so that the host's time
+    results: [B, 3 + 3 Q] int32, pinned, valid after done; dense_logprobs: likewise, [B, Q] float32, of rectified cycles
+    alone. begun: the end of the cycle before, so that the host's time
     counts where the device waits for it. capture_s: of that time, what capturing its graphs took.
     """
 
@@ -46,6 +49,7 @@ class Launched:
     num_rows: int
     context: float
     results: torch.Tensor
+    dense_logprobs: torch.Tensor | None
     version: int
     begun: torch.cuda.Event | float
     done: torch.cuda.Event | float
@@ -96,7 +100,8 @@ class ResidentCycles:
         self._sparse = sparse
         self._forward = RowForward(decoder, cache, sampling, residency=residency, block_size=block_size)
         if sparse is not None and isinstance(residency.drafter, DraftsAsPolicy):
-            residency.drafter.lend(SparsePolicy(self._forward, sparse))
+            kept = residency.draft_logprobs if sampling.under == "rectified" else None
+            residency.drafter.lend(SparsePolicy(self._forward, sparse, logprobs=kept))
         self._launched: Launched | None = None
         self._last_done: torch.cuda.Event | float | None = None  # None where something else ran since
 
@@ -190,6 +195,11 @@ class ResidentCycles:
         )
         results = residency.host_results(num_rows, num_nodes)
         results.copy_(device_results, non_blocking=True)
+        dense_logprobs = None
+        if self._sampling.under == "rectified":
+            assert strategy.source in ("off", "sparse"), "what is not the policy's own would stand"
+            dense_logprobs = residency.host_dense_logprobs(num_rows, num_nodes)
+            dense_logprobs.copy_(residency.dense_logprobs(num_rows, num_nodes), non_blocking=True)
         self._last_done = self._now()
         return Launched(
             sequences=list(residency.sequences),
@@ -198,6 +208,7 @@ class ResidentCycles:
             num_rows=num_rows,
             context=context,
             results=results,
+            dense_logprobs=dense_logprobs,
             version=version,
             begun=begun,
             done=self._last_done,
@@ -205,27 +216,33 @@ class ResidentCycles:
         )
 
     def _target(self, num_rows: int, num_nodes: int, results: torch.Tensor) -> None:
-        """Forward every row's pending token and draft, sample after each, commit what agrees."""
+        """Forward every row's pending token and draft, sample after each, commit what agrees, or all if rectified."""
         residency, cache, size = self._residency, self._cache, self._block_size
         texts, rows = residency.texts, residency.rows
         drafts = residency.drafts(num_rows, num_nodes) if num_nodes else None
         inputs = prepare(texts, rows, drafts, num_rows=num_rows, block_size=size, dummy_slot=cache.dummy_slot)
-        reader, sparse = residency.reader, self._sparse
+        reader, sparse, under = residency.reader, self._sparse, self._sampling.under
+        attention: LayerAttention | None = None
+        if sparse is not None:
+            attention = sparse.forward(rows, num_rows) if under == "sparse" else sparse.watch(rows, num_rows)
         drawn = self._forward(
             rows,
             inputs,
             num_rows=num_rows,
             num_nodes=num_nodes,
             aux_layers=reader.aux_layers if reader else (),
-            attention=sparse.watch(rows, num_rows) if sparse else None,
+            attention=attention,
         )
+        token_ids, logprobs = drawn.token_ids, drawn.logprobs
+        if under == "rectified":
+            token_ids, logprobs = self._let_stand(drafts, inputs, drawn)
         result = commit(
             texts,
             rows,
             drafts,
             inputs,
-            drawn.token_ids,
-            drawn.logprobs,
+            token_ids,
+            logprobs,
             num_rows=num_rows,
             block_size=size,
             stop_ids=self._forward.stop_ids,
@@ -249,6 +266,23 @@ class ResidentCycles:
                     drafts=drafts,
                 ),
             )
+
+    def _let_stand(self, drafts: Drafts | None, inputs: CycleInputs, drawn: Drawn) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a rectified cycle commits, [B * Q] tokens and what they were drawn with; the policy's own log-probs of
+        them are left for the host."""
+        residency, num_rows = self._residency, len(inputs.num_valid)
+        num_nodes = 0 if drafts is None else drafts.token_ids.shape[1]
+        settled = let_stand(
+            drafts,
+            residency.draft_logprobs(num_rows, num_nodes),
+            inputs,
+            drawn.logits,
+            drawn.token_ids,
+            drawn.logprobs,
+            temperature=self._sampling.temperature,
+        )
+        residency.dense_logprobs(num_rows, num_nodes).copy_(settled.dense_logprobs.view(num_rows, 1 + num_nodes))
+        return settled.token_ids, settled.logprobs
 
     def _prefill(self, works: abc.Sequence[Work]) -> None:
         """Compute prompts up to their last token, which the first cycle forwards as the row's pending token."""
@@ -276,6 +310,7 @@ class ResidentCycles:
         counts, accepted = table[:, COUNT].tolist(), table[:, ACCEPTED].tolist()
         token_lists, logprob_lists = table[:, TOKENS : TOKENS + width].tolist(), logprobs.tolist()
         proposed_lists = proposed.tolist()
+        dense_lists = None if launched.dense_logprobs is None else launched.dense_logprobs.tolist()
         finished = []
         for row, sequence in enumerate(launched.sequences):
             count = counts[row]
@@ -287,6 +322,8 @@ class ResidentCycles:
                 token_lists[row], logprob_lists[row], stop_token_ids=self._stop, version=launched.version
             )
             assert taken == count, "host and device disagree about the end of a sequence"
+            if dense_lists is not None:
+                sequence.dense_logprobs += dense_lists[row][:count]
             if num_nodes:
                 sequence.count_forward(proposed_lists[row], accepted[row], source, count=count)
             else:

@@ -4,7 +4,7 @@ What a selector knows of the cached keys (descriptors of their blocks, what was 
 is updated when tokens are committed, from committed keys alone: a draft that was rejected leaves no trace in it.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -159,14 +159,28 @@ class _Selected:
 
 
 class SparsePolicy:
-    """The policy under sparse attention, as drafter.selfdraft.SelfDrafter is lent it."""
+    """The policy under sparse attention, as drafter.selfdraft.SelfDrafter is lent it.
 
-    def __init__(self, forward: RowForward, sparse: SparseAttention) -> None:
+    logprobs: where to leave what drafted tokens were drawn with, given (num_rows, num_nodes).
+    """
+
+    def __init__(
+        self,
+        forward: RowForward,
+        sparse: SparseAttention,
+        *,
+        logprobs: Callable[[int, int], torch.Tensor] | None = None,
+    ) -> None:
         self.block_size = forward.block_size
         self.dummy_slot = forward.cache.dummy_slot
         self.stop_ids = forward.stop_ids
         self._forward = forward
         self._sparse = sparse
+        self._logprobs = logprobs
+
+    def draft_logprobs(self, num_rows: int, num_nodes: int) -> torch.Tensor | None:
+        """Where to leave them, if at all."""
+        return None if self._logprobs is None else self._logprobs(num_rows, num_nodes)
 
     def draw(
         self, rows: Rows, inputs: CycleInputs, *, num_rows: int, num_nodes: int, aux_layers: Sequence[int]
