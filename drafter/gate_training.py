@@ -40,8 +40,12 @@ class LayerSample:
 
 @dataclass(frozen=True, slots=True)
 class GateStats:
-    """One update. loss: the mean divergence, in nats, over layers, key heads and tokens that had a choice; grad_norm
-    before clipping; applied: whether both were finite; num_tokens: rows of the loss, a layer and head each."""
+    """One update.
+
+    loss: the mean divergence, in nats, over layers, key heads and tokens that had a choice; num_tokens: how many these
+    are, in each layer and head; grad_norm: before clipping; applied: False where there were none, or one of them was
+    not finite.
+    """
 
     loss: float
     grad_norm: float
@@ -113,7 +117,7 @@ class GateTrainer:
                 parameter.grad /= count
         norm = nn.utils.clip_grad_norm_(self.gates.parameters(), MAX_GRAD_NORM)
         loss, grad_norm, num_tokens = torch.stack([self._loss / count, norm, self._count]).tolist()
-        applied = isfinite(loss) and isfinite(grad_norm)
+        applied = num_tokens > 0 and isfinite(loss) and isfinite(grad_norm)
         if applied:
             self.steps += 1
             for group in self._adam.param_groups:
