@@ -231,6 +231,10 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
         return
     if config.rollout.backend == "vllm":
         yield "sparse.mode", "rollout.backend=vllm attends to everything; set off, or rollout.backend=native"
+    if config.rollout.tensor_parallel > 1:
+        yield "sparse.mode", "GPUs that share a policy attend to everything; set off, or rollout.tensor_parallel=1"
+    if sparse.threshold and sparse.selector not in ("gate", "duo", "verified"):
+        yield "sparse.threshold", f"the scores of sparse.selector={sparse.selector} are no weights; set 0"
     block = max(sparse.block_tokens, 1)  # a smaller one is refused by its own check
     whole = -(-block_size // block) * block
     if block_size % block:

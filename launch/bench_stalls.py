@@ -102,7 +102,7 @@ def is_busy(happened: Mapping[str, Any]) -> bool:
 def _name(key: Hashable) -> str:
     """A graph's key (rollout/resident.py) in words."""
     match key:
-        case ("draft", Strategy() as strategy, rows):
+        case ("draft", Strategy() as strategy, rows, *_):
             return f"draft {strategy.source} d{strategy.depth} k{strategy.top_k} v{strategy.num_verify}, {rows} rows"
         case ("target", rows, num_nodes, *_):
             return f"target of {num_nodes} nodes, {rows} rows"

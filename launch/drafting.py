@@ -60,7 +60,7 @@ def make_drafting(config: Config, policy: PreTrainedModel, chooser: Chooser) -> 
     """
     if config.spec.source in ("eagle", "auto"):
         return _with_head(config, policy, chooser)
-    drafts_itself = config.sparse.mode == "draft"
+    drafts_itself = config.sparse.mode in ("draft", "rectified")
     if config.spec.source == "off" and not drafts_itself:
         return Drafting(None)
     # cycles are resident wherever attention may be sparse
@@ -81,7 +81,7 @@ def _combined(
         drafters["suffix"] = suffix
     if eagle is not None:
         drafters["eagle"] = eagle
-    if config.sparse.mode == "draft":
+    if config.sparse.mode in ("draft", "rectified"):
         match config.sparse.inner:
             case "off":
                 drafters["sparse"] = SelfDrafter()

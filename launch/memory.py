@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from configs.schema import Config
 from drafter.memory import DrafterBytes
 from kernels.logprob import CHUNK_ELEMENTS
+from launch.shares import Share
 from rl.zero import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from rollout.graphs import BUCKETS, bucket
 from rollout.model import ATTENTION, forward_packed
@@ -39,7 +40,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What the memory of a run depends on. tokens: of a rank's forward and backward pass; rows: decoded together."""
+    """What the memory of a run depends on. tokens: of a rank's forward and backward pass; rows: decoded together.
+
+    share: what an engine's process has of the policy, where it samples apart from the trainers.
+    """
 
     parameters: int
     dtype: torch.dtype
@@ -49,6 +53,7 @@ class Sizes:
     rows: int
     kv_bytes: int
     drafter: DrafterBytes
+    share: Share
 
 
 def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> dict[str, Memory]:
@@ -57,7 +62,7 @@ def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> d
     weights = sizes.parameters * sizes.dtype.itemsize
     cache = {
         "KV cache": sizes.kv_bytes,
-        "CUDA graphs": 0 if sizes.device == "cpu" else graph_bytes(config, model_config, sizes),
+        "CUDA graphs": 0 if sizes.device == "cpu" else graph_bytes(config, sizes.share.config, sizes),
     }
     drafter = {
         "drafter": sizes.drafter.weights + sizes.drafter.training,
@@ -69,9 +74,11 @@ def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> d
     held = {"weights": weights // sizes.ranks if shares else weights}
     if config.compute.placement == "separate":
         bucket = {"bucket": min(config.compute.bucket_mb << 20, weights)}
+        own = {"weights": sizes.share.parameters * sizes.dtype.itemsize}
+        arriving = bucket | {"uncut": sizes.share.cut * sizes.dtype.itemsize}
         return {
             "trainer": Memory(always=held | states, rollout=bucket, training=step),
-            "engine": Memory(always={"weights": weights} | cache | drafter, rollout=sampled, training=bucket),
+            "engine": Memory(always=own | cache | drafter, rollout=sampled, training=arriving),
         }
     if shares:
         held["whole copy"] = weights
@@ -133,7 +140,7 @@ def _step(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> dict[
 
 def _rollout_logits(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> int:
     """Of one cycle; without the GPU's kernel, a float32 copy to sample from."""
-    rows = sizes.rows * (1 + configured(config.spec)[0].num_verify)
+    rows = sizes.rows * (1 + max(each.num_verify for each in configured(config.spec, config.sparse)))
     copies = 0 if sizes.device == "cuda" else FLOAT32_BYTES
     return int(rows * model_config.get_text_config().vocab_size * (sizes.dtype.itemsize + copies))
 
@@ -142,7 +149,7 @@ def graph_bytes(config: Config, model_config: PretrainedConfig, sizes: Sizes) ->
     """Of the graphs of every strategy and batch size that rollouts pass through: what the widest cycle computes with,
     in memory that all share, and what the driver keeps of each."""
     text = model_config.get_text_config()
-    strategies = arms(config.spec)
+    strategies = arms(config.spec, config.sparse)
     num_batches = len([size for size in BUCKETS if size < sizes.rows]) + 1
     targets = num_batches * len({strategy.num_verify for strategy in strategies}) * text.num_hidden_layers
     drafts = num_batches * sum(strategy.depth for strategy in strategies if strategy.num_verify)

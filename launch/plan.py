@@ -6,21 +6,24 @@ from math import ceil
 import torch
 from rich import box
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from configs.schema import Config
 from drafter.memory import DrafterBytes, drafter_bytes
 from drafter.types import OFF
 from launch.drafting import starting_shape
 from launch.memory import Memory, Sizes, memory_of
+from launch.shares import count_parameters, share_of
 from rl.ulysses import require_heads
 from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, resolve_compute
+from rollout.selectors import share_of_cache
 from rollout.strategy import configured, make_chooser
 
 NOTES = {
     "optimiser": "Adam moments and float32 masters",
     "reference": "for the KL term",
+    "uncut": "the largest parameter, of which a rank keeps a share",
     "whole copy": "that rollouts are sampled from",
     "CUDA graphs": "at most",
     "drafter": "its copies, gradients and optimiser",
@@ -39,6 +42,7 @@ class Plan:
     placement: str
     workers: int
     rollout_workers: int  # that sample; workers too, where these do both
+    tensor_parallel: int  # of those that sample, how many share an engine
     device: str
     dtype: str
     rollouts_per_step: int
@@ -64,7 +68,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     itemsize = getattr(torch, dtype).itemsize
     compute, rollout, train = config.compute, config.rollout, config.train
     is_separate = compute.placement == "separate"
-    samplers = compute.rollout_workers if is_separate else compute.workers
+    samplers = compute.rollout_workers // rollout.tensor_parallel if is_separate else compute.workers
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
     rollouts = rollout.prompts_per_step * rollout.group_size
     running = min(rollout.max_running, ceil(rollout.prompts_per_step / samplers) * rollout.group_size)
@@ -79,11 +83,12 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         rows=running,
         kv_bytes=0,
         drafter=_drafter_bytes(config, model_config, device, itemsize),
+        share=share_of(model_config, rollout.tensor_parallel),
     )
     kv_blocks = _kv_blocks(config, model_config, sizes, longest=longest)
-    block_bytes = bytes_per_block(model_config, rollout.block_size, getattr(torch, dtype))
+    block_bytes = _block_bytes(config, sizes.share.config, getattr(torch, dtype))
     memory = memory_of(config, model_config, replace(sizes, kv_bytes=kv_blocks * block_bytes))
-    processes = compute.workers + (samplers if is_separate else 0)
+    processes = compute.workers + (compute.rollout_workers if is_separate else 0)
     available = available_bytes(device) // (1 if device == "cuda" else processes)
     warnings = [
         *_context_warnings(longest, context_length(model_config)),
@@ -96,7 +101,8 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         backend=compute.backend,
         placement=compute.placement,
         workers=compute.workers,
-        rollout_workers=samplers,
+        rollout_workers=compute.rollout_workers if is_separate else samplers,
+        tensor_parallel=rollout.tensor_parallel,
         device=device,
         dtype=dtype,
         rollouts_per_step=rollouts,
@@ -126,8 +132,14 @@ def _kv_blocks(config: Config, model_config: PretrainedConfig, sizes: Sizes, *, 
         return config.rollout.kv_tokens // block_size
     sampler = list(memory_of(config, model_config, sizes).values())[-1]  # without a cache
     reserved = sum(sampler.always.values()) - sampler.always.get("CUDA graphs", 0)
-    affordable = cache_budget(sizes.device, reserved=reserved) // bytes_per_block(model_config, block_size, sizes.dtype)
+    affordable = cache_budget(sizes.device, reserved=reserved) // _block_bytes(config, sizes.share.config, sizes.dtype)
     return min(sizes.rows * ceil(longest / block_size), affordable)
+
+
+def _block_bytes(config: Config, model_config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Of a block of the KV cache, and of what sparse attention keeps beside it."""
+    num_bytes = bytes_per_block(model_config, config.rollout.block_size, dtype)
+    return num_bytes + ceil(share_of_cache(config.sparse) * num_bytes)
 
 
 def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, itemsize: int) -> DrafterBytes:
@@ -135,22 +147,15 @@ def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, 
     apart = config.rollout.backend == "vllm"  # which has a copy and a cache of its own
     if config.spec.source not in ("eagle", "auto") or (apart and not config.drafter.train):
         return DrafterBytes(0, 0, 0, 0, 0)
+    chooser = make_chooser(config.spec, device=device, seed=config.run.seed, sparse=config.sparse)
     needed = drafter_bytes(
         starting_shape(config, model_config),
         config.drafter,
         num_rows=config.rollout.max_running,
-        max_nodes=max(1, make_chooser(config.spec, device=device, seed=config.run.seed).max_num_verify),
+        max_nodes=max(1, chooser.max_num_verify),
         itemsize=itemsize,
     )
     return replace(needed, rings=0, cache=0) if apart else needed
-
-
-def count_parameters(model_config: PretrainedConfig) -> int:
-    """Parameters of the model, tied ones once. Nothing is allocated."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-    model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def table(plan: Plan) -> Table:
@@ -164,6 +169,8 @@ def table(plan: Plan) -> Table:
     where = f"{plan.workers} x {plan.device}"
     if plan.placement == "separate":
         where = f"{plan.workers} + {plan.rollout_workers} x {plan.device}"
+    if plan.tensor_parallel > 1:
+        where += f", engines of {plan.tensor_parallel}"
 
     def section(*rows: tuple[str, str, str]) -> None:
         for row in rows:
@@ -175,7 +182,7 @@ def table(plan: Plan) -> Table:
         ("placement", where, f"{plan.backend}, {plan.placement}, {plan.dtype}"),
     )
     section(
-        ("rollouts a step", f"{plan.rollouts_per_step:,}", f"{plan.running_sequences:,} decoded together a worker"),
+        ("rollouts a step", f"{plan.rollouts_per_step:,}", f"{plan.running_sequences:,} decoded together an engine"),
         ("longest sequence", f"{plan.max_sequence_tokens:,}", "tokens, prompt and response"),
         ("speculation", source, shape),
         ("KV cache", f"{plan.kv_tokens:,}", f"tokens in {plan.kv_blocks:,} blocks"),
@@ -205,12 +212,12 @@ def _epochs(config: Config) -> float | None:
 
 def _speculation(config: Config, device: str) -> str:
     """Where drafts come from, who chooses their shape, and the widest, as "source: shape"."""
-    strategies = configured(config.spec)
+    strategies = configured(config.spec, config.sparse)
     strategy = strategies[0]
     if strategy == OFF:
         return "off: one token a forward"
     shape = "chains" if strategy.top_k == 1 else f"trees of {strategy.top_k} children a node"
-    choice = make_chooser(config.spec, device=device, seed=config.run.seed).summary()["choice"]
+    choice = make_chooser(config.spec, device=device, seed=config.run.seed, sparse=config.sparse).summary()["choice"]
     sources = " and ".join(each.source for each in strategies)
     if config.spec.below:
         choice += f" below {config.spec.below} running"

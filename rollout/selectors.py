@@ -170,6 +170,15 @@ def choice_of(config: SparseConfig) -> Choice:
     )
 
 
+def share_of_cache(config: SparseConfig) -> float:
+    """What the selector that is configured keeps of each block, relative to its keys and values; 0 where all are read.
+
+    Of gates as wide as the policy's heads.
+    """
+    planes = {"quest": PLANES["minmax"], "resa": PLANES["minmax"], "mean": PLANES["mean"], "gate": 1}
+    return 0.0 if config.mode == "off" else planes.get(config.selector, 0) / (2 * config.block_tokens)
+
+
 def _selector(config: SparseConfig, policy: PreTrainedModel) -> Selector:
     choice, block = choice_of(config), config.block_tokens
     match config.selector:

@@ -39,6 +39,7 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
         (["sparse.selector=duo"], r"sparse\.gate='': name DuoAttention's full_attention_heads\.tsv"),
         (["sparse.inner=eagle"], r"sparse\.inner='eagle': there is no head; set spec\.source=eagle"),
         (["rollout.backend=vllm"], r"sparse\.mode='draft': .* set off, or rollout\.backend=native"),
+        (["sparse.threshold=0.1"], r"sparse\.threshold=0\.1: the scores of sparse\.selector=quest are no weights"),
         (["sparse.depth=17"], r"sparse\.depth=17: must be at most 16"),
         (["sparse.depth=0"], r"sparse\.depth=0: must be at least 1"),
         (["sparse.dense=[1,-1]"], r"sparse\.dense=\(1, -1\): layers are numbered from 0"),
