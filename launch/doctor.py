@@ -131,7 +131,7 @@ def _of_config(config: "Config", run_dir: str) -> "Iterator[Finding]":
     import shutil
 
     from launch.doctor_node import existing
-    from launch.plan import count_parameters
+    from launch.shares import count_parameters
     from rollout.model import load_config, resolve_compute
 
     sizes: list[tuple[int, str]] = []

@@ -28,6 +28,7 @@ SAME = (  # of the recipe and of the run, for its lengths and times to say anyth
     "rollout.prompts_per_step",
     "rollout.group_size",
     "rollout.max_new_tokens",
+    "rollout.tensor_parallel",
     "compute.placement",
     "compute.device",
 )
@@ -167,7 +168,10 @@ def _config(run: Path) -> Config:
 
 
 def _samplers(config: Config) -> int:
-    return config.compute.rollout_workers if config.compute.placement == "separate" else config.compute.workers
+    """Engines that sample."""
+    if config.compute.placement == "separate":
+        return config.compute.rollout_workers // config.rollout.tensor_parallel
+    return config.compute.workers
 
 
 def _workers(workers: int, samplers: int, config: Config) -> str:

@@ -278,7 +278,9 @@ class Loop:
         """Which engines sample: their states belong to them alone."""
         compute = self.config.compute
         if compute.placement == "separate":  # whoever trains has none
-            return f"compute.placement=separate compute.rollout_workers={compute.rollout_workers}"
+            team = self.config.rollout.tensor_parallel
+            shared = f" rollout.tensor_parallel={team}" if team > 1 else ""
+            return f"compute.placement=separate compute.rollout_workers={compute.rollout_workers}{shared}"
         return f"compute.backend={compute.backend} compute.workers={compute.workers}"
 
     def save(self, engine_state: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import PreflightError
 from rollout.collectives import Ranks, held_by, ranks_of
@@ -54,7 +54,7 @@ def shard_policy(model: PreTrainedModel, ranks: Ranks) -> dict[str, Piece]:
                 _keep_inputs(linear, ranks)
             else:
                 _keep_outputs(linear, ranks, is_view=tied and linear is model.lm_head, gather=linear is model.lm_head)
-    _describe_share(model, ranks.world)
+    describe_share(model.config, ranks.world)
     lay_side_by_side(model)
     held_by(model, ranks)
     if not agree_up_to_rounding(some_logits(model), whole, model):
@@ -150,10 +150,10 @@ def _gathered(piece: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     return ranks.gather_columns(piece.flatten(0, -2)).view(*piece.shape[:-1], -1)
 
 
-def _describe_share(model: PreTrainedModel, world: int) -> None:
-    """Make config say what a rank has of each layer; what is derived from it, as a head's width, is written down."""
-    config = model.config.get_text_config()
-    config.head_dim = model.base_model.layers[0].self_attn.head_dim
+def describe_share(config: PretrainedConfig, world: int) -> None:
+    """Make it say what a rank has of each layer; what is derived from it, as a head's width, is written down."""
+    config = config.get_text_config()
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     config.num_attention_heads //= world
     config.num_key_value_heads //= world
     config.intermediate_size //= world

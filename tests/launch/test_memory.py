@@ -14,6 +14,7 @@ from drafter.memory import DrafterBytes
 from kernels.attention import PackedSequences
 from launch.geometry import geometry
 from launch.memory import Memory, Sizes, graph_bytes, memory_of, saved_bytes
+from launch.shares import share_of
 from rl.batch import supervised_batch
 from rl.trainer import DeepSpeedTrainer
 from rollout.model import ATTENTION, forward_packed, load_policy
@@ -35,7 +36,8 @@ def planned(model_config: PretrainedConfig, dtype: str, *overrides: str) -> dict
     config = parse("data: {name: chain_sum}", [*overrides])
     with torch.device("meta"):
         parameters = sum(each.numel() for each in AutoModelForCausalLM.from_config(model_config).parameters())
-    sizes = Sizes(parameters, getattr(torch, dtype), "cpu", config.compute.workers, 64, 8, 1000, NO_DRAFTER)
+    share = share_of(model_config, 1)
+    sizes = Sizes(parameters, getattr(torch, dtype), "cpu", config.compute.workers, 64, 8, 1000, NO_DRAFTER, share)
     return memory_of(config, model_config, sizes)
 
 
@@ -124,7 +126,8 @@ def test_graphs_take_what_an_h100_measured() -> None:
     measured = json.loads((RESULTS / "graphs_h100.json").read_text())
     strategy, config = measured["strategy"], parse("data: {name: chain_sum}", [])
     spec = replace(config.spec, depth=strategy["depth"], top_k=strategy["top_k"], num_verify=strategy["num_verify"])
-    sizes = Sizes(0, torch.bfloat16, "cuda", 1, 0, max(measured["graphs"]["batches"]), 0, NO_DRAFTER)
+    share = share_of(geometry(measured["model"]), 1)
+    sizes = Sizes(0, torch.bfloat16, "cuda", 1, 0, max(measured["graphs"]["batches"]), 0, NO_DRAFTER, share)
     assert len(measured["graphs"]["strategies"]) == 4, "as many widths as our arms have"
     planned = graph_bytes(replace(config, spec=spec), geometry(measured["model"]), sizes)
     assert planned == pytest.approx(measured["graphs"]["four_bytes"], rel=0.1)

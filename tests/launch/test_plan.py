@@ -18,7 +18,8 @@ from drafter.eagle import EagleConfig, EagleHead
 from drafter.export import write_drafter
 from drafter.layouts import Origin
 from launch.memory import Memory
-from launch.plan import Plan, count_parameters, derive, table
+from launch.plan import Plan, derive, table
+from launch.shares import count_parameters
 from rl.rundir import RunDir
 
 
@@ -67,6 +68,37 @@ def test_engines_and_trainers_of_their_own_are_planned_apart(model_config: Pretr
     out = StringIO()
     Console(file=out, width=100).print(table(plan))
     assert "1 + 3 x cpu" in out.getvalue() and "memory of a trainer" in out.getvalue()
+
+
+def test_engines_that_share_a_policy_hold_a_share_each(model_config: PretrainedConfig) -> None:
+    separate = ["compute.backend=ray", "compute.placement=separate", "compute.rollout_workers=4"]
+    model_config.vocab_size = 260
+    whole, plan = (plan_for(model_config, *separate, f"rollout.tensor_parallel={size}") for size in (1, 2))
+    alone, engine = whole.memory["engine"], plan.memory["engine"]
+    assert plan.running_sequences == 2 * whole.running_sequences  # two engines, not four
+    assert plan.kv_blocks == 2 * whole.kv_blocks and engine.always["KV cache"] == alone.always["KV cache"]
+    model = AutoModelForCausalLM.from_config(model_config)
+    halved = sum(each.weight.numel() for name, each in model.named_modules() if name.endswith("_proj")) // 2
+    assert engine.always["weights"] == alone.always["weights"] - 4 * halved  # its embedding is tied, and stays whole
+    assert (alone.training["uncut"], engine.training["uncut"]) == (0, 4 * 64 * 128)
+    out = StringIO()
+    Console(file=out, width=120).print(table(plan))
+    assert "1 + 4 x cpu, engines of 2" in out.getvalue()
+    model_config.tie_word_embeddings = False
+    untied = plan_for(model_config, *separate, "rollout.tensor_parallel=2").memory["engine"]
+    assert untied.always["weights"] == engine.always["weights"] + 4 * 260 * 64 // 2
+    assert untied.training["uncut"] == 4 * 260 * 64
+
+
+@pytest.mark.parametrize(
+    ("size", "what"), [(4, "num_key_value_heads=2"), (2, "vocab_size=259"), (3, "num_attention_heads=4")]
+)
+def test_engines_that_cannot_share_a_policy_are_found_before_anything_starts(
+    size: int, what: str, model_config: PretrainedConfig
+) -> None:
+    options = ["compute.placement=separate", f"compute.rollout_workers={size}", f"rollout.tensor_parallel={size}"]
+    with pytest.raises(PreflightError, match=f"rollout.tensor_parallel={size} does not divide the model's {what}"):
+        plan_for(model_config, "compute.backend=ray", *options)
 
 
 def test_ranks_that_cannot_share_the_heads_are_found_before_anything_starts(model_config: PretrainedConfig) -> None:
