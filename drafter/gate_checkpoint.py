@@ -100,8 +100,8 @@ def read_gate_config(folder: Path, model_config: Any) -> GateConfig:
         reason = str(error).strip().partition("\n")[0]
         raise PreflightError(f"{folder} holds no gates that can be read ({type(error).__name__}: {reason})") from error
     for name, value in KIND.items():
-        if described.get(name) != value:
-            raise PreflightError(f"{path} says {name}={described.get(name)!r}; only gates with {value!r} can be used")
+        if (said := described.get(name, value)) != value:  # what it does not say, the tensors' names and shapes do
+            raise PreflightError(f"{path} says {name}={said!r}; only gates with {value!r} can be used")
     found = GateConfig.of(theirs, select_block=block, gate_dim=width)
     wanted = GateConfig.of(model_config, select_block=block, gate_dim=width)
     for field in GateConfig.__slots__:

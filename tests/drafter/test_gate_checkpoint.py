@@ -107,6 +107,17 @@ def test_ours_are_saved_under_the_published_names_for_published_loaders_too(fold
     assert (described["rope_theta"], described["rope_scaling"]) == (1e4, None)
 
 
+def test_a_config_that_does_not_say_the_kind_is_judged_by_the_tensors(folder: Path) -> None:
+    described = json.loads((folder / "config.json").read_text())
+    for name in ("seerattn_use_qk_norm", "seerattn_use_rope"):
+        del described[name]
+    (folder / "config.json").write_text(json.dumps(described))
+    assert read_gates(folder, tiny()).config == GateConfig.of(tiny())
+    _rewrite(lambda tensors: tensors.pop(FIRST + "attngate_qnorm.weight"))(folder)
+    with pytest.raises(PreflightError, match=r"attngate_qnorm.weight is missing"):
+        read_gates(folder, tiny())
+
+
 def test_what_was_saved_comes_back(folder: Path) -> None:
     before, after = Gates(GateConfig.of(tiny()), seed=3), read_gates(folder, tiny())
     assert after.config == before.config
