@@ -8,6 +8,7 @@ from configs.schema import SparseConfig, SpecConfig
 from drafter.types import OFF, Strategy
 from rollout.bandit import BegMabChooser
 from rollout.goodput import GoodputChooser
+from rollout.lossy import window
 
 NOT_SPARSE = SparseConfig()
 SOURCES: tuple[Literal["suffix", "eagle"], ...] = ("suffix", "eagle")  # of spec.source=auto
@@ -132,7 +133,8 @@ class BelowChooser:
 def configured(spec: SpecConfig, sparse: SparseConfig = NOT_SPARSE) -> tuple[Strategy, ...]:
     """The strategy of each source that uses all the config allows; off alone where there is none.
 
-    A chain has one node a level: it verifies at most depth. The policy under sparse attention drafts chains.
+    A chain has one node a level: it verifies at most depth. The policy under sparse attention drafts chains; where
+    they are to stand (sparse.mode=rectified), of one length.
     """
     strategies: list[Strategy] = []
     if spec.source != "off":
@@ -142,6 +144,8 @@ def configured(spec: SpecConfig, sparse: SparseConfig = NOT_SPARSE) -> tuple[Str
         strategies += [Strategy(source, depth, spec.top_k, num_verify) for source in sources]
     if sparse.mode == "draft":
         strategies.append(Strategy("sparse", sparse.depth, 1, sparse.depth))
+    elif sparse.mode == "rectified":
+        strategies.append(window(sparse.every))
     return tuple(strategies) or (OFF,)
 
 
@@ -174,6 +178,8 @@ def make_chooser(spec: SpecConfig, *, device: str, seed: int, sparse: SparseConf
     """
     if configured(spec, sparse) == (OFF,):
         return FixedChooser(OFF)
+    if sparse.mode == "rectified":  # how long a window is decides what is sampled
+        return FixedChooser(*configured(spec, sparse))
     choice = spec.choice
     if choice == "auto":
         choice = "goodput" if device.startswith("cuda") else "fixed"
