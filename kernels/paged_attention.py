@@ -129,9 +129,11 @@ def paged_attention_triton(
 def with_whole_blocks(launch: Launch, select_block: int) -> Launch:
     """The launch, changed where it must be for every step to hold whole selection blocks, in one slice."""
     assert select_block & (select_block - 1) == 0 and select_block <= MAX_SELECT_BLOCK, select_block
-    block_n = max(launch.block_n, select_block)
+    if launch.slices == 1 and launch.block_n >= select_block:
+        return launch
     if launch.slices == 1:
-        return replace(launch, block_n=block_n)
+        # wider steps, so fewer of them in shared memory
+        return replace(launch, block_n=select_block, num_stages=2)
     return Launch(launch.block_m, max(64, select_block), num_warps=4, num_stages=3, programs_per_sm=3, fold=launch.fold)
 
 

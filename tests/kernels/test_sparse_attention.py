@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from kernels import sparse_attention_triton
 from kernels.attention import paged_attention_reference
 from kernels.attention_plan import Launch
 from kernels.select import BlockLists
 from kernels.sparse_attention import sparse_attention, sparse_attention_reference
-from kernels.sparse_attention_triton import sparse_attention_triton
 
 SCALE = 0.3
 TREE = [-1, 0, 0, 1, 1, 2, 3]
@@ -24,13 +24,13 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="triton interprets
 def interpreted(*args: Any, **options: Any) -> torch.Tensor:
     """The kernel in small steps and runs, so that few blocks are cut into several."""
     launch = Launch(block_m=16, block_n=16, num_warps=4, num_stages=2, programs_per_sm=1, fold=True)
-    return sparse_attention_triton(*args, launch=launch, min_chunk=16, **options)
+    return sparse_attention_triton.sparse_attention_triton(*args, launch=launch, min_chunk=16, **options)
 
 
 def sliced(*args: Any, **options: Any) -> torch.Tensor:
     """Each step in two slices, which are merged at the end."""
     launch = Launch(block_m=16, block_n=32, num_warps=2, num_stages=2, programs_per_sm=1, fold=True, slices=2)
-    return sparse_attention_triton(*args, launch=launch, min_chunk=32, **options)
+    return sparse_attention_triton.sparse_attention_triton(*args, launch=launch, min_chunk=32, **options)
 
 
 KERNELS = [
@@ -144,8 +144,10 @@ def test_any_number_of_query_heads_shares_a_list(
 
 @pytest.mark.parametrize("attend", KERNELS)
 def test_lists_of_very_unequal_lengths_are_all_read(
-    make_paged: Callable[..., Any], attend: Callable[..., torch.Tensor]
+    make_paged: Callable[..., Any], attend: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the counts of all lists are more than a program looks at together."""
+    monkeypatch.setattr(sparse_attention_triton, "MAX_BLOCK_U", 8)
     contexts = [250, 0, 17, 1, 90, 33, 5, 64, 2, 40]
     paged = make_paged(contexts, [1] * 10, heads=(4, 2))
     check(attend, paged, some_blocks(paged, 8, 0.7))
