@@ -7,9 +7,55 @@ export success="$state/SUCCESS" ray_logs="$state/ray-$SLURM_JOB_ID"
 export scratch="${TMPDIR:-/tmp}/paceline-$SLURM_JOB_ID" # short: Ray's sockets must fit 107 characters
 export join_s=300
 ray_pids=()
-train_pid='' told=''
+joined_pid='' train_pid='' told=''
 
 say() { echo "paceline: $*" >&2; }
+
+end_ray() {
+    local pid deadline=$((SECONDS + 30))
+    rm -f "$token"
+    for pid in "${ray_pids[@]}"; do
+        while ((SECONDS < deadline)) && kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
+        kill -TERM "$pid" 2>/dev/null || true # a node that lags: Slurm ends its processes
+        wait "$pid" 2>/dev/null || true
+    done
+    ray_pids=()
+    rm -rf "$scratch-${hosts[0]}" # what a node that was killed could not remove
+}
+
+# The end of the job, however it comes: Ray is stopped, the token is gone.
+trap end_ray EXIT
+job_is_running() { [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; }
+leave() {
+    trap - TERM
+    end_ray
+    if (($1 == 75)) && job_is_running; then
+        say "queued again to go on"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$1"
+}
+# Slurm warns of its time limit, and of preemption where the cluster sends the user's signal then: the run saves and
+# exits with 75, as does a job that has not come to train. A job that is no longer running was cancelled, and its Ray
+# with it: nothing can be saved.
+# shellcheck disable=SC2329  # the trap calls it
+on_term() {
+    told=yes
+    if ! job_is_running; then
+        say "ended by Slurm"
+        if [[ -n $train_pid ]]; then kill -KILL "$train_pid" 2>/dev/null || true; fi
+        exit 143
+    fi
+    if [[ -z $train_pid ]]; then
+        say "told to stop before training has begun"
+        if [[ -n $joined_pid ]]; then kill "$joined_pid" 2>/dev/null || true; fi
+        leave 75
+    fi
+    say "told to stop: saving"
+    kill -TERM "$train_pid" 2>/dev/null || true
+    return 0 # a bare return would hand on the interrupted wait's code, and end the script
+}
+trap on_term TERM
 
 # Only this job knows the token: the nodes read it from the shared folder, owner only. Where it goes, Ray goes.
 rm -f "$success" "$token"
@@ -68,37 +114,6 @@ start_node() {
     ray_pids+=("$!")
 }
 
-end_ray() {
-    local pid deadline=$((SECONDS + 30))
-    rm -f "$token"
-    for pid in "${ray_pids[@]}"; do
-        while ((SECONDS < deadline)) && kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
-        kill -TERM "$pid" 2>/dev/null || true # a node that lags: Slurm ends its processes
-        wait "$pid" 2>/dev/null || true
-    done
-    ray_pids=()
-    rm -rf "$scratch-${hosts[0]}" # what a node that was killed could not remove
-}
-
-# The end of the job, however it comes: Ray is stopped, the token is gone.
-trap end_ray EXIT
-# Slurm warns of its time limit, and of preemption where the cluster sends the user's signal then: the run saves and
-# exits with 75. A job that is no longer running was cancelled, and its Ray with it: nothing can be saved.
-job_is_running() { [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; }
-# shellcheck disable=SC2329  # the trap calls it
-on_term() {
-    told=yes
-    if [[ -n $train_pid ]] && job_is_running; then
-        say "told to stop: saving"
-        kill -TERM "$train_pid" 2>/dev/null || true
-        return 0 # a bare return would hand on the interrupted wait's code, and end the script
-    fi
-    say "ended by Slurm"
-    if [[ -n $train_pid ]]; then kill -KILL "$train_pid" 2>/dev/null || true; fi
-    exit 143
-}
-trap on_term TERM
-
 start_node head "${hosts[0]}"
 for host in "${hosts[@]:1}"; do start_node worker "$host"; done
 
@@ -131,10 +146,4 @@ if ((code == 0)); then
     printf 'job %s\nrun %s\n' "$SLURM_JOB_ID" "$run" >"$success.partial"
     mv "$success.partial" "$success"
 fi
-trap - TERM
-end_ray
-if ((code == 75)) && job_is_running; then
-    say "saved; queued again to go on"
-    scontrol requeue "$SLURM_JOB_ID"
-fi
-exit "$code"
+leave "$code"

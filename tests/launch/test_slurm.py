@@ -240,3 +240,20 @@ def test_a_job_told_to_stop_saves_is_queued_again_and_goes_on(
     assert cluster.ended(job) == ("COMPLETED", "0:0"), log_of(plan, job)
     assert (Path(plan.run_dir) / "events.jsonl").read_text().count('"event": "attempt"') == 2
     assert (Path(plan.state_dir) / "SUCCESS").exists()
+
+
+def test_a_job_told_to_stop_before_it_trains_is_queued_again(
+    cluster: Cluster, planned: Callable[..., LaunchPlan], tmp_path: Path
+) -> None:
+    waits = tmp_path / "bin" / "ray"
+    waits.parent.mkdir()
+    waits.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\nexec sleep 3600\n")
+    waits.chmod(0o755)
+    plan = planned("early", setup=f"{here()}; PATH={waits.parent}:$PATH")
+    job = cluster.submit(plan)
+    wait_for((tmp_path / "started").exists, "Ray's start")
+    cluster("scancel", "--signal=TERM", "--batch", job)
+    wait_for(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
+    assert "told to stop before training has begun" in log_of(plan, job)
+    assert not Path(plan.run_dir).exists() and left_behind(plan, job) == []
+    cluster("scancel", job)
