@@ -31,6 +31,8 @@ SAME = (  # of the recipe and of the run, for its lengths and times to say anyth
     "rollout.tensor_parallel",
     "compute.placement",
     "compute.device",
+    "train.sequence_parallel",
+    "rollout.tensor_parallel",
 )
 
 
@@ -38,11 +40,13 @@ SAME = (  # of the recipe and of the run, for its lengths and times to say anyth
 class Measured:
     """What a run says of itself. workers: that trained; samplers: that sampled, the same ones if colocated.
 
+    sharing: ranks that trained on every sequence together, each on a stretch of it.
     steps: by number, the response lengths of each prompt; seconds: their records. rate: of one worker's sampling.
     """
 
     workers: int
     samplers: int
+    sharing: int
     lengths: dict[int, dict[str, list[int]]]
     records: dict[int, dict[str, Any]]
     rate: DecodeRate
@@ -76,6 +80,7 @@ def read_run(run: Path) -> Measured:
     return Measured(
         workers=config.compute.workers,
         samplers=_samplers(config),
+        sharing=config.train.sequence_parallel,
         lengths={step: _lengths(run / "samples" / f"step_{step}.parquet") for step in steps},
         records={step: records[step] for step in steps},
         rate=rate,
@@ -125,8 +130,9 @@ def simulated_step(run: Measured, *, workers: int, samplers: int, slots: int) ->
         rollouts.append(max(finish_s([n for each in share for n in lengths[each.id]], costs) for share in shares))
         ends = {(name, sample): length for name, all_ in lengths.items() for sample, length in enumerate(all_)}
         known.learn({each.id: each for each in prompts}, ends)
-        largest.append(largest_share(list(ends.values()), workers))
-        largest_then.append(largest_share(list(ends.values()), run.workers))
+        # of those who share sequences, who have equal parts of them
+        largest.append(largest_share(list(ends.values()), workers // run.sharing))
+        largest_then.append(largest_share(list(ends.values()), run.workers // run.sharing))
     then = measured_step(run)
     return Step(fmean(rollouts), then.train_s * sum(largest) / sum(largest_then), then.sync_s, then.rest_s)
 

@@ -1,6 +1,7 @@
 """A step's time on more nodes, held against a run whose times are known."""
 
 import json
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -19,12 +20,12 @@ PROMPTS, GROUP, LENGTH = 8, 4, 100
 RECIPE = [f"rollout.prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}", "rollout.max_new_tokens=400"]
 
 
-def write_run(folder: Path, lengths: dict[str, list[int]], *, steps: int = 3) -> Path:
-    """One worker, every sequence in a batch at the rate above; 10 s of training, 1 of sync, 2 of all else."""
+def write_run(folder: Path, lengths: dict[str, list[int]], *, steps: int = 3, options: Sequence[str] = ()) -> Path:
+    """One worker or as options say, sequences in a batch at the rate above; 10 s of training, 1 of sync, 2 of rest."""
     (folder / "config").mkdir(parents=True)
     (folder / "metrics").mkdir()
     (folder / "samples").mkdir()
-    (folder / "config" / "resolved.yaml").write_text(dump(parse("data: {name: chain_sum}", RECIPE)))
+    (folder / "config" / "resolved.yaml").write_text(dump(parse("data: {name: chain_sum}", [*RECIPE, *options])))
     rows = [{"prompt_id": name, "num_tokens": n} for name, found in lengths.items() for n in found]
     records, curve = [], []
     for step in range(1, steps + 1):
@@ -94,6 +95,17 @@ def test_two_workers_halve_the_batch_and_the_training(tmp_path: Path) -> None:
     assert found.train_s == pytest.approx(5.0)
 
 
+def test_ranks_that_share_sequences_train_as_one(tmp_path: Path) -> None:
+    """Each has half of every sequence of theirs: a longest one bounds how far more ranks help."""
+    options = ["compute.backend=ray", "compute.workers=2", "train.sequence_parallel=2"]
+    one_long = {f"p{n}": [300 if n == 0 else 10] + [10] * (GROUP - 1) for n in range(PROMPTS)}
+    run = read_run(write_run(tmp_path / "run", one_long, options=options))
+    tokens = 300 + 10 * (PROMPTS * GROUP - 1)
+    four, many = (simulated_step(run, workers=count, samplers=2, slots=256) for count in (4, 64))
+    assert four.train_s == pytest.approx(10.0 * 310 / tokens)
+    assert many.train_s == pytest.approx(10.0 * 300 / tokens)
+
+
 def test_waiting_sequences_are_sampled_after_those_that_run(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", ragged()))
     narrow = simulated_step(run, workers=1, samplers=1, slots=GROUP)
@@ -123,6 +135,9 @@ def test_a_run_of_another_recipe_says_nothing(tmp_path: Path) -> None:
     require_alike(parse("data: {name: chain_sum}", [*RECIPE, "compute.backend=ray", "compute.workers=4"]), run)
     with pytest.raises(ConfigError, match="rollout.group_size=8, and --from .* had 4"):
         require_alike(parse("data: {name: chain_sum}", [*RECIPE, "rollout.group_size=8"]), run)
+    shared = ["compute.backend=ray", "compute.workers=2", "train.sequence_parallel=2"]
+    with pytest.raises(ConfigError, match="train.sequence_parallel=2, and --from .* had 1"):
+        require_alike(parse("data: {name: chain_sum}", [*RECIPE, *shared]), run)
     (run / "metrics" / "curve.jsonl").unlink()
     with pytest.raises(ConfigError, match="curve.jsonl is missing"):
         read_run(run)
