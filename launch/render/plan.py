@@ -186,6 +186,11 @@ def spread(text: str, overrides: Sequence[str], *, origin: str, nodes: int, gpus
             f"{parsed.compute.placement}) exceed --nodes {nodes} x "
             f"--gpus-per-node {gpus_per_node}; take fewer, or ask for more"
         )
+    if gpus_per_node and parsed.rollout.tensor_parallel > gpus_per_node:
+        raise ConfigError(
+            f"rollout.tensor_parallel={parsed.rollout.tensor_parallel} exceeds --gpus-per-node {gpus_per_node}, and"
+            " what shares an engine is on one node; take fewer, or larger nodes"
+        )
     return sized
 
 

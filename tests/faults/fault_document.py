@@ -32,7 +32,7 @@ checkpoint of a run in one process equals an undisturbed run's bit for bit; with
 
 {cases}
 
-Tested apart, in `tests/faults`:
+Tested apart:
 
 {elsewhere}
 

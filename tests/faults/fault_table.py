@@ -256,24 +256,31 @@ CASES: dict[str, Case] = {
     ),
 }
 
-# Rows whose tests need more than a command: the test, in tests/faults.
+# Rows whose tests need more than a command: the test.
 ELSEWHERE: tuple[tuple[str, str, str, str], ...] = (
     (
         "a node is lost with its worker",
         "rollout.cycle@1:30:node",
         "a rank's: all start again on the nodes left, from the newest checkpoint; another's: the others go on",
-        "test_nodes.py",
+        "tests/faults/test_nodes.py",
+    ),
+    (
+        "one of the workers that share an engine is killed (`rollout.tensor_parallel`)",
+        "rollout.cycle@2:30:kill",
+        "its team is ended with it, and the error names team and rank; the others sample what it owed, or "
+        "where there is no other all workers start again from the newest checkpoint",
+        "tests/system/test_teams.py",
     ),
     (
         "out of memory while a CUDA graph is captured",
         "graph.capture:1:oom",
         "such cycles run eagerly from then on, said once",
-        "test_graph_capture.py",
+        "tests/faults/test_graph_capture.py",
     ),
     (
         "a kill at any write, fsync, rename or removal of a checkpoint",
         "every one, in turn",
         "the newest whole checkpoint is taken up bit for bit: parameters, optimiser, drafter, loop",
-        "test_every_write.py",
+        "tests/faults/test_every_write.py",
     ),
 )

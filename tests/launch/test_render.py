@@ -28,6 +28,7 @@ RECIPE = """\
 run: {name: "Addition #1"}
 data: {name: chain_sum, template: 'It''s "$HOME" `id` \\ {question}'}
 """
+TEAM = ("compute.placement=separate", "compute.rollout_workers=4", "rollout.tensor_parallel=4")
 FORBIDDEN = ("paceline-canary", "canary-token")  # what stands in the environment while rendering
 
 
@@ -194,6 +195,7 @@ def test_size_becomes_workers_unless_the_user_says_otherwise(recipe: str) -> Non
     [
         (["--nodes", "0"], 2, "--nodes 0"),
         (["compute.workers=9", "--gpus-per-node", "8"], 2, "9 workers (compute.workers=9"),
+        ([*TEAM, "--nodes", "3", "--gpus-per-node", "2"], 2, "rollout.tensor_parallel=4 exceeds --gpus-per-node 2"),
         (["train.stepz=1"], 2, "did you mean train.steps?"),
         (["--time", "soon"], 2, "--time 'soon'"),
         (["rollout.backend=vllm", "spec.source=off"], 2, "rollout.backend='vllm'"),
