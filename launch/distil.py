@@ -4,11 +4,11 @@ The policy runs each sequence once an epoch; every layer's gate learns inside th
 attended, so that no layer's queries, keys and weights outlive it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +20,7 @@ from drafter.gate_quality import Quality, selection_quality
 from drafter.gate_training import GateStats, GateTrainer, LayerSample
 from kernels.attention import PackedSequences, packed_attention
 from kernels.pooled_attention import block_weights, pooled_attention
+from launch.bench_report import provenance
 from launch.offline import split, texts_for
 from launch.subject import Subject
 from rl.export import staged
@@ -101,6 +102,29 @@ def measure_gates(subject: Subject, gates: Gates, sequences: Sequences, *, budge
     if not parts:
         raise DataError(f"no sequence has more than {budget_blocks} blocks to choose from; raise --length")
     return Quality.mean(parts)
+
+
+def document(
+    subject: Subject,
+    sequences: Sequences,
+    options: Mapping[str, float],
+    losses: Sequence[float],
+    *,
+    before: Quality,
+    after: Quality,
+) -> dict[str, Any]:
+    """The figures of a training as JSON, with what they were measured on."""
+    return {
+        "policy": subject.config.model,
+        "run": str(subject.run) if subject.run else None,
+        "step": subject.step,
+        "sequences": {"learned": len(sequences.learned), "heldout": len(sequences.heldout)},
+        **options,
+        "losses": list(losses),
+        "untrained": asdict(before),
+        "trained": asdict(after),
+        "environment": provenance(device=str(subject.device), seed=subject.config.run.seed),
+    }
 
 
 def save_gates(out: Path, gates: Gates, subject: Subject) -> None:

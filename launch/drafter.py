@@ -89,8 +89,7 @@ def evaluate(
     out: Json = None,
 ) -> None:
     """Accept length by draft position, by position in the response and by temperature."""
-    if out is not None and not os.access(out.absolute().parent, os.W_OK):
-        raise StorageError(f"--json {out}: its folder is missing or not writable; make it first")
+    require_writable(out)
     subject = load_source(source, overrides)
     from launch import offline
 
@@ -120,6 +119,12 @@ def _temperatures(text: str) -> list[float]:
     if any(not 0 <= value < float("inf") for value in values):
         raise ConfigError(f"--temperatures {text!r}: none may be negative or infinite")
     return values
+
+
+def require_writable(out: Path | None) -> None:
+    """Raise StorageError where no file can be written for --json."""
+    if out is not None and not os.access(out.absolute().parent, os.W_OK):
+        raise StorageError(f"--json {out}: its folder is missing or not writable; make it first")
 
 
 def load_source(source: Path, overrides: list[str] | None) -> "Subject":

@@ -1,5 +1,6 @@
 """`paceline gate`: train the gates that sparse attention selects blocks by."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -7,7 +8,7 @@ import typer
 from rich.console import Console
 
 from configs.errors import ConfigError
-from launch.drafter import Overrides, Source, load_source
+from launch.drafter import Json, Overrides, Source, load_source, require_writable
 
 if TYPE_CHECKING:
     from drafter.gate_quality import Quality
@@ -41,6 +42,7 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate, after a warm-up.")] = 1e-3,
     block: Annotated[int, typer.Option(help="Keys of a block that is selected or not: 16, 32 or 64.")] = 64,
     budget: Annotated[int, typer.Option(help="Keys that the selection is measured with; 0 is an eighth.")] = 0,
+    figures: Json = None,
 ) -> None:
     """Distil gates from a policy's own attention; its weights stay as they are."""
     if block not in BLOCKS:
@@ -52,6 +54,7 @@ def train(
         raise ConfigError(
             f"--length {length} leaves nothing to select where {num_blocks * block} keys are read; make it longer"
         )
+    require_writable(figures)
     subject = load_source(source, overrides)
     from drafter.gate import GateConfig, Gates
     from launch import distil
@@ -70,7 +73,10 @@ def train(
         sequences = distil.of_file(text, subject, length)
     console.print(f"{len(sequences.learned)} sequences of {length:,} tokens, and {len(sequences.heldout)} held out")
 
+    losses: list[float] = []
+
     def report(step: int, stats: "GateStats") -> None:
+        losses.append(stats.loss)
         if step % REPORT_EVERY == 0 or step in (1, steps):
             console.print(f"step {step}/{steps}: loss {stats.loss:.4f}, {stats.seconds * 1e3:.0f} ms")
 
@@ -82,6 +88,18 @@ def train(
         console.print(line)
     distil.save_gates(out, gates, subject)
     print(f"wrote {out}")
+    if figures is not None:
+        options = {
+            "steps": steps,
+            "batch": batch,
+            "lr": lr,
+            "length": length,
+            "block": block,
+            "budget_blocks": num_blocks,
+        }
+        result = distil.document(subject, sequences, options, losses, before=before, after=after)
+        figures.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {figures}")
 
 
 def _lines(before: "Quality", after: "Quality") -> list[str]:

@@ -1,6 +1,7 @@
 """`paceline gate train`, from a model folder to a folder of gates, and what of the policy it leaves alone."""
 
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -72,8 +73,14 @@ def test_gates_are_trained_saved_and_fit_the_policy_which_is_left_alone(
 
 def test_a_text_file_is_learned_from(recipe: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
     (tmp_path / "book.txt").write_text("one two three four five six seven " * 60)
-    paceline("gate", "train", recipe, tmp_path / "gates", *SMALL, "--text", tmp_path / "book.txt")
+    files = ("--text", tmp_path / "book.txt", "--json", tmp_path / "figures.json")
+    paceline("gate", "train", recipe, tmp_path / "gates", *SMALL, *files)
     assert (tmp_path / "gates" / "attn_gate_weights.safetensors").is_file()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["sequences"] == {"learned": 6, "heldout": 1} and figures["budget_blocks"] == 2
+    assert len(figures["losses"]) == 12 and figures["losses"][-1] < figures["losses"][0]
+    assert figures["trained"]["bound_recall"] == figures["untrained"]["bound_recall"]
+    assert 0 < figures["trained"]["gate_recall"] <= 1
 
 
 def test_training_changes_no_tensor_of_the_policy_and_gives_none_a_gradient(recipe: Path) -> None:
