@@ -109,6 +109,14 @@ def arm(text: str | None = None, *, process: str = DRIVER, recovery: int = 0) ->
     _armed = _Armed(faults, process) if faults else None
 
 
+def require_processes(num_workers: int) -> None:
+    """Raise ConfigError where a fault is meant for a worker that a run of so many has not: it would never happen."""
+    for fault in [] if _armed is None else _armed.faults:
+        if fault.process.isdecimal() and int(fault.process) >= num_workers:
+            there = f"workers 0 to {num_workers - 1}" if num_workers else "no workers"
+            raise ConfigError(f"{VARIABLE}: @{fault.process} is nobody here; this run has {there}, and {DRIVER}")
+
+
 def counts() -> Mapping[str, int]:
     """How often each point was hit in this process since faults were armed."""
     return {} if _armed is None else dict(_armed.counts)

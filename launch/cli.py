@@ -210,6 +210,9 @@ def _train(config: "Config", plan: "Plan", run: "RunDir", *, resumed: bool) -> N
 def _plan(config: "Config") -> "Plan":
     """Find the model and derive the plan. Raises PreflightError."""
     _prepare()
+    compute = config.compute
+    samplers = compute.rollout_workers if compute.placement == "separate" else 0
+    faults.require_processes(compute.workers + samplers if compute.backend == "ray" else 0)
     from launch.plan import derive
     from rollout.model import load_config
     from rollout.pretrained import resolve

@@ -35,6 +35,17 @@ def test_what_is_no_fault_is_refused_with_what_there_is(text: str, named: str) -
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_worker_that_a_run_has_not_is_refused_by_its_number() -> None:
+    faults.arm("train.backward@1:1:kill,rollout.cycle@driver:1:kill,data.load:1:raise")
+    faults.require_processes(2)
+    with pytest.raises(ConfigError, match=r"PACELINE_FAULT: @1 is nobody here; .* workers 0 to 0, and driver"):
+        faults.require_processes(1)
+    with pytest.raises(ConfigError, match="no workers, and driver"):
+        faults.require_processes(0)
+    faults.arm("")
+    faults.require_processes(0)
+
+
 def test_a_fault_happens_at_its_hit_of_its_point_in_its_process_alone() -> None:
     faults.arm("train.backward@1:2:raise", process="1")
     faults.hit("drafter.step")

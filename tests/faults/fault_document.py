@@ -63,7 +63,7 @@ once.
 ## Injecting a fault
 
 `PACELINE_FAULT=point[@process]:nth:action[,...]`: `nth` counts hits of the point in a process; `3+` means from the
-third on, and after recoveries too; `@process` is a worker's number, or `driver`.
+third on, and after recoveries too; `@process` is a worker's number (one that the run has), or `driver`.
 
 {points}
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from configs import faults
 from configs.errors import DataError, DivergedError, PreemptedError
 from configs.load import load
 from configs.schema import Config
@@ -173,6 +174,24 @@ def test_bug_leaves_its_traceback_in_the_run(
     assert line.endswith("ZeroDivisionError: division by zero; the traceback is in run/logs/attempt_1/crash.log")
     assert "in buggy" in Path("run/logs/attempt_1/crash.log").read_text()
     assert exit_record()["code"] == 1
+
+
+def test_a_fault_for_a_worker_that_is_not_there_is_refused_before_anything_is_written(
+    paceline: Callable[..., int],
+    training: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training(lambda *_: pytest.fail("it trains"))
+    monkeypatch.setenv("PACELINE_FAULT", "rollout.cycle@2:1:kill")
+    for options, there in (
+        (("compute.backend=ray", "compute.workers=2"), "workers 0 to 1"),
+        ((), "no workers"),
+    ):
+        assert paceline("train", "tiny.yaml", *options) == 2
+        assert f"PACELINE_FAULT: @2 is nobody here; this run has {there}, and driver" in capsys.readouterr().err
+    assert os.listdir() == ["tiny.yaml"]
+    faults.arm("")
 
 
 def test_a_process_asked_to_stop_before_it_trains_can_go_on(
