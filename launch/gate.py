@@ -50,7 +50,7 @@ def train(
     if not 0 < lr < 1:
         raise ConfigError(f"--lr {lr:g} is not between 0 and 1")
     num_blocks = max(1, (budget or length // 8) // block)
-    if num_blocks >= length // 2 // block:
+    if num_blocks >= (length - 1) // block:
         raise ConfigError(
             f"--length {length} leaves nothing to select where {num_blocks * block} keys are read; make it longer"
         )

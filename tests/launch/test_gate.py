@@ -136,7 +136,7 @@ def test_what_is_harvested_is_what_the_policy_attends_to(tiny_model_dir: Path) -
     [
         (("--block", "48"), ConfigError, "--block 48"),
         (("--lr", "7"), ConfigError, "--lr 7"),
-        (("--budget", "128"), ConfigError, "nothing to select"),
+        (("--budget", "240"), ConfigError, "nothing to select"),
         (("--length", "1024"), ConfigError, "512 positions"),
         (("--texts", "4"), DataError, "raise --texts"),
         (("--text", "/no/such/file"), DataError, "/no/such/file"),
