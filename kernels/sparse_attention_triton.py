@@ -63,6 +63,8 @@ def sparse_attention_triton(
     is_tree = seqs.ancestors is not None
     block_d = max(16, triton.next_power_of_2(head_dim))
     merge_rows = min(triton.next_power_of_2(grid.rows), MERGE_ROWS)
+    # of partials, what registers hold at once: two programs a multiprocessor have 255 a thread, three have 168
+    merged = 16384 if launch.programs_per_sm <= 2 else 8192
     overlap = overlaps(query.device)
     _sparse_kernel[(grid.programs,)](
         query,
@@ -102,7 +104,7 @@ def sparse_attention_triton(
         BLOCK_N=launch.block_n,
         BLOCK_D=block_d,
         MERGE_ROWS=merge_rows,
-        MERGE_SPLITS=max(1, 16384 // (merge_rows * block_d)),
+        MERGE_SPLITS=max(1, merged // (merge_rows * block_d)),
         STAGES=launch.num_stages,
         SLICES=launch.slices,
         OVERLAP=overlap,
