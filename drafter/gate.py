@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from drafter.rope import Rope, Turns, rotate, unrotate
+from drafter.rope import Rope, Turns
+from kernels.gate import GateWeights, finish, gate_queries, pool_keys
 
 NORM_EPS = 1e-6
 NOISE = 0.02  # standard deviation of the initial weights, as published
@@ -89,6 +90,19 @@ class Gates(nn.Module):
         self.query_weight, self.key_weight = nn.Parameter(query), nn.Parameter(key)
         self.query_norm, self.key_norm = (nn.Parameter(torch.ones(layers, width)) for _ in range(2))
 
+    def weights(self) -> GateWeights:
+        """The gates as kernels.gate reads them, where their parameters are now."""
+        device = self.query_weight.device
+        return GateWeights(
+            query_weight=self.query_weight,
+            key_weight=self.key_weight,
+            query_norm=self.query_norm,
+            key_norm=self.key_norm,
+            rotation=self._turns.on(device),
+            gate_rotation=self._gate_turns.on(device),
+            eps=NORM_EPS,
+        )
+
     def compress(
         self, layer: int, keys: torch.Tensor, starts: torch.Tensor, num_valid: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -100,7 +114,7 @@ class Gates(nn.Module):
         """
         pooled = self._pool(keys, starts, num_valid)
         merged = torch.einsum("...hi,hio->...ho", pooled, self.key_weight[layer])
-        return self._finish(merged, self.key_norm[layer], starts)
+        return finish(merged, self.key_norm[layer], starts, self._gate_turns.on(starts.device), NORM_EPS)
 
     def compress_layers(
         self, keys: torch.Tensor, starts: torch.Tensor, num_valid: torch.Tensor | None = None
@@ -108,15 +122,13 @@ class Gates(nn.Module):
         """As compress, of all layers at once: keys [L, N, P, Hkv, D]; starts, num_valid [N]. Gives [L, N, Hkv, Dg]."""
         pooled = self._pool(keys, starts, num_valid)
         merged = torch.einsum("lnhi,lhio->lnho", pooled, self.key_weight)
-        return self._finish(merged, self.key_norm[:, None, None], starts)
+        norm = self.key_norm[:, None, None]
+        return finish(merged, norm, starts, self._gate_turns.on(starts.device), NORM_EPS)
 
     def merge(self, layer: int, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """A layer's queries as its gate compares them. query [T, Hq, D] after the policy's rotary embedding; positions
         [T] int64; returns [T, Hkv, Dg] in the weights' dtype."""
-        weight = self.query_weight[layer]
-        plain = unrotate(query.float(), *self._turns.at(positions)).to(weight.dtype)
-        merged = torch.einsum("tkgi,kgio->tko", plain.unflatten(1, weight.shape[:2]), weight)
-        return self._finish(merged, self.query_norm[layer], positions)
+        return gate_queries(self.weights(), layer, query, positions)
 
     def scores(
         self, layer: int, query: torch.Tensor, positions: torch.Tensor, compressed: torch.Tensor
@@ -133,20 +145,5 @@ class Gates(nn.Module):
 
     def _pool(self, keys: torch.Tensor, starts: torch.Tensor, num_valid: torch.Tensor | None) -> torch.Tensor:
         """Maximum, minimum and mean of each block's plain keys, side by side. [..., P, Hkv, D] to [..., Hkv, 3 D]."""
-        index = torch.arange(keys.shape[-3], device=keys.device)
-        plain = unrotate(keys.float(), *self._turns.at(starts[..., None] + index))
-        if num_valid is None:
-            pooled = [plain.amax(dim=-3), plain.amin(dim=-3), plain.mean(dim=-3)]
-        else:
-            count = num_valid.clamp(min=1)[..., None, None]
-            out = (index[:, None, None] >= count[..., None]).expand(plain.shape)
-            largest = plain.masked_fill(out, -torch.inf).amax(dim=-3)
-            smallest = plain.masked_fill(out, torch.inf).amin(dim=-3)
-            pooled = [largest, smallest, plain.masked_fill(out, 0.0).sum(dim=-3) / count]
-        return torch.cat(pooled, dim=-1).to(self.key_weight.dtype)
-
-    def _finish(self, merged: torch.Tensor, norm: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Norm and rotate [..., Hkv, Dg] at positions [...]."""
-        wide = merged.float()
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + NORM_EPS) * norm.float()
-        return rotate(normed, *self._gate_turns.at(positions)).to(norm.dtype)
+        count = torch.full_like(starts, keys.shape[-3]) if num_valid is None else num_valid
+        return pool_keys(keys, starts, count, self._turns.on(starts.device)).to(self.key_weight.dtype)

@@ -1,4 +1,4 @@
-"""Rotary embeddings, done and undone: by their frequencies, at any positions."""
+"""Rotary embeddings by their frequencies, as a policy's config gives them."""
 
 import copy
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from configs.errors import PreflightError
+from kernels.gate import Rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +40,13 @@ class Rope:
 
 
 class Turns:
-    """The cosines and sines of a rotary embedding at any positions; float32, wherever the positions are."""
+    """A rotary embedding as kernels take it, wherever they run."""
 
     def __init__(self, rope: Rope) -> None:
-        self._scaling = rope.scaling
-        self._frequencies = torch.tensor(rope.frequencies)
+        self._rotation = Rotation(torch.tensor(rope.frequencies), rope.scaling)
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines, [..., 1, D / 2], at positions [...]: one value for all heads."""
-        if self._frequencies.device != positions.device:  # once: a graph may not copy from the host
-            self._frequencies = self._frequencies.to(positions.device)
-        angles = positions[..., None, None].float() * self._frequencies
-        return angles.cos() * self._scaling, angles.sin() * self._scaling
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (i, i + D / 2) of x [..., heads, D], as Llama lays them out. cos, sin [..., 1, D / 2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def unrotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """What rotate made x of, whatever scaling or rounding the cosines and sines carry: rotate's inverse."""
-    first, second = x.chunk(2, dim=-1)
-    size = cos.square() + sin.square()
-    return torch.cat([(first * cos + second * sin) / size, (second * cos - first * sin) / size], dim=-1)
+    def on(self, device: torch.device) -> Rotation:
+        """Its frequencies in this device's memory."""
+        if self._rotation.frequencies.device != device:  # once: a graph may not copy from the host
+            self._rotation = Rotation(self._rotation.frequencies.to(device), self._rotation.scaling)
+        return self._rotation

@@ -6,7 +6,8 @@ from transformers import GPT2Config, LlamaConfig, Qwen3Config
 
 from configs.errors import PreflightError
 from drafter.gate import GateConfig, Gates
-from drafter.rope import Turns, rotate, unrotate
+from drafter.rope import Turns
+from kernels.gate import rotate, unrotate
 
 LAYERS, HEADS, KV_HEADS, DIM, BLOCK = 3, 4, 2, 16, 64
 CONFIG = Qwen3Config(
@@ -122,10 +123,10 @@ def test_new_gates_as_wide_as_heads_prefer_the_block_whose_mean_key_points_their
 
 
 def test_unrotate_undoes_scaled_and_rounded_rotations() -> None:
-    turns = Turns(GateConfig.of(YARN).rope)
+    rotation = Turns(GateConfig.of(YARN).rope).on(torch.device("cpu"))
     assert GateConfig.of(YARN).rope.scaling > 1
     positions = torch.tensor([0, 5, 4000])
-    cos, sin = (part.bfloat16().float() for part in turns.at(positions))
+    cos, sin = (part.bfloat16().float() for part in rotation.at(positions))
     x = torch.randn(3, KV_HEADS, DIM)
     torch.testing.assert_close(unrotate(rotate(x, cos, sin), cos, sin), x, atol=1e-5, rtol=1e-5)
 
