@@ -68,7 +68,12 @@ def gate_scores(
     Shapes: query [T, Hq, D]; positions [T] int64; descriptors [num_blocks, block_size / select_block, Hkv, Dg].
     Returns [B, Hkv, NB] float32. On CUDA two launches.
     """
-    return gate_scores_reference(weights, layer, query, positions, descriptors, seqs)
+    if not query.is_cuda:
+        return gate_scores_reference(weights, layer, query, positions, descriptors, seqs)
+    # only where it runs: importing triton settles whether kernels are interpreted
+    from kernels.gate_triton import gate_scores_triton
+
+    return gate_scores_triton(weights, layer, query, positions, descriptors, seqs)
 
 
 def gate_choose(
@@ -84,7 +89,11 @@ def gate_choose(
 
     Arguments are theirs. On CUDA two launches, without synchronisation.
     """
-    return gate_choose_reference(weights, layer, query, positions, descriptors, seqs, choice)
+    if not query.is_cuda:
+        return gate_choose_reference(weights, layer, query, positions, descriptors, seqs, choice)
+    from kernels.gate_triton import gate_choose_triton
+
+    return gate_choose_triton(weights, layer, query, positions, descriptors, seqs, choice)
 
 
 def empty_compressed(weights: GateWeights, storage: torch.Tensor, *, select_block: int) -> torch.Tensor:
@@ -114,7 +123,12 @@ def compress(
     From the keys of indices below end: the last block may be partial. Arguments as kernels.describe.describe's; out,
     made by empty_compressed, is mutated. On CUDA one launch, without synchronisation.
     """
-    compress_reference(
+    if storage.is_cuda:
+        # only where it runs: importing triton settles whether kernels are interpreted
+        from kernels.gate_compress_triton import compress_triton as compress_on_device
+    else:
+        compress_on_device = compress_reference
+    compress_on_device(
         weights, storage, out, block_tables=block_tables, begins=begins, ends=ends, max_tokens=max_tokens
     )
 

@@ -1,0 +1,437 @@
+# mypy: allow-untyped-defs
+# ruff: noqa: N803
+"""A gate's scores and the lists they make, in two launches (Triton); kernels/gate.py defines them.
+
+The first multiplies plain queries with the merging weights, shared out over the machine: a program takes some query
+heads and some columns, and leaves its part of the sum. The second's programs add the parts up, norm and turn them, each
+for itself, and score some blocks of one sequence and key head; the last of them to be done makes the list.
+"""
+
+import math
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.attention import PagedSequences
+from kernels.gate import GateWeights
+from kernels.linear_triton import overlaps
+from kernels.select import BlockLists, Choice, list_room, num_selection_blocks
+from kernels.select_triton import FEW_BLOCKS, choose_list
+from kernels.turns_triton import cos_sin
+
+MAX_TOKENS = 64  # new tokens that a program has the queries of
+MERGE_PROGRAMS = 128  # about one a multiprocessor: fewer would leave most of the weights' bandwidth unused
+MERGE_COLUMNS = 64
+PROGRAMS_PER_SM = 2
+BLOCKS_PER_WARP = 512  # of a list: four warps make lists of 128 k keys, and two programs of four fit a multiprocessor
+INTERPRETED_PROGRAMS = 12  # of a machine without multiprocessors: few, so that small tests meet every case
+LINE = 32  # scores of 128 bytes: no two lists share a line, of which a multiprocessor may keep an old copy
+STAGES = 3
+
+
+def gate_scores_triton(
+    weights: GateWeights,
+    layer: int,
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    descriptors: torch.Tensor,
+    seqs: PagedSequences,
+) -> torch.Tensor:
+    """kernels.gate.gate_scores on the GPU."""
+    num_blocks = num_selection_blocks(seqs, seqs.block_size // descriptors.shape[1])
+    scores, _ = _launch(weights, layer, query, positions, descriptors, seqs, None)
+    return scores[:, :, :num_blocks]
+
+
+def gate_choose_triton(
+    weights: GateWeights,
+    layer: int,
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    descriptors: torch.Tensor,
+    seqs: PagedSequences,
+    choice: Choice,
+) -> BlockLists:
+    """kernels.gate.gate_choose on the GPU."""
+    _, lists = _launch(weights, layer, query, positions, descriptors, seqs, choice)
+    assert lists is not None
+    return lists
+
+
+def _launch(
+    weights: GateWeights,
+    layer: int,
+    query: torch.Tensor,
+    positions: torch.Tensor,
+    descriptors: torch.Tensor,
+    seqs: PagedSequences,
+    choice: Choice | None,
+) -> tuple[torch.Tensor, BlockLists | None]:
+    """Scores [B, Hkv, at least NB] and, given a choice, what it makes of them."""
+    device, num_rows = query.device, len(seqs.context_lens)
+    parts, num_kv_heads, gate_dim = descriptors.shape[1:]
+    select_block = seqs.block_size // parts
+    num_blocks = num_selection_blocks(seqs, select_block)
+    assert descriptors.is_contiguous() and seqs.block_tables.stride(1) == 1 and positions.is_contiguous()
+    row = triton.cdiv(num_blocks, LINE) * LINE
+    scores = torch.empty(num_rows, num_kv_heads, row, dtype=torch.float32, device=device)
+    arrived = torch.empty(num_rows * num_kv_heads, dtype=torch.int32, device=device)
+    merged = _merge(weights, layer, query, positions, arrived)
+    block_all = max(LINE, triton.next_power_of_2(num_blocks))
+    num_warps = min(max(4, block_all // BLOCKS_PER_WARP), 16)
+    block_n = 16 * num_warps
+    wave = _num_programs(device) // (num_rows * num_kv_heads)
+    splits = max(1, min(wave, triton.cdiv(num_blocks, block_n)))
+    lists = None
+    if choice is not None:
+        room = list_room(seqs, choice, select_block=select_block)
+        lists = BlockLists(
+            blocks=torch.empty(num_rows, num_kv_heads, room, dtype=torch.int32, device=device),
+            counts=torch.empty(num_rows, num_kv_heads, dtype=torch.int32, device=device),
+            select_block=select_block,
+        )
+    given = choice or Choice(max_blocks=0, budget_blocks=0)
+    overlap = overlaps(device)
+    _score_kernel[(num_rows * splits * num_kv_heads,)](
+        merged,
+        positions,
+        weights.query_norm[layer],
+        weights.gate_rotation.frequencies,
+        descriptors,
+        scores,
+        seqs.cu_seqlens_q,
+        seqs.context_lens,
+        seqs.block_tables,
+        arrived,
+        arrived if lists is None else lists.blocks,
+        arrived if lists is None else lists.counts,
+        len(positions),
+        num_blocks,
+        splits,
+        row,
+        seqs.block_tables.stride(0),
+        weights.gate_rotation.scaling,
+        weights.eps,
+        gate_dim**-0.5,
+        0 if lists is None else lists.blocks.shape[2],
+        given.max_blocks,
+        given.budget_blocks,
+        given.share_in_65536ths,
+        math.log(given.threshold) if given.threshold is not None and given.threshold > 0 else -math.inf,
+        given.sinks,
+        given.recent,
+        given.min_blocks,
+        CHOOSE=lists is not None,
+        HAS_THRESHOLD=given.threshold is not None,
+        MANY=seqs.max_seqlen_q > MAX_TOKENS,
+        KV_HEADS=num_kv_heads,
+        GATE_DIM=gate_dim,
+        SHARES=merged.shape[0],
+        PARTS=parts,
+        SELECT_BLOCK=select_block,
+        BLOCK_Q=min(max(16, triton.next_power_of_2(seqs.max_seqlen_q)), MAX_TOKENS),
+        BLOCK_H=max(16, triton.next_power_of_2(gate_dim // 2)),
+        BLOCK_N=block_n,
+        BLOCK_ALL=block_all,
+        FEW=min(FEW_BLOCKS, block_all),
+        STAGES=STAGES,
+        OVERLAP=overlap,
+        num_warps=num_warps,
+        num_stages=STAGES,
+        launch_pdl=overlap,
+    )
+    return scores, lists
+
+
+@cache
+def _num_programs(device: torch.device) -> int:
+    """Programs that run at once."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM
+
+
+def _merge(
+    weights: GateWeights, layer: int, query: torch.Tensor, positions: torch.Tensor, arrived: torch.Tensor
+) -> torch.Tensor:
+    """Merged queries before their norm, in parts to be added up, [S, T, Hkv, Dg] float32; arrived becomes zeros."""
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads, groups, _, gate_dim = weights.query_weight.shape[1:]
+    assert query.stride(2) == 1 and weights.query_weight.is_contiguous() and num_heads == num_kv_heads * groups
+    block_t = min(max(16, triton.next_power_of_2(num_tokens)), MAX_TOKENS)
+    tiles, columns = triton.cdiv(num_tokens, block_t), triton.cdiv(gate_dim, MERGE_COLUMNS)
+    shares = min(groups, triton.cdiv(MERGE_PROGRAMS, tiles * columns * num_kv_heads))
+    heads = triton.cdiv(groups, shares)
+    shares = triton.cdiv(groups, heads)
+    merged = torch.empty(shares, num_tokens, num_kv_heads, gate_dim, dtype=torch.float32, device=query.device)
+    overlap = overlaps(query.device)
+    _merge_kernel[(tiles, columns, num_kv_heads * shares)](
+        query,
+        positions,
+        weights.query_weight[layer],
+        weights.rotation.frequencies,
+        merged,
+        arrived,
+        num_tokens,
+        len(arrived),
+        query.stride(0),
+        query.stride(1),
+        weights.rotation.scaling,
+        KV_HEADS=num_kv_heads,
+        GROUPS=groups,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        GATE_DIM=gate_dim,
+        BLOCK_T=block_t,
+        BLOCK_H=max(16, triton.next_power_of_2(head_dim // 2)),
+        BLOCK_O=MERGE_COLUMNS,
+        OVERLAP=overlap,
+        num_warps=4,
+        launch_pdl=overlap,
+    )
+    return merged
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_lists"])
+def _merge_kernel(
+    query,
+    positions,
+    weight,
+    frequencies,
+    merged,
+    arrived,
+    num_tokens,
+    num_lists,
+    token_stride,
+    head_stride,
+    scaling,
+    KV_HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GATE_DIM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Some tokens' plain queries of HEADS of a group, times some columns of their weights."""
+    kv_head = tl.program_id(2) % KV_HEADS
+    share = tl.program_id(2) // KV_HEADS
+    half: tl.constexpr = HEAD_DIM // 2
+    dim = tl.arange(0, BLOCK_H)
+    is_dim = dim < half
+    column = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    is_weight = is_dim[:, None] & (column < GATE_DIM)[None, :]
+    first_head = share * HEADS
+    # what no kernel before this one writes, before waiting for it
+    frequency = tl.load(frequencies + dim, mask=is_dim, other=0.0)
+    weight += kv_head * (GROUPS * HEAD_DIM * GATE_DIM) + first_head * (HEAD_DIM * GATE_DIM)
+    weight += dim[:, None] * GATE_DIM + column[None, :]
+    w = tl.load(weight, mask=is_weight, other=0.0)
+    other_w = tl.load(weight + half * GATE_DIM, mask=is_weight, other=0.0)
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()  # not earlier: the next kernel counts on all before this one to have ended
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        for begin in range(0, num_lists, 256):
+            index = begin + tl.arange(0, 256)
+            tl.store(arrived + index, tl.zeros_like(index), mask=index < num_lists)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    is_token = token < num_tokens
+    position = tl.load(positions + token, mask=is_token, other=0)
+    cosine, sine = cos_sin(position.to(tl.float32)[:, None] * frequency[None, :])
+    cosine, sine = cosine / scaling, sine / scaling
+    row = query + token.to(tl.int64)[:, None] * token_stride + (kv_head * GROUPS + first_head) * head_stride
+    row += dim[None, :]
+    mask = is_token[:, None] & is_dim[None, :]
+    acc = tl.zeros([BLOCK_T, BLOCK_O], tl.float32)
+    for step in range(HEADS):
+        exists = mask & (first_head + step < GROUPS)
+        x = tl.load(row + step * head_stride, mask=exists, other=0.0).to(tl.float32)
+        y = tl.load(row + step * head_stride + half, mask=exists, other=0.0).to(tl.float32)
+        acc = tl.dot((x * cosine + y * sine).to(w.dtype), w, acc, input_precision="ieee")
+        acc = tl.dot((y * cosine - x * sine).to(w.dtype), other_w, acc, input_precision="ieee")
+        if HEADS > 1:
+            weight += HEAD_DIM * GATE_DIM
+            exists = is_weight & (step + 1 < HEADS) & (first_head + step + 1 < GROUPS)
+            w = tl.load(weight, mask=exists, other=0.0)
+            other_w = tl.load(weight + half * GATE_DIM, mask=exists, other=0.0)
+    place = ((share * num_tokens + token).to(tl.int64) * KV_HEADS + kv_head)[:, None] * GATE_DIM + column[None, :]
+    tl.store(merged + place, acc, mask=is_token[:, None] & (column < GATE_DIM)[None, :])
+
+
+NUMBERS = [
+    "num_tokens", "num_blocks", "splits", "score_stride", "table_stride", "room", "max_blocks", "budget_blocks",
+    "share", "log_threshold", "sinks", "recent", "min_blocks",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def _score_kernel(
+    merged,
+    positions,
+    norm,
+    frequencies,
+    descriptors,
+    scores,
+    cu_seqlens,
+    context_lens,
+    block_tables,
+    arrived,
+    blocks,
+    counts,
+    num_tokens,
+    num_blocks,
+    splits,  # programs that share out the blocks of a row and head
+    score_stride,
+    table_stride,
+    scaling,
+    eps,
+    scale,
+    room,
+    max_blocks,
+    budget_blocks,
+    share,
+    log_threshold,
+    sinks,
+    recent,
+    min_blocks,
+    CHOOSE: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    MANY: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GATE_DIM: tl.constexpr,
+    SHARES: tl.constexpr,
+    PARTS: tl.constexpr,
+    SELECT_BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_ALL: tl.constexpr,
+    FEW: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """Some blocks of a row for one key head; the last program of the row and head to be done makes the list."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    head = tl.program_id(0) % KV_HEADS  # fastest: heads of one block lie side by side in memory
+    split = tl.program_id(0) // KV_HEADS % splits
+    row = tl.program_id(0) // KV_HEADS // splits
+    context = tl.load(context_lens + row)
+    complete = tl.minimum(context // SELECT_BLOCK, num_blocks)
+    num_busy = tl.minimum(tl.maximum(tl.cdiv(complete, BLOCK_N), 1), splits)
+    if split >= num_busy:
+        return
+    first_token = tl.load(cu_seqlens + row)
+    num_new = tl.load(cu_seqlens + row + 1) - first_token
+    table = block_tables + row.to(tl.int64) * table_stride
+    each = split * BLOCK_N + tl.arange(0, BLOCK_N)
+    block = tl.load(table + tl.maximum(tl.minimum(each, complete - 1), 0) // PARTS)
+    half: tl.constexpr = GATE_DIM // 2
+    dim = tl.arange(0, BLOCK_H)
+    is_dim = dim < half
+    frequency = tl.load(frequencies + dim, mask=is_dim, other=0.0)
+    gain = tl.load(norm + dim, mask=is_dim, other=0.0).to(tl.float32)
+    other_gain = tl.load(norm + half + dim, mask=is_dim, other=0.0).to(tl.float32)
+    # both halves of a descriptor, each padded
+    column = tl.arange(0, 2 * BLOCK_H)
+    is_column = column % BLOCK_H < half
+    if half != BLOCK_H:
+        column = column // BLOCK_H * half + column % BLOCK_H
+    list_index = (row * KV_HEADS + head).to(tl.int64)
+    scores += list_index * score_stride
+    if OVERLAP:
+        gdc_wait()
+    # a row without new tokens stores what no block scores less than
+    for first in range(0, tl.maximum(num_new, 1) if MANY else 1, BLOCK_Q):
+        new = first + tl.arange(0, BLOCK_Q)
+        is_new = new < num_new
+        asked = _asked(
+            merged, positions, first_token + new, is_new, head, num_tokens, dim, is_dim, frequency, gain, other_gain,
+            scaling, eps, KV_HEADS, GATE_DIM, SHARES, BLOCK_Q, BLOCK_H,
+        )  # fmt: skip
+        asked = tl.trans(asked.to(descriptors.dtype.element_ty))
+        for begin in tl.range(split * BLOCK_N, complete, splits * BLOCK_N, num_stages=STAGES):
+            index = begin + tl.arange(0, BLOCK_N)
+            part = tl.minimum(index, complete - 1) % PARTS
+            place = ((block.to(tl.int64) * PARTS + part) * KV_HEADS + head) * GATE_DIM
+            # a step ahead, in registers: the pipeline holds copies of descriptors alone, which wait for nothing
+            block = tl.load(table + tl.minimum(index + splits * BLOCK_N, complete - 1) // PARTS)
+            if half == BLOCK_H:
+                described = tl.load(descriptors + place[:, None] + column[None, :])
+            else:
+                described = tl.load(descriptors + place[:, None] + column[None, :], mask=is_column[None, :], other=0.0)
+            products = tl.dot(described, asked, input_precision="ieee") * scale
+            best = tl.max(tl.where(is_new[None, :], products, -float("inf")), axis=1)
+            target = scores + index
+            is_complete = index < complete
+            if MANY:  # the tokens before these
+                best = tl.maximum(best, tl.load(target, mask=is_complete & (first > 0), other=-float("inf")))
+            tl.store(target, best, mask=is_complete)
+        if MANY:
+            block = tl.load(table + tl.maximum(tl.minimum(each, complete - 1), 0) // PARTS)
+    if CHOOSE:
+        tl.debug_barrier()  # every thread has stored its scores before one of them says so, or another reads them
+        num_done = 0
+        if num_busy > 1:
+            num_done = tl.atomic_add(arrived + list_index, 1, sem="acq_rel", scope="gpu")
+        if (num_busy == 1) | (num_done == num_busy - 1):
+            limit = log_threshold
+            if HAS_THRESHOLD & (complete > 0) & (num_new > 0):
+                limit += _log_sum_exp(scores, complete, BLOCK_ALL)
+            choose_list(
+                scores, blocks + list_index * room, counts + list_index, context, num_new, complete, room, max_blocks,
+                budget_blocks, share, limit, sinks, recent, min_blocks, HAS_THRESHOLD, 1, SELECT_BLOCK, BLOCK_ALL, FEW,
+            )  # fmt: skip
+
+
+@triton.jit
+def _asked(
+    merged,
+    positions,
+    token,
+    is_token,
+    head,
+    num_tokens,
+    dim,
+    is_dim,
+    frequency,
+    gain,
+    other_gain,
+    scaling,
+    eps,
+    KV_HEADS: tl.constexpr,
+    GATE_DIM: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """What some tokens ask of a key head's blocks: the sum of the parts, normed and turned, float32 [Q, 2 BLOCK_H]."""
+    line = merged + (token.to(tl.int64) * KV_HEADS + head)[:, None] * GATE_DIM + dim[None, :]
+    mask = is_token[:, None] & is_dim[None, :]
+    x, y = tl.zeros([BLOCK_Q, BLOCK_H], tl.float32), tl.zeros([BLOCK_Q, BLOCK_H], tl.float32)
+    for _ in tl.static_range(SHARES):
+        x += tl.load(line, mask=mask, other=0.0)
+        y += tl.load(line + GATE_DIM // 2, mask=mask, other=0.0)
+        line += tl.cast(num_tokens, tl.int64) * (KV_HEADS * GATE_DIM)
+    size = tl.rsqrt((tl.sum(x * x, axis=1) + tl.sum(y * y, axis=1)) / GATE_DIM + eps)[:, None]
+    x, y = x * size * gain[None, :], y * size * other_gain[None, :]
+    position = tl.load(positions + token, mask=is_token, other=0)
+    cosine, sine = cos_sin(position.to(tl.float32)[:, None] * frequency[None, :])
+    cosine, sine = cosine * scaling, sine * scaling
+    turned = tl.join(x * cosine - y * sine, y * cosine + x * sine)
+    return tl.reshape(tl.permute(turned, (0, 2, 1)), (BLOCK_Q, 2 * BLOCK_H))
+
+
+@triton.jit
+def _log_sum_exp(scores, count, BLOCK: tl.constexpr):
+    """Of so many scores, at least one."""
+    index = tl.arange(0, BLOCK)
+    score = tl.load(scores + index, mask=index < count, other=-float("inf"))
+    largest = tl.max(score, axis=0)
+    return largest + tl.log(tl.sum(tl.exp(score - largest), axis=0))

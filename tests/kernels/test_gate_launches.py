@@ -1,0 +1,122 @@
+"""A gate's scores and lists take two launches, its descriptors one, and all compile for the GPU they are meant for."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kernels
+from kernels import gate_compress_triton, gate_triton
+from kernels.attention import paged_sequences
+from kernels.gate import GateWeights, Rotation, empty_compressed
+from kernels.select import BlockLists, Choice
+
+# in a process of its own, without the interpreter, which takes anything; no GPU takes part
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels.gate_compress_triton import _compress_kernel
+from kernels.gate_triton import _merge_kernel, _score_kernel
+
+STORED = ("query", "weight", "norm", "descriptors", "storage", "out")
+FLOATS = ("frequencies", "gate_frequencies", "merged", "scores")
+INTEGERS = ("block_tables", "begins", "ends", "cu_seqlens", "context_lens", "blocks", "counts", "arrived")
+NUMBERS = ("scaling", "gate_scaling", "eps", "scale", "log_threshold")
+
+
+def compiles(kernel, num_warps, **constants):
+    signature = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in STORED + FLOATS + INTEGERS:
+            signature[name] = "*bf16" if name in STORED else "*fp32" if name in FLOATS else "*i32"
+        else:
+            signature[name] = "*i64" if name == "positions" else "fp32" if name in NUMBERS else "i32"
+    # as torch allocates
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, signature, constexprs=constants | {"OVERLAP": True}, attrs=aligned)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "launch_pdl": True})
+
+
+shape = dict(KV_HEADS=8, GATE_DIM=128)
+compiles(_merge_kernel, 4, GROUPS=8, HEADS=8, HEAD_DIM=128, BLOCK_T=64, BLOCK_H=64, BLOCK_O=64, **shape)
+score = dict(SHARES=8, PARTS=1, SELECT_BLOCK=64, BLOCK_H=64, FEW=1024, STAGES=3, CHOOSE=True, **shape)
+compiles(
+    _score_kernel, 4, HAS_THRESHOLD=True, MANY=False, BLOCK_Q=16, BLOCK_N=64, BLOCK_ALL=2048, **score
+)
+compiles(
+    _compress_kernel, 4, PARTS=1, SELECT_BLOCK=64, HEAD_DIM=128, ITEMS=16, BLOCK_T=64, BLOCK_H=64, BLOCK_O=64, **shape
+)
+"""
+
+
+def test_the_kernels_compile_for_an_h100() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    folder = Path(kernels.__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+class Counted:
+    """Stands for a kernel and notes its launches."""
+
+    def __init__(self, name: str, launched: list[str]) -> None:
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.launched.append(self.name)
+
+
+def make_weights() -> GateWeights:
+    """Of 3 layers, 4 query and 2 key heads of 8."""
+    rotation = Rotation(torch.ones(4), 1.0)
+    weights = torch.zeros(3, 2, 2, 8, 8), torch.zeros(3, 2, 24, 8), torch.ones(3, 8), torch.ones(3, 8)
+    return GateWeights(*weights, rotation=rotation, gate_rotation=rotation, eps=1e-6)
+
+
+def test_scores_and_lists_are_two_launches(
+    monkeypatch: pytest.MonkeyPatch, launches: Callable[[Callable[[], object]], int]
+) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(gate_triton, "_merge_kernel", Counted("merge", launched))
+    monkeypatch.setattr(gate_triton, "_score_kernel", Counted("score", launched))
+    seqs = paged_sequences(
+        cu_seqlens_q=torch.arange(3, dtype=torch.int32),
+        max_seqlen_q=1,
+        context_lens=torch.tensor([900, 5], dtype=torch.int32),
+        max_context=1000,
+        block_tables=torch.zeros(2, 20, dtype=torch.int32),
+        slots=torch.zeros(2, dtype=torch.int64),
+        block_size=64,
+    )
+    weights, descriptors = make_weights(), torch.zeros(9, 1, 2, 8)
+    query, positions = torch.zeros(2, 4, 8), torch.tensor([900, 5])
+    choice = Choice(max_blocks=8, budget_blocks=8)
+
+    def choose() -> BlockLists:
+        return gate_triton.gate_choose_triton(weights, 1, query, positions, descriptors, seqs, choice)
+
+    assert launches(choose) == 0
+    assert launched == ["merge", "score"]
+
+
+def test_all_layers_are_compressed_in_one_launch(
+    monkeypatch: pytest.MonkeyPatch, launches: Callable[[Callable[[], object]], int]
+) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(gate_compress_triton, "_compress_kernel", Counted("compress", launched))
+    weights, storage = make_weights(), torch.zeros(3, 2, 4, 64, 2, 8)
+    out = empty_compressed(weights, storage, select_block=16)
+    options: dict[str, Any] = {"block_tables": torch.zeros(2, 2, dtype=torch.int32), "max_tokens": 9}
+    begins, ends = torch.tensor([3, 60], dtype=torch.int32), torch.tensor([4, 69], dtype=torch.int32)
+    compress = gate_compress_triton.compress_triton
+    assert launches(lambda: compress(weights, storage, out, begins=begins, ends=ends, **options)) == 0
+    assert launched == ["compress"]
