@@ -48,16 +48,19 @@ class Hub:
 
     async def watch(self) -> None:
         """Look at the files for ever, and tell the pages what is new."""
+        more = False
         while True:
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(0 if more else POLL_S)
             try:
-                changed, cut = self.reader.poll()
+                # in a thread: a disk that does not answer keeps no page waiting
+                news = await asyncio.to_thread(self.reader.look)
             except OSError as error:  # a file system that is away for a while: what was known stands
                 if str(error) != self._trouble:
                     log.warning("cannot read %s: %s", self.reader.path, error)
                 self._trouble = str(error)
                 continue
-            self._trouble = ""
+            self._trouble, more = "", news.more
+            changed, cut = self.reader.take(news)
             if changed and self._listeners:
                 self.tell(changed, cut=cut)
 
@@ -131,7 +134,7 @@ def make_app(path: Path) -> Starlette:
         return JSONResponse(await run_in_threadpool(lambda: lane_spans(reader.lanes(_number(request, "step")))))
 
     async def samples(request: Request) -> Response:
-        file = reader.samples(_number(request, "step"))
+        file = await run_in_threadpool(reader.samples, _number(request, "step"))
         if file is None:  # of a step under way there are none yet: no fault of who asks
             return JSONResponse({"total": 0, "offset": 0, "rows": []})
         if "row" in request.query_params:

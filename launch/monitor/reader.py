@@ -4,6 +4,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from configs.errors import PacelineError
 from launch.monitor.tail import Line, Record, StepIndex, Tail
 from rl.rundir import read_status, require_run
 
+MOST_LINES = 5000  # of a file, in one look: a long run is taken in piece by piece
 ALIVE_EVERY_S = 2.0  # to learn whether a run is alive its lock is touched, which a resume must not meet too often
 
 # what every line of a file has, in every version
@@ -24,8 +27,24 @@ NUMBERS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a look at a run's files found. lines: by file, in order, and whether they come instead of all before.
+
+    more: whether there is more than one look takes in.
+    """
+
+    lines: dict[str, tuple[bool, list[Line]]]
+    config: Record | None
+    status: Record | None
+    updated: float | None
+    more: bool
+
+
 class RunReader:
     """What is known of a run directory; poll takes in what was added since.
+
+    Whoever must not wait for a disk has another thread look, and takes in what that found.
 
     steps, evals, warmstart, events: the records of their files, in order. status: STATUS.json and "alive". config:
     config/resolved.yaml. latest: the last line of the curve. updated: when the run last wrote, Unix time.
@@ -60,31 +79,55 @@ class RunReader:
         self._asked_alive = 0.0
 
     def poll(self) -> tuple[set[str], bool]:
-        """Take in what was added. Returns: which of steps, evals, warmstart, events, curve, lanes, status and config
-        changed; whether any was cut, so that what was read of it before holds no more."""
-        changed, cut = set(), False
-        for name, (tail, add, forget) in self._tails.items():
+        """Take in all that was added; returns as take does."""
+        changed: set[str] = set()
+        cut, more = False, True
+        while more:
+            news = self.look()
+            those, was_cut = self.take(news)
+            changed, cut, more = changed | those, cut or was_cut, news.more
+        return changed, cut
+
+    def look(self) -> News:
+        """Read what was added, MOST_LINES of a file at most, and change nothing that is known."""
+        found, more = {}, False
+        for name, (tail, _, _) in self._tails.items():
             restarted, lines = tail.look()
-            if restarted:
-                forget()
-                changed.add(name)
-                cut = True
-            for line in lines:
-                # a line of something else is passed over, as a torn one is
-                if all(isinstance(line.record.get(key), int | float) for key in NUMBERS.get(name, ())):
-                    add(line)
-                    changed.add(name)
-        if self._is_new(self.path / "config" / "resolved.yaml"):
-            self.config = read_config(self.path)
-            changed.add("config")
-        now = time.monotonic()
+            read = list(islice(lines, MOST_LINES))
+            more = more or len(read) == MOST_LINES
+            # a line of something else is passed over, as a torn one is
+            numbers = NUMBERS.get(name, ())
+            kept = [line for line in read if all(isinstance(line.record.get(key), int | float) for key in numbers)]
+            if restarted or kept:
+                found[name] = restarted, kept
+        config = read_config(self.path) if self._is_new(self.path / "config" / "resolved.yaml") else None
+        now, status = time.monotonic(), None
         if self._is_new(self.path / "STATUS.json") or now - self._asked_alive > ALIVE_EVERY_S:
             self._asked_alive = now
-            if (status := self._read_status()) != self.status:
-                self.status = status
-                changed.add("status")
-        if changed:
-            self.updated = self._last_written()
+            status = self._read_status()
+            status = None if status == self.status else status
+        is_new = bool(found) or config is not None or status is not None
+        return News(found, config, status, self._last_written() if is_new else None, more)
+
+    def take(self, news: News) -> tuple[set[str], bool]:
+        """Know what a look found. Returns: which of steps, evals, warmstart, events, curve, lanes, status and config
+        changed; whether any was cut, so that what was read of it before holds no more."""
+        changed, cut = set(news.lines), False
+        for name, (restarted, lines) in news.lines.items():
+            _, add, forget = self._tails[name]
+            if restarted:
+                forget()
+                cut = True
+            for line in lines:
+                add(line)
+        if news.config is not None:
+            self.config = news.config
+            changed.add("config")
+        if news.status is not None:
+            self.status = news.status
+            changed.add("status")
+        if news.updated is not None:
+            self.updated = news.updated
         return changed, cut
 
     def curve(self, step: int) -> list[Record]:

@@ -89,6 +89,24 @@ def test_live_and_finished_reading_agree(written) -> None:
     assert live.poll()[0] <= {"status"}
 
 
+def test_long_files_are_taken_in_piece_by_piece_and_only_when_told(written, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 8):
+        written.step(step)
+    whole, pieces = RunReader(written.path), RunReader(written.path)
+    whole.poll()
+    monkeypatch.setattr("launch.monitor.reader.MOST_LINES", 3)
+    news = pieces.look()
+    assert news.more and not pieces.steps, "a look changes nothing"
+    assert pieces.take(news) == ({"steps", "events", "curve", "lanes", "config", "status"}, False)
+    assert [record["step"] for record in pieces.steps] == [1, 2, 3]
+    assert "steps" in pieces.poll()[0]
+    assert pieces.steps == whole.steps and pieces.activity_seconds == whole.activity_seconds
+    assert [pieces.curve(step) == whole.curve(step) != [] for step in range(1, 8)] == [True] * 7
+    written.run.truncate_after(5)
+    assert pieces.poll()[1] and whole.poll()[1]
+    assert [record["step"] for record in pieces.steps] == [1, 2, 3, 4, 5] and pieces.steps == whole.steps
+
+
 def test_lines_of_something_else_stop_neither_the_reader_nor_what_it_shows(written) -> None:
     reader = RunReader(written.path)
     written.step(1)
