@@ -1,0 +1,172 @@
+"""Sparse attention beside the cache: what is known of committed keys and no others, and who is refused."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+
+from configs.errors import ConfigError, PreflightError
+from configs.schema import RolloutConfig, SparseConfig
+from drafter.selfdraft import SelfDrafter
+from drafter.types import OFF, Strategy
+from kernels.describe import describe, empty_descriptors
+from rollout.decoder import make_decoder
+from rollout.engine import NativeEngine
+from rollout.model import ATTENTION, PagedCache, load_policy
+from rollout.runner import pack
+from rollout.scheduler import Work
+from rollout.selectors import DescribedSelector, make_sparse, share_of_cache
+from rollout.sequence import Sequence
+from rollout.strategy import FixedChooser
+from rollout.types import Prompt, Rollout, Sampling
+
+Key = tuple[str, int]
+Collect = Callable[..., dict[Key, Rollout]]
+AssertSame = Callable[[dict[Key, Rollout], dict[Key, Rollout]], None]
+
+SPARSE = SparseConfig(mode="draft", select_block=4, budget_tokens=24, window=4, depth=5)
+STRATEGY = Strategy("sparse", 5, 1, 5)
+SAMPLING = Sampling(num_samples=2, max_new_tokens=24, stop_token_ids=(2,), seed=3, step=5, temperature=0.7)
+OPTIONS = RolloutConfig(block_size=16, max_running=6)
+
+
+@pytest.fixture(scope="module")
+def long_prompts() -> list[Prompt]:
+    """Three of many times the budget, two of which begin alike."""
+    choices = random.Random(1)
+    common, *ends = ([choices.randrange(3, 259) for _ in range(count)] for count in (70, 9, 23, 100))
+    texts = [common + ends[0], common + ends[1], ends[2]]
+    return [Prompt(id=f"p{number}", token_ids=text, answer="") for number, text in enumerate(texts)]
+
+
+def drafting(policy: PreTrainedModel, selector: Literal["quest", "mean", "streaming"]) -> NativeEngine:
+    """An engine that drafts with its own policy."""
+    sparse = make_sparse(replace(SPARSE, selector=selector), policy)
+    return NativeEngine(policy, drafter=SelfDrafter(), chooser=FixedChooser(STRATEGY), rollout=OPTIONS, sparse=sparse)
+
+
+def test_weights_that_change_and_caches_that_go_leave_nothing_behind(
+    tiny_model_dir: Path, collect: Collect, long_prompts: list[Prompt], assert_same: AssertSame
+) -> None:
+    model = load_policy(tiny_model_dir, device="cpu", dtype="float32")
+    engine = drafting(model, "quest")
+    assert engine._sparse is not None
+    selector = engine._sparse.selector
+    for version in range(2):
+        plain = NativeEngine(model, drafter=None, chooser=FixedChooser(OFF), rollout=OPTIONS)
+        assert_same(collect(engine, long_prompts, SAMPLING), collect(plain, long_prompts, SAMPLING))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        engine.update(version + 1)
+        engine.release()
+        assert isinstance(selector, DescribedSelector) and not selector.descriptors.numel()
+
+
+@torch.inference_mode()
+def fresh_prefill(policy: PreTrainedModel, tokens: list[int], kind: Any) -> tuple[PagedCache, torch.Tensor]:
+    """A cache of a sequence's tokens but for the last, computed at once, and the descriptors of its keys."""
+    sequence = Sequence(
+        prompt=Prompt("fresh", tokens, ""), sample=0, noise_key=0, max_length=len(tokens) + 1, block_size=16
+    )
+    count = -(-len(tokens) // 16)
+    sequence.block_table[:] = range(len(sequence.block_table))
+    sequence.num_blocks = count
+    cache = PagedCache(policy.config, num_blocks=count + 1, block_size=16, device="cpu", dtype=policy.dtype)
+    packed = pack([Work(sequence, len(tokens) - 1)], block_size=16, device=torch.device("cpu"))
+    decoder = make_decoder(policy)
+    decoder.reach(len(tokens))
+    decoder.forward(packed.token_ids, packed.positions, packed.seqs, cache)
+    descriptors = empty_descriptors(kind, cache.storage, select_block=4)
+    ends = torch.tensor([len(tokens) - 1], dtype=torch.int32)
+    tables = packed.seqs.block_tables
+    describe(
+        kind, cache.storage, descriptors, block_tables=tables, begins=0 * ends, ends=ends, max_tokens=len(tokens) - 1
+    )
+    return cache, descriptors
+
+
+@pytest.mark.parametrize("selector", ["quest", "mean"])
+def test_after_rejections_cache_and_descriptors_are_those_of_a_fresh_dense_prefill(
+    selector: Literal["quest", "mean"], policy: PreTrainedModel, long_prompts: list[Prompt]
+) -> None:
+    engine = drafting(policy, selector)
+    sampling = replace(SAMPLING, max_new_tokens=60, stop_token_ids=(2, 40, 80, 120, 160, 200))
+
+    async def compare_midway() -> int:
+        compared = 0
+        rollouts = engine.generate(long_prompts, sampling)
+        async for _ in rollouts:
+            running, scheduler = engine._running, engine._scheduler
+            assert running is not None and scheduler is not None and engine._sparse is not None
+            engine._finished += running.drain()
+            chosen = engine._sparse.selector
+            assert isinstance(chosen, DescribedSelector) and engine._cache is not None
+            for sequence in scheduler.running:
+                if sequence.num_uncached > 1 or not sequence.logprobs:
+                    continue
+                length = len(sequence.tokens) - 1
+                cache, descriptors = fresh_prefill(policy, sequence.tokens, chosen.kind)
+                slots = torch.tensor([sequence.slot(index) for index in range(length)])
+                ours = engine._cache.storage.flatten(2, 3)[:, :, slots]
+                # 1e-4: float32 sums in another order
+                torch.testing.assert_close(ours, cache.storage.flatten(2, 3)[:, :, :length], atol=1e-4, rtol=1e-4)
+                blocks = torch.arange(-(-length // 4))
+                tables = torch.from_numpy(sequence.block_table.copy()).long()
+                found = chosen.descriptors[:, tables[blocks // 4], blocks % 4]
+                torch.testing.assert_close(found, descriptors[:, blocks // 4, blocks % 4], atol=1e-4, rtol=1e-4)
+                compared += sum(sequence.proposed_by_depth) > sum(sequence.accepted_by_depth)
+        return compared
+
+    assert asyncio.run(compare_midway()) > 5, "sequences in the middle of their drafts"
+
+
+def test_a_policy_that_decodes_through_its_own_module_is_refused(long_prompts: list[Prompt], collect: Collect) -> None:
+    config = GPTNeoXConfig(
+        vocab_size=259, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    config._attn_implementation = ATTENTION
+    model = GPTNeoXForCausalLM(config).eval()
+    engine = NativeEngine(
+        model,
+        drafter=SelfDrafter(),
+        chooser=FixedChooser(STRATEGY),
+        rollout=RolloutConfig(block_size=16),
+        sparse=make_sparse(SPARSE, model),
+    )
+    with pytest.raises(PreflightError, match=r"GPTNeoXForCausalLM .* set sparse\.mode=off"):
+        collect(engine, long_prompts, SAMPLING)
+
+
+def test_what_does_not_fit_the_policy_is_said(policy: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sparse\.dense=2: the policy's layers are 0 to 1"):
+        make_sparse(replace(SPARSE, dense=(1, 2)), policy)
+    heads = tmp_path / "heads.tsv"
+    heads.write_text("0.5\t0.5\n")
+    with pytest.raises(PreflightError, match=r"heads\.tsv is not of 2 layers of 2 key heads"):
+        make_sparse(replace(SPARSE, selector="duo", gate=str(heads)), policy)
+    heads.write_text("many\n")
+    with pytest.raises(PreflightError, match=r"heads\.tsv is no full_attention_heads\.tsv"):
+        make_sparse(replace(SPARSE, selector="duo", gate=str(heads)), policy)
+
+
+@pytest.mark.parametrize("selector", ["quest", "mean", "streaming"])
+def test_what_a_selector_keeps_is_counted_with_the_cache(
+    selector: Literal["quest", "mean", "streaming"],
+    policy: PreTrainedModel,
+    collect: Collect,
+    long_prompts: list[Prompt],
+) -> None:
+    config = replace(SPARSE, selector=selector)
+    engine = drafting(policy, selector)
+    collect(engine, long_prompts[:1], replace(SAMPLING, max_new_tokens=1))
+    assert engine._sparse is not None and engine._cache is not None
+    kept = getattr(engine._sparse.selector, "descriptors", torch.empty(0)).nbytes
+    assert kept == share_of_cache(config) * engine._cache.storage.nbytes
+    assert engine._sparse.selector.share_of_cache == share_of_cache(config)
