@@ -244,10 +244,11 @@ class CopiedWeights:
 
 
 class Checksum:
-    """A number that parameters with other bits, or in another order, have with a chance of one in 2^64.
+    """A number by which faults on the way are found out; it is linear, and no defence against whoever means harm.
 
-    Of each parameter's words w: sum (2 i + 1) w_i mod 2^64, so that one altered word always shows. Parameters' sums
-    are chained. Everything stays on the device until value.
+    Of each parameter's words w: sum (2 i + 1) w_i mod 2^64, and the parameters' sums are chained by an odd factor. So
+    one altered word always shows, and two that changed places in a parameter. Several may cancel one another, as 3 more
+    in the first word and 1 less in the second do. Everything stays on the device until value.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -98,7 +98,7 @@ def test_ranks_end_together_when_one_fails(how: str, kind: type[Exception], word
     begun = monotonic()
     with pytest.raises(kind, match=words):
         run_ranks(2, "cpu", in_ranks.fail, how)
-    assert monotonic() - begun < 120, "a rank was waited for"
+    assert monotonic() - begun < 900, "a rank was waited for"
     assert not multiprocessing.active_children()
 
 
@@ -110,7 +110,7 @@ def test_ranks_end_with_the_process_that_started_them() -> None:
         assert parent.stdout is not None
         assert [parent.stdout.readline() for _ in range(2)] == ["waiting\n"] * 2
         parent.kill()
-        # ends when nobody holds the pipe any more; the ranks would for ten minutes
+        # ends when nobody holds the pipe any more; the ranks would for an hour
         assert parent.stdout.read() == ""
 
 
