@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import gate_compress_triton, gate_triton
+from kernels import gate_compress_triton, gate_queries_triton, gate_triton
 from kernels.attention import paged_sequences
 from kernels.gate import GateWeights, Rotation, empty_compressed
 from kernels.select import BlockLists, Choice
@@ -22,7 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels.gate_compress_triton import _compress_kernel
-from kernels.gate_triton import _merge_kernel, _score_kernel
+from kernels.gate_queries_triton import _merge_kernel
+from kernels.gate_triton import _score_kernel
 
 STORED = ("query", "weight", "norm", "descriptors", "storage", "out")
 FLOATS = ("frequencies", "gate_frequencies", "merged", "scores")
@@ -86,7 +87,7 @@ def test_scores_and_lists_are_two_launches(
     monkeypatch: pytest.MonkeyPatch, launches: Callable[[Callable[[], object]], int]
 ) -> None:
     launched: list[str] = []
-    monkeypatch.setattr(gate_triton, "_merge_kernel", Counted("merge", launched))
+    monkeypatch.setattr(gate_queries_triton, "_merge_kernel", Counted("merge", launched))
     monkeypatch.setattr(gate_triton, "_score_kernel", Counted("score", launched))
     seqs = paged_sequences(
         cu_seqlens_q=torch.arange(3, dtype=torch.int32),
