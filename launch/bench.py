@@ -2,7 +2,7 @@
 
 import typer
 
-from launch import bench_engines, bench_runs
+from launch import bench_engines, bench_long, bench_runs
 
 app = typer.Typer(help="Measure Paceline against its peers.")
 
@@ -26,6 +26,7 @@ for command in (
     bench_engines.drift,
     bench_engines.kernels,
     bench_engines.sparse,
+    bench_long.selection,
     bench_engines.tensor_parallel,
     bench_runs.drafter_training,
     bench_runs.idle,

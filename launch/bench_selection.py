@@ -1,0 +1,307 @@
+"""Quality of selection on a real model: what selectors leave of its attention and of what it says, by budget.
+
+At the last places of natural texts, whose keys and values are dense, each selector's forward of the place's token is
+held against the dense one: what share of the attention the picked blocks carry, how far the distribution of the next
+token moves, and how often the same noise draws the same token from both: the rate at which drafts are accepted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from configs.errors import ConfigError
+from configs.schema import SparseConfig
+from kernels.attention import PackedSequences, PagedSequences
+from kernels.sample import noise_key, sample
+from kernels.select import BlockLists, choose_blocks, num_selection_blocks
+from kernels.sparse_attention import sparse_attention
+from launch.bench_report import WrongResultError, plain_table, provenance, say, shape
+from launch.geometry import Subject
+from launch.natural_text import last_pieces
+from launch.teacher_forced import BLOCK_SIZE, Forced, Places
+from rollout.model import context_length, forward_packed
+from rollout.selectors import choice_of, make_sparse
+from rollout.sparse import SparseAttention
+
+SELECTORS = ("quest", "resa", "mean", "streaming", "verified", "gate")
+BEST = "best"  # the blocks that carry most of the attention: what no selector knows before it has read everything
+ROWS = 64  # places of a text forwarded at once
+# nats by which a dense forward may differ from training's, and one that reads everything from a dense one
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is measured: the last `places` of batch texts of so many tokens, noise drawn so many times.
+
+    sparse: how selectors pick, but for their name and their budget; its depth is what a dense verification serves for.
+    """
+
+    batch: int
+    tokens: int
+    places: int
+    draws: int
+    selectors: tuple[str, ...]
+    budgets: tuple[int, ...]
+    sparse: SparseConfig
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One selector under one budget."""
+
+    selector: str
+    config: SparseConfig
+    sparse: SparseAttention
+
+
+class Weighed:
+    """Attention to what a selector picks, as rollout.sparse has it, that also weighs what was picked.
+
+    mass: by layer, the share of the dense attention on keys that were read, over places and heads.
+    """
+
+    def __init__(self, side: Side, places: Places) -> None:
+        self._side = side
+        self._places = places
+        self.mass: dict[int, float] = {}
+
+    def takes(self, layer: int) -> bool:
+        """Whether a layer attends so."""
+        return layer not in self._side.sparse.dense
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        positions: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        seqs: PagedSequences,
+        *,
+        scale: float,
+    ) -> torch.Tensor:
+        """Over the blocks that are picked."""
+        selector, config = self._side.sparse.selector, self._side.config
+        shares = block_shares(query, key_cache, self._places, scale=scale, select_block=selector.select_block)
+        if self._side.selector == BEST:
+            lists = choose_blocks(shares.mean(dim=2), seqs, choice_of(config), select_block=selector.select_block)
+        else:
+            lists = selector.select(layer, query, positions, seqs, self._places.rows.text.long())
+        self.mass[layer] = float((shares * listed(lists, shares.shape[3])[:, :, None]).sum(dim=3).mean())
+        return sparse_attention(query, key_cache, value_cache, seqs, lists, scale=scale)
+
+
+def block_shares(
+    query: torch.Tensor, key_cache: torch.Tensor, places: Places, *, scale: float, select_block: int
+) -> torch.Tensor:
+    """The share of a token's attention on each selection block, the token's own included.
+
+    Shapes: query [R, Hq, D]; key_cache [num_blocks, 64, Hkv, D]. Returns [R, Hkv, G, NB] float32.
+    """
+    keys = key_cache[places.keys].flatten(0, 1)
+    own = key_cache.flatten(0, 1)[places.seqs.slots].float()
+    grouped = query.float().unflatten(1, (keys.shape[1], -1))
+    scores = torch.einsum("rhgd,shd->rhgs", grouped, keys.float()) * scale
+    index = torch.arange(len(keys), device=keys.device)
+    before, at = index < places.positions[:, None], index == places.positions[:, None]
+    itself = torch.einsum("rhgd,rhd->rhg", grouped, own)[..., None] * scale
+    scores = torch.where(at[:, None, None], itself, scores.masked_fill(~before[:, None, None], -torch.inf))
+    num_blocks = num_selection_blocks(places.seqs, select_block)
+    shares = scores.softmax(dim=3).unflatten(3, (-1, select_block)).sum(dim=4)
+    return shares[..., :num_blocks]
+
+
+def listed(lists: BlockLists, num_blocks: int) -> torch.Tensor:
+    """Which blocks are read, [B, Hkv, NB] bool."""
+    exists = torch.arange(lists.blocks.shape[2], device=lists.blocks.device) < lists.counts[:, :, None]
+    read = torch.zeros(*lists.counts.shape, num_blocks + 1, dtype=torch.bool, device=lists.blocks.device)
+    read.scatter_(2, torch.where(exists, lists.blocks, num_blocks).long(), True)
+    return read[:, :, :num_blocks]
+
+
+def run(subject: Subject, job: Job, *, name: str, token_ids: list[int]) -> dict[str, Any]:
+    """Measure every selector under every budget; JSON-able. name: of the text. Raises ConfigError, WrongResultError."""
+    model = subject.model
+    _check(job, model)
+    texts = torch.tensor(last_pieces(name, token_ids, job.batch, job.tokens), device=model.device)
+    found = provenance(device=str(model.device), seed=job.seed)
+    sides = [make_side(job, model, selector, budget) for budget in job.budgets for selector in job.selectors]
+    everything = make_side(job, model, "quest", _everything(job))
+    attentions = [side.sparse for side in (*sides, everything)]
+    forced = Forced(model, texts, attentions, num_rows=ROWS, window=job.sparse.depth)
+    first = job.tokens - 1 - job.places
+    proven = prove(model, forced, everything, first, min(ROWS, job.places))
+    totals = {side: Totals() for side in sides}
+    for text in range(job.batch):
+        for begin in range(first, first + job.places, ROWS):
+            places = forced.places(text, begin, min(ROWS, first + job.places - begin))
+            measure(forced, places, totals, job, text)
+        say(f"text {text + 1} of {job.batch}: " + ", ".join(_line(side, totals[side]) for side in sides))
+    return {
+        "what": "quality of selection",
+        "model": subject.name,
+        "shape": shape(model),
+        **found,
+        **asdict(job),
+        "text": name,
+        "first_place": first,
+        "verified": proven,
+        "cells": [totals[side].cell(side) for side in sides],
+    }
+
+
+def _check(job: Job, model: PreTrainedModel) -> None:
+    if job.tokens > (limit := context_length(model.config)):
+        raise ConfigError(f"--tokens {job.tokens} exceeds the model's context of {limit}")
+    if job.tokens <= job.places + job.sparse.depth + 1:
+        raise ConfigError(f"--tokens {job.tokens} leaves nothing before the last --places {job.places}; give more")
+    if unknown := [each for each in job.selectors if each not in (*SELECTORS, BEST)]:
+        raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join((*SELECTORS, BEST))}")
+    if "gate" in job.selectors and not job.sparse.gate:
+        raise ConfigError("--selectors gate needs --gate FOLDER, as `paceline gate train` writes it")
+
+
+def make_side(job: Job, model: PreTrainedModel, selector: str, budget: int) -> Side:
+    """One selector under one budget. Raises ConfigError, PreflightError."""
+    named: Any = "quest" if selector == BEST else selector
+    config = replace(job.sparse, selector=named, budget_tokens=budget, gate=job.sparse.gate if named == "gate" else "")
+    if BLOCK_SIZE % config.block_tokens:
+        raise ConfigError(f"blocks of {config.block_tokens} tokens do not divide {BLOCK_SIZE}; give another block")
+    return Side(selector, config, make_sparse(config, model))
+
+
+def _everything(job: Job) -> int:
+    return -(-job.tokens // BLOCK_SIZE) * BLOCK_SIZE
+
+
+@torch.inference_mode()
+def prove(model: PreTrainedModel, forced: Forced, everything: Side, first: int, count: int) -> dict[str, float]:
+    """Dense places say what the training forward says, and a selector that may read everything changes nothing.
+
+    Returns both divergences in nats, and the mass kept; raises WrongResultError.
+    """
+    places = forced.places(0, first, count)
+    dense = forced.logits(places, None)
+    weighed = Weighed(everything, places)
+    whole = forced.logits(places, weighed)
+    tokens = forced.texts[0, : first + count]
+    index = torch.arange(len(tokens), device=tokens.device)
+    seqs = PackedSequences(torch.tensor([0, len(tokens)], dtype=torch.int32, device=tokens.device), len(tokens))
+    trained = forward_packed(model, tokens, index, seqs, index[first:])
+    found = {
+        "kl_of_training": float(divergence(trained, dense).mean()),
+        "kl_of_everything": float(divergence(dense, whole).mean()),
+        "mass_of_everything": min(weighed.mass.values(), default=1.0),
+    }
+    allowed = TOLERANCE[model.dtype]
+    # written so that NaN fails
+    if not (max(found["kl_of_training"], found["kl_of_everything"]) <= allowed and found["mass_of_everything"] > 0.999):
+        raise WrongResultError(
+            f"dense places differ from the training forward by {found['kl_of_training']:.2g} nats, reading everything"
+            f" from dense places by {found['kl_of_everything']:.2g} ({allowed:g} allowed), and it reads"
+            f" {found['mass_of_everything']:.2%} of the attention"
+        )
+    return found
+
+
+class Totals:
+    """Sums over the places of one side."""
+
+    def __init__(self) -> None:
+        self.mass: dict[int, float] = {}
+        self.kl = self.same = self.best = 0.0
+        self.places = 0
+
+    def add(self, weighed: Weighed, count: int, *, kl: float, same: float, best: float) -> None:
+        """So many places: nats, equal draws and equal best tokens, summed over them."""
+        for layer, mass in weighed.mass.items():
+            self.mass[layer] = self.mass.get(layer, 0.0) + mass * count
+        self.kl, self.same, self.best = self.kl + kl, self.same + same, self.best + best
+        self.places += count
+
+    def cell(self, side: Side) -> dict[str, Any]:
+        """Means over places; of attention also the layer that keeps least."""
+        mass = {layer: total / self.places for layer, total in self.mass.items()}
+        worst = min(mass, key=lambda layer: mass[layer])
+        return {
+            "selector": side.selector,
+            "budget": side.config.budget_tokens,
+            "select_block": side.sparse.selector.select_block,
+            "places": self.places,
+            "mass": sum(mass.values()) / len(mass),
+            "mass_of_worst_layer": mass[worst],
+            "worst_layer": worst,
+            "kl": self.kl / self.places,
+            "accept": self.same / self.places,
+            "top1": self.best / self.places,
+        }
+
+
+@torch.inference_mode()
+def measure(forced: Forced, places: Places, totals: dict[Side, Totals], job: Job, text: int) -> None:
+    """Forward some places densely, then under every side, and add what differs."""
+    dense = forced.logits(places, None)
+    keys = [
+        torch.full_like(places.positions, noise_key(seed=job.seed, step=draw, prompt_id="selection", sample=text))
+        for draw in range(job.draws)
+    ]
+    drawn = [draw(dense, key, places.positions + 1) for key in keys]
+    for side, total in totals.items():
+        weighed = Weighed(side, places)
+        logits = forced.logits(places, weighed)
+        same = [
+            draw(logits, key, places.positions + 1) == dense_draw for key, dense_draw in zip(keys, drawn, strict=True)
+        ]
+        total.add(
+            weighed,
+            len(places.positions),
+            kl=float(divergence(dense, logits).sum()),
+            same=float(torch.stack(same).float().mean(dim=0).sum()),
+            best=float((logits.argmax(dim=1) == dense.argmax(dim=1)).sum()),
+        )
+
+
+def draw(logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """What the noise of these keys draws at temperature 1, [R] int64."""
+    return sample(logits, keys, positions, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)[0]
+
+
+def divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(dense || other) of two logits [R, V], in nats: [R] float32."""
+    log_p, log_q = (logits.float().log_softmax(dim=1) for logits in (dense, other))
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def _line(side: Side, totals: Totals) -> str:
+    return f"{side.selector} {side.config.budget_tokens}: {totals.same / totals.places:.3f}"
+
+
+def table(result: dict[str, Any]) -> Table:
+    """A line a selector and budget."""
+    title = (
+        f"{result['what']}, {result['model']}, {result['shape']['dtype']}: {result['batch']} texts of"
+        f" {result['tokens']} tokens, the last {result['places']} places"
+    )
+    headings = ["budget", "selector", "block", "attention kept", "worst layer", "KL, nats", "accepted", "same best"]
+    shown = plain_table(title, headings)
+    cells: Sequence[dict[str, Any]] = result["cells"]
+    for budget in result["budgets"]:
+        for cell in (cell for cell in cells if cell["budget"] == budget):
+            shown.add_row(
+                str(budget),
+                cell["selector"],
+                str(cell["select_block"]),
+                f"{cell['mass']:.3f}",
+                f"{cell['mass_of_worst_layer']:.3f} ({cell['worst_layer']})",
+                f"{cell['kl']:.4f}",
+                f"{cell['accept']:.3f}",
+                f"{cell['top1']:.3f}",
+            )
+        shown.add_section()
+    return shown
