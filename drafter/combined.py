@@ -35,8 +35,8 @@ class CombinedDrafter:
         """Let the strategy's source write a draft for each of the first B rows."""
         self._drafters[strategy.source].propose(texts, rows, strategy, out)
 
-    def lend(self, policy: ApproximatePolicy) -> None:
-        """Lend the policy to those that draft with it."""
+    def lend(self, policy: ApproximatePolicy | None) -> None:
+        """Lend the policy to those that draft with it, or take it back."""
         for drafter in self._drafters.values():
             if isinstance(drafter, DraftsAsPolicy):
                 drafter.lend(policy)

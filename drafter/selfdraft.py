@@ -59,8 +59,8 @@ class ApproximatePolicy(Protocol):
 class DraftsAsPolicy(Protocol):
     """A drafter that is lent the policy."""
 
-    def lend(self, policy: ApproximatePolicy) -> None:
-        """Draft with this from now on. Between cycles; graphs of other generate calls may name other samplings."""
+    def lend(self, policy: ApproximatePolicy | None) -> None:
+        """Draft with this from now on; None takes back what was lent, and the cache that it holds. Between cycles."""
 
 
 class SelfDrafter:
@@ -82,8 +82,8 @@ class SelfDrafter:
         self._reader = reader
         self._policy: ApproximatePolicy | None = None
 
-    def lend(self, policy: ApproximatePolicy) -> None:
-        """Draft with this from now on."""
+    def lend(self, policy: ApproximatePolicy | None) -> None:
+        """Draft with this from now on; with None there is nothing to draft with."""
         self._policy = policy
 
     def attach(self, texts: Texts) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from configs.errors import PreflightError, ResourceError
 from configs.faults import hit
 from configs.schema import RolloutConfig
+from drafter.selfdraft import DraftsAsPolicy
 from drafter.types import Drafter, FeatureReader, FollowsTemperature, ResidentDrafter
 from kernels.sample import noise_key
 from rollout.activity import Tally
@@ -457,7 +458,10 @@ class NativeEngine:
         self._pool = BlockPool(self._kv_blocks, block_size)
 
     def _forget_cache(self) -> None:
+        """Let nobody hold the cache."""
         self._cache = None
+        if isinstance(self._drafter, DraftsAsPolicy):
+            self._drafter.lend(None)
         if self._sparse is not None:
             self._sparse.release()
 

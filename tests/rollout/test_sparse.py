@@ -130,6 +130,22 @@ def test_no_selector_changes_what_is_sampled(
     assert 0 < hits < proposed, "blocks that mattered were left out"
 
 
+@pytest.mark.parametrize("selector", ["gate", "verified"])
+def test_blocks_below_a_threshold_are_left_out_and_change_nothing(
+    selector: str,
+    make: Callable[..., NativeEngine],
+    dense: Callable[..., dict[Key, Rollout]],
+    collect: Collect,
+    long_prompts: list[Prompt],
+    assert_same: AssertSame,
+) -> None:
+    wide = replace(SPARSE, budget_tokens=4096, threshold=0.2)
+    rollouts = collect(make(selector, sparse=wide), long_prompts, SAMPLING)
+    assert_same(rollouts, dense())
+    hits, proposed = accepted(rollouts)
+    assert 0 < hits < proposed
+
+
 def test_a_budget_for_everything_drafts_what_is_sampled(
     make: Callable[..., NativeEngine], collect: Collect, long_prompts: list[Prompt]
 ) -> None:

@@ -1,7 +1,9 @@
 """Sparse attention beside the cache: what is known of committed keys and no others, and who is refused."""
 
 import asyncio
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +69,18 @@ def test_weights_that_change_and_caches_that_go_leave_nothing_behind(
         engine.update(version + 1)
         engine.release()
         assert isinstance(selector, DescribedSelector) and not selector.descriptors.numel()
+
+
+def test_a_released_cache_is_held_by_nobody(
+    policy: PreTrainedModel, collect: Collect, long_prompts: list[Prompt]
+) -> None:
+    engine = drafting(policy, "quest")
+    collect(engine, long_prompts[:1], replace(SAMPLING, max_new_tokens=3))
+    assert engine._cache is not None
+    cache = weakref.ref(engine._cache)
+    engine.release()
+    gc.collect()
+    assert cache() is None
 
 
 @torch.inference_mode()
