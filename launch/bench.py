@@ -26,6 +26,7 @@ for command in (
     bench_engines.drift,
     bench_engines.kernels,
     bench_engines.sparse,
+    bench_engines.sparse_drift,
     bench_long.selection,
     bench_engines.tensor_parallel,
     bench_runs.drafter_training,

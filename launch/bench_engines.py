@@ -235,6 +235,38 @@ def sparse(
     show(result, bench_sparse.table(result), out)
 
 
+def sparse_drift(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[sparse.b=c ...]", help="Keys to set.")] = None,
+    geometry: Geometry = None,
+    model: Model = None,
+    batch: Annotated[int, typer.Option(min=1, help="Texts.")] = 8,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of each, its prompt included.")] = 8192,
+    bin_tokens: Annotated[int, typer.Option(min=1, help="Positions that share a figure.")] = 256,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Json = None,
+) -> None:
+    """KL per token, by position, of sparse decoding from dense, rectified (ReSA) and not (SeerAttention-R).
+
+    Without --geometry and --model it is smollm2-135m-instruct. sparse.budget_tokens, sparse.every and the like are
+    those of a recipe.
+    """
+    from configs.load import parse
+
+    fixed = ["data.name=none", "rollout.block_size=64", "spec.source=off", "sparse.mode=rectified"]
+    sparse = parse("", [*fixed, *(overrides or [])], origin="sparse-drift").sparse
+    prepare(out)
+    from launch import bench_sparse_drift
+    from launch.geometry import Subject
+
+    if geometry is None and model is None:
+        model = "smollm2-135m-instruct"
+    subject = Subject.load(geometry, model, device=device, dtype=dtype, seed=seed)
+    result = bench_sparse_drift.run(subject, bench_sparse_drift.Job(batch, tokens, bin_tokens, sparse, seed))
+    show(result, bench_sparse_drift.table(result), out)
+
+
 def tensor_parallel(
     geometry: Annotated[str, typer.Option(metavar="NAME", help="A known shape, random weights.")] = "qwen3-8b",
     world: Annotated[int, typer.Option(min=2, help="GPUs that share the policy.")] = 2,
