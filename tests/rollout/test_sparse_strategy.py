@@ -1,0 +1,100 @@
+"""When the policy drafts for itself: beside which sources, and only where the cache is large beside the weights."""
+
+import random
+
+import pytest
+
+from configs.schema import SparseConfig, SpecConfig
+from drafter.types import OFF, Strategy
+from rollout.costs import CostTable
+from rollout.graphs import bucket
+from rollout.strategy import CycleReport, FixedChooser, arms, configured, make_chooser
+
+DRAFT = SparseConfig(mode="draft", depth=8, budget_tokens=1024)
+WEIGHTS_S, TOKEN_S, CACHED_S = 3e-3, 2.3e-5, 2.3e-8  # of a cycle: the weights once, a token forwarded, one attended to
+
+
+def seconds(arm: Strategy, rows: int, context: float) -> float:
+    """A memory-bound cycle: each forward reads the weights, and of the cache what it attends to."""
+    dense = WEIGHTS_S + rows * ((1 + arm.num_verify) * TOKEN_S + context * CACHED_S)
+    rounds = arm.num_verify if arm.source == "sparse" else 0
+    return dense + rounds * (WEIGHTS_S + rows * (TOKEN_S + min(context, DRAFT.budget_tokens) * CACHED_S))
+
+
+def played(*, rows: int, context: float, acceptance: float, cycles: int = 1500) -> tuple[float, float]:
+    """Of the last two thirds of cycles: the share drafted sparsely, and tokens a second over plain decoding's."""
+    chooser = make_chooser(SpecConfig(source="off"), device="cuda", seed=0, sparse=DRAFT)
+    chance = random.Random(1)
+    sparse, spent, tokens = 0, 0.0, 0.0
+    for cycle in range(cycles):
+        arm = chooser.choose(batch=rows, context=context)
+        accepted, alive = [], rows if arm != OFF else 0
+        for _ in range(arm.depth):
+            alive = sum(chance.random() < acceptance for _ in range(alive))
+            accepted.append(alive)
+        if cycle >= cycles // 3:
+            sparse += arm.source == "sparse"
+            spent += seconds(arm, rows, context)
+            tokens += rows * sum(acceptance**depth for depth in range(arm.depth + 1))
+        chooser.observe(
+            CycleReport(
+                strategy=arm,
+                batch=rows,
+                bucket=bucket(rows),
+                context=context,
+                seconds=seconds(arm, rows, context) * chance.gauss(1, 0.05),
+                committed=rows + sum(accepted),
+                proposed_by_depth=[rows] * arm.depth,
+                accepted_by_depth=accepted,
+                rows_with_draft=rows if arm != OFF else 0,
+            )
+        )
+    return sparse / (cycles - cycles // 3), tokens / spent * seconds(OFF, rows, context) / rows
+
+
+def test_it_drafts_where_the_cache_outweighs_the_weights() -> None:
+    # at 64k tokens the cache of 16 rows takes eight times what the weights do
+    share, speedup = played(rows=16, context=64_000, acceptance=0.9)
+    assert share > 0.9 and speedup > 2.0
+
+
+def test_it_stays_off_where_the_cache_is_small() -> None:
+    share, speedup = played(rows=16, context=2_000, acceptance=0.9)
+    assert share < 0.05 and speedup > 0.98
+
+
+def test_its_drafts_are_priced_before_they_are_tried() -> None:
+    tokens, shorter = [1, 9, 9], [0, 0, 0]
+    table = CostTable(tokens, shorter, drafting=[0, 0, 8], drafting_cached=1024)
+    for context in (1_000.0, 100_000.0):
+        for cycle in range(4):
+            table.observe(0, 16, context, seconds(OFF, 16, context), cycle)
+    short, long = (table.seconds(16, context) for context in (1_000.0, 100_000.0))
+    assert short[2] > 5 * short[1], "eight forwards that each read the weights"
+    assert long[2] < 3 * long[1], "eight forwards that leave most of the cache unread"
+
+
+def test_a_source_that_drafts_otherwise_is_not_priced_by_it() -> None:
+    table = CostTable([1, 9, 9], [0, 0, 0], drafting=[0, 0, 8], drafting_cached=1024)
+    table.observe(0, 16, 1_000.0, seconds(OFF, 16, 1_000.0), 0)
+    before = table.seconds(16, 1_000.0)[1]
+    for cycle in range(8):
+        table.observe(2, 16, 1_000.0, seconds(Strategy("sparse", 8, 1, 8), 16, 1_000.0), cycle)
+    assert table.seconds(16, 1_000.0)[1] == pytest.approx(before, rel=0.25)
+
+
+def test_arms_are_off_the_sources_and_the_policy_itself() -> None:
+    found = arms(SpecConfig(source="auto", depth=6, num_verify=6), DRAFT)
+    assert found[0] == OFF
+    assert dict.fromkeys(arm.source for arm in found[1:]) == dict.fromkeys(["suffix", "eagle", "sparse"])
+    widest = [arm for arm in found if arm.source == "sparse"][-1]
+    assert widest == Strategy("sparse", 8, 1, 8)
+    assert all(arm.top_k == 1 and arm.depth == arm.num_verify for arm in found if arm.source == "sparse")
+    assert configured(SpecConfig(source="off"), DRAFT) == (widest,)
+    assert arms(SpecConfig(source="off"), SparseConfig()) == configured(SpecConfig(source="off")) == (OFF,)
+
+
+def test_a_cpu_drafts_as_it_is_told() -> None:
+    chooser = make_chooser(SpecConfig(source="off"), device="cpu", seed=0, sparse=DRAFT)
+    assert isinstance(chooser, FixedChooser)
+    assert chooser.choose(batch=3, context=100.0) == Strategy("sparse", 8, 1, 8)
