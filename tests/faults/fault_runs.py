@@ -127,6 +127,7 @@ class Commands:
             "env": self.env | {"PACELINE_FAULT": fault, MARK: mark} | dict(env or {}),
             "cwd": str(self.folder),
             "out": str(out),
+            "err": str(out),
             "timeout_s": timeout_s,
         }
         assert self._zygote.stdin is not None

@@ -1,7 +1,7 @@
 """Runs the command again and again in processes forked from this one, which has imported what takes long.
 
-A request a line on stdin, JSON: args, env, cwd, out (a path for stdout and stderr), timeout_s. The answer a line on
-stdout: {"code"}, negative for a signal, null where the time was over.
+A request a line on stdin, JSON: args, env, cwd, out and err (paths for stdout and stderr, which may be the same),
+timeout_s. The answer a line on stdout: {"code"}, negative for a signal, null where the time was over.
 """
 
 import json
@@ -22,9 +22,8 @@ def become(request: dict[str, object]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
-    out = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(out, descriptor)
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.argv = sys.orig_argv = ["paceline", *request["args"]]

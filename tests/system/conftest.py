@@ -70,7 +70,7 @@ def two_nodes(environment: dict[str, str], request: pytest.FixtureRequest) -> It
         address = nodes.stdout.readline().strip()
         yield {"RAY_ADDRESS": address}
         nodes.stdin.close()
-        nodes.wait(timeout=60)
+        nodes.wait(timeout=600)
 
 
 @pytest.fixture
@@ -78,13 +78,50 @@ def command() -> list[str]:
     return [sys.executable, "-m", "launch.cli"]
 
 
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[subprocess.Popen[str]]:
+    """A process that has imported what takes long, and forks: most of a short command is its imports."""
+    root = Path(__file__).parents[2]
+    settings = {"PYTHONPATH": str(root), "PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, root / "tests" / "faults" / "zygote.py"],
+        env=os.environ | settings | {"DS_ACCELERATOR": "cpu"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.stdin.close()
+
+
 @pytest.fixture
-def paceline(command: list[str], environment: dict[str, str], tmp_path: Path) -> Paceline:
-    """Run the command to its end."""
+def paceline(
+    zygote: subprocess.Popen[str],
+    environment: dict[str, str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Paceline:
+    """Run the command to its end, as `command` would, in a fork of the zygote."""
 
     def run(*args: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*command, *map(str, args)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1000
-        )
+        said = tmp_path_factory.mktemp("said")
+        request = {
+            "args": list(map(str, args)),
+            "env": environment | {"PYTHONHASHSEED": "0", "OMP_WAIT_POLICY": "passive"},
+            "cwd": str(tmp_path),
+            "out": str(said / "out"),
+            "err": str(said / "err"),
+            "timeout_s": 1000,
+        }
+        assert zygote.stdin is not None and zygote.stdout is not None
+        zygote.stdin.write(json.dumps(request) + "\n")
+        zygote.stdin.flush()
+        code = json.loads(zygote.stdout.readline())["code"]
+        out, err = ((said / name).read_text() for name in ("out", "err"))
+        assert code is not None, f"it did not end:\n{out}{err}"
+        return subprocess.CompletedProcess(request["args"], code, out, err)
 
     return run
