@@ -19,12 +19,16 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from configs.errors import PacelineError
 from rollout.collectives import Ranks, listening_store
 from rollout.engine import NativeEngine
+from rollout.ranks import ENVIRONMENT as HOST_ALONE
 from rollout.ranks import LOOPBACK
 from rollout.transfer import Weights
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling
 
 # Set where the user has not. Sockets are left alone: weights come from other hosts to the same process.
-ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_GRAPH_REGISTER": "0"}
+ENVIRONMENT = {name: value for name, value in HOST_ALONE.items() if not name.endswith("_IFNAME")} | {
+    # a Ray worker sees its own GPU alone, as number 0; torch would take the ranks' GPUs for one, and refuse
+    "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+}
 GO_ON, CHANGED, OVER = range(3)  # what rank 0 signals before a cycle
 
 
