@@ -112,23 +112,10 @@ class Gates(nn.Module):
         key, those that follow being consecutive; num_valid [...]: how many keys of each block count, None for all (a
         block without any gives something finite). Returns [..., Hkv, Dg] in the weights' dtype.
         """
-        pooled = self._pool(keys, starts, num_valid)
+        count = torch.full_like(starts, keys.shape[-3]) if num_valid is None else num_valid
+        pooled = pool_keys(keys, starts, count, self._turns.on(starts.device)).to(self.key_weight.dtype)
         merged = torch.einsum("...hi,hio->...ho", pooled, self.key_weight[layer])
         return finish(merged, self.key_norm[layer], starts, self._gate_turns.on(starts.device), NORM_EPS)
-
-    def compress_layers(
-        self, keys: torch.Tensor, starts: torch.Tensor, num_valid: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """As compress, of all layers at once: keys [L, N, P, Hkv, D]; starts, num_valid [N]. Gives [L, N, Hkv, Dg]."""
-        pooled = self._pool(keys, starts, num_valid)
-        merged = torch.einsum("lnhi,lhio->lnho", pooled, self.key_weight)
-        norm = self.key_norm[:, None, None]
-        return finish(merged, norm, starts, self._gate_turns.on(starts.device), NORM_EPS)
-
-    def merge(self, layer: int, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """A layer's queries as its gate compares them. query [T, Hq, D] after the policy's rotary embedding; positions
-        [T] int64; returns [T, Hkv, Dg] in the weights' dtype."""
-        return gate_queries(self.weights(), layer, query, positions)
 
     def scores(
         self, layer: int, query: torch.Tensor, positions: torch.Tensor, compressed: torch.Tensor
@@ -139,11 +126,6 @@ class Gates(nn.Module):
         positions [T] int64; compressed [B, NB, Hkv, Dg]. Returns [T, Hkv, NB] float32: blocks that a sequence does
         not have, or that a token does not see, are for the caller to mask.
         """
-        merged = self.merge(layer, query, positions).unflatten(0, (len(compressed), -1))
+        merged = gate_queries(self.weights(), layer, query, positions).unflatten(0, (len(compressed), -1))
         scores = torch.einsum("bqhd,bnhd->bqhn", merged, compressed).flatten(0, 1)
         return scores.float() * self.config.gate_dim**-0.5
-
-    def _pool(self, keys: torch.Tensor, starts: torch.Tensor, num_valid: torch.Tensor | None) -> torch.Tensor:
-        """Maximum, minimum and mean of each block's plain keys, side by side. [..., P, Hkv, D] to [..., Hkv, 3 D]."""
-        count = torch.full_like(starts, keys.shape[-3]) if num_valid is None else num_valid
-        return pool_keys(keys, starts, count, self._turns.on(starts.device)).to(self.key_weight.dtype)

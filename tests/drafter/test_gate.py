@@ -89,15 +89,6 @@ def test_sequences_are_scored_by_their_own_blocks() -> None:
     torch.testing.assert_close(together, torch.cat(apart))
 
 
-def test_all_layers_at_once_are_each_layer() -> None:
-    gates = make()
-    keys, starts = torch.randn(LAYERS, 5, BLOCK, KV_HEADS, DIM), torch.arange(5) * BLOCK
-    valid = torch.tensor([64, 64, 3, 1, 64])
-    together = gates.compress_layers(keys, starts, valid)
-    for layer in range(LAYERS):
-        torch.testing.assert_close(together[layer], gates.compress(layer, keys[layer], starts, valid))
-
-
 def test_keys_past_those_that_count_change_nothing() -> None:
     gates = make()
     keys, starts = torch.randn(4, BLOCK, KV_HEADS, DIM), torch.arange(4) * BLOCK
