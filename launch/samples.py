@@ -50,6 +50,8 @@ def shown(record: dict[str, Any], *, step: int) -> Group:
         f" (advantage {record['advantage']:+.2f})  {record['num_tokens']} tokens, {record['finish']}"
         f"  accept length {record['num_tokens'] / max(record['forwards'], 1):.2f}"
     )
+    under = record.get("sampled_under", "dense")  # which older runs do not say
+    title += "" if under == "dense" else f"  attention {under}"
     question = record["question"]
     if len(question) > QUESTION_CHARS:
         question = question[:QUESTION_CHARS] + " …"

@@ -45,6 +45,8 @@ def sample(path: Path, row: int, tokenizer: Tokenizer | None) -> dict[str, Any] 
     if not 0 <= row < table.num_rows:
         return None
     record: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
+    for scores in ("logprobs", "dense_logprobs"):  # as long as the text, and nothing to read
+        record.pop(scores, None)
     token_ids, drafted = record.pop("token_ids", None), record.pop("drafted", None)
     record |= {"row": row, "pieces": [], "plain": ""}
     if token_ids is None or drafted is None:

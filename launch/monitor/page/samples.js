@@ -56,6 +56,7 @@ function draw(sample) {
     ["reward", number(sample.reward, 3)], ["advantage", number(sample.advantage, 2)], ["answer", sample.answer],
     ["tokens", number(sample.num_tokens, 0)], ["drafted", `${number((100 * sample.accepted) / Math.max(1, sample.num_tokens), 0)} %`],
     ["accept length", number(sample.num_tokens / Math.max(1, sample.forwards), 2)], ["ended by", sample.finish === "length" ? "its length" : "itself"],
+    ...((sample.sampled_under ?? "dense") === "dense" ? [] : [["attention", sample.sampled_under]]),
   ];
   const text = sample.pieces.length
     ? sample.pieces.map(([piece, drafted]) => (drafted ? element("mark", {}, piece) : piece))
