@@ -1,6 +1,9 @@
 """What a configuration of sparse attention may say, and what is answered to the rest."""
 
 import re
+import textwrap
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -58,3 +61,17 @@ def test_what_is_off_is_not_judged() -> None:
 def test_a_block_is_as_published_unless_it_is_named() -> None:
     assert SparseConfig(selector="gate").block_tokens == 64
     assert SparseConfig(selector="gate", select_block=32).block_tokens == 32
+
+
+def test_the_documented_example_loads() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sparse.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"(?m)(?:^    .*\n)+", page)
+    config = parse(BASE + textwrap.dedent(example))
+    assert config.sparse.mode == "draft" and config.rollout.block_size == 64
+
+
+def test_every_option_and_selector_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sparse.md").read_text(encoding="utf-8")
+    hints = get_type_hints(SparseConfig)
+    names = {*hints, *get_args(hints["selector"]), *get_args(hints["mode"])}
+    assert {name for name in names if not re.search(rf"\b{name}\b", page)} == set()
