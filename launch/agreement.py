@@ -1,7 +1,7 @@
 """Rollouts held against the training forward of the same policy: equal tokens, and how far log-probs drift."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from launch.bench_report import WrongResultError
 from launch.bench_rollout import PROBE_TOKENS, generate, random_prompts, sampling
 from rollout.engine import NativeEngine
 from rollout.model import forward_packed
-from rollout.types import Prompt, Rollout, Sampling
+from rollout.types import Prompt, Rollout, SampledUnder, Sampling
 
 # What rounding may do, by dtype: mean drift of a log-prob, and the share of tokens whose draw stays the same. A wrong
 # cache, mask or position moves both by orders of magnitude.
@@ -79,14 +79,15 @@ def drift(
     }
 
 
-def verify(engine: NativeEngine, model: PreTrainedModel, *, seed: int) -> dict[str, Any]:
+def verify(engine: NativeEngine, model: PreTrainedModel, *, seed: int, under: SampledUnder = "dense") -> dict[str, Any]:
     """Prove an engine before it is timed: its rollouts are what the training forward would sample, up to rounding.
 
+    under: how it attends, by a budget that leaves nothing of such short sequences out.
     Returns the drift; raises WrongResultError where it is more than rounding explains.
     """
     vocab_size = model.config.get_text_config().vocab_size
     prompts = [random_prompts(1, length, vocab_size, seed=seed + length)[0] for length in PROMPT_LENGTHS]
-    how = sampling(RESPONSE_TOKENS, seed=seed, num_samples=2)
+    how = replace(sampling(RESPONSE_TOKENS, seed=seed, num_samples=2), under=under)
     found = drift(model, prompts, generate(engine, prompts, how).rollouts, how)
     mean, agreement = TOLERANCE[model.dtype]
     if not (found["mean"] <= mean and found["agreement"] >= agreement):  # written so that NaN fails

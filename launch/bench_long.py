@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from launch.bench_options import Device, Dtype, Json, Seed, numbers, prepare, show
+from launch.bench_options import Device, Dtype, Json, Rounds, Seed, numbers, prepare, show
 
 Text = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="Natural text; Python's own documentation without.")
@@ -42,8 +42,7 @@ def selection(
     from launch.natural_text import natural_tokens
     from rollout.pretrained import load_tokenizer
 
-    known = (*bench_selection.SELECTORS, bench_selection.BEST)
-    chosen = selectors.split(",") if selectors else [name for name in known if name != "gate" or gate]
+    chosen = selectors.split(",") if selectors else [name for name in bench_selection.KNOWN if name != "gate" or gate]
     subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
     assert subject.folder is not None
     sparse = SparseConfig(gate=gate, dense_layers=dense_layers)
@@ -51,3 +50,48 @@ def selection(
     name, token_ids = natural_tokens(load_tokenizer(subject.folder), text)
     result = bench_selection.run(subject, job, name=name, token_ids=token_ids)
     show(result, bench_selection.table(result), out)
+
+
+def sparse_rollout(
+    model: RealModel = DEFAULT_MODEL,
+    modes: Annotated[str, typer.Option(help="Of off, draft, rectified, plain.")] = "off,draft,rectified,plain",
+    selectors: Annotated[
+        str, typer.Option(help="draft goes by each of them in turn, the lossy modes by the first.")
+    ] = "quest,mean,streaming,verified",
+    gate: Gate = "",
+    text: Text = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Rollouts at once.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 4096,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens sampled after it; nothing stops.")] = 4096,
+    budget: Annotated[int, typer.Option(min=1, help="Tokens attended to under a selector.")] = 1024,
+    depth: Annotated[int, typer.Option(min=1, max=63, help="draft: tokens drafted.")] = 8,
+    every: Annotated[int, typer.Option(min=1, max=64, help="rectified: tokens after which all is dense.")] = 32,
+    rounds: Rounds = 2,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Json = None,
+) -> None:
+    """Tokens per second of whole rollouts over long contexts: without drafts, drafted under selectors, and lossy."""
+    prepare(out)
+    from configs.schema import SparseConfig
+    from launch import bench_sparse_rollout
+    from launch.geometry import Subject
+    from launch.natural_text import natural_tokens
+    from rollout.pretrained import load_tokenizer
+
+    subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
+    assert subject.folder is not None
+    job = bench_sparse_rollout.Job(
+        sequences,
+        prompt_tokens,
+        new_tokens,
+        tuple(modes.split(",")),
+        tuple(selectors.split(",")),
+        SparseConfig(budget_tokens=budget, depth=depth, every=every, gate=gate),
+        rounds,
+        seed,
+    )
+    name, token_ids = natural_tokens(load_tokenizer(subject.folder), text)
+    result = bench_sparse_rollout.run(subject, job, name=name, token_ids=token_ids)
+    show(result, bench_sparse_rollout.table(result), out)

@@ -15,20 +15,17 @@ from transformers import PreTrainedModel
 
 from configs.errors import ConfigError
 from configs.schema import SparseConfig
-from kernels.attention import PackedSequences, PagedSequences
+from kernels.attention import PackedSequences
 from kernels.sample import noise_key, sample
-from kernels.select import BlockLists, choose_blocks, num_selection_blocks
-from kernels.sparse_attention import sparse_attention
 from launch.bench_report import WrongResultError, plain_table, provenance, say, shape
 from launch.geometry import Subject
 from launch.natural_text import last_pieces
 from launch.teacher_forced import BLOCK_SIZE, Forced, Places
+from launch.weighed import BEST, Side, Weighed
 from rollout.model import context_length, forward_packed
-from rollout.selectors import choice_of, make_sparse
-from rollout.sparse import SparseAttention
+from rollout.selectors import make_sparse
 
-SELECTORS = ("quest", "resa", "mean", "streaming", "verified", "gate")
-BEST = "best"  # the blocks that carry most of the attention: what no selector knows before it has read everything
+KNOWN = ("quest", "resa", "mean", "streaming", "verified", "gate", BEST)
 ROWS = 64  # places of a text forwarded at once
 # nats by which a dense forward may differ from training's, and one that reads everything from a dense one
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -49,80 +46,6 @@ class Job:
     budgets: tuple[int, ...]
     sparse: SparseConfig
     seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One selector under one budget."""
-
-    selector: str
-    config: SparseConfig
-    sparse: SparseAttention
-
-
-class Weighed:
-    """Attention to what a selector picks, as rollout.sparse has it, that also weighs what was picked.
-
-    mass: by layer, the share of the dense attention on keys that were read, over places and heads.
-    """
-
-    def __init__(self, side: Side, places: Places) -> None:
-        self._side = side
-        self._places = places
-        self.mass: dict[int, float] = {}
-
-    def takes(self, layer: int) -> bool:
-        """Whether a layer attends so."""
-        return layer not in self._side.sparse.dense
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        positions: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        seqs: PagedSequences,
-        *,
-        scale: float,
-    ) -> torch.Tensor:
-        """Over the blocks that are picked."""
-        selector, config = self._side.sparse.selector, self._side.config
-        shares = block_shares(query, key_cache, self._places, scale=scale, select_block=selector.select_block)
-        if self._side.selector == BEST:
-            lists = choose_blocks(shares.mean(dim=2), seqs, choice_of(config), select_block=selector.select_block)
-        else:
-            lists = selector.select(layer, query, positions, seqs, self._places.rows.text.long())
-        self.mass[layer] = float((shares * listed(lists, shares.shape[3])[:, :, None]).sum(dim=3).mean())
-        return sparse_attention(query, key_cache, value_cache, seqs, lists, scale=scale)
-
-
-def block_shares(
-    query: torch.Tensor, key_cache: torch.Tensor, places: Places, *, scale: float, select_block: int
-) -> torch.Tensor:
-    """The share of a token's attention on each selection block, the token's own included.
-
-    Shapes: query [R, Hq, D]; key_cache [num_blocks, 64, Hkv, D]. Returns [R, Hkv, G, NB] float32.
-    """
-    keys = key_cache[places.keys].flatten(0, 1)
-    own = key_cache.flatten(0, 1)[places.seqs.slots].float()
-    grouped = query.float().unflatten(1, (keys.shape[1], -1))
-    scores = torch.einsum("rhgd,shd->rhgs", grouped, keys.float()) * scale
-    index = torch.arange(len(keys), device=keys.device)
-    before, at = index < places.positions[:, None], index == places.positions[:, None]
-    itself = torch.einsum("rhgd,rhd->rhg", grouped, own)[..., None] * scale
-    scores = torch.where(at[:, None, None], itself, scores.masked_fill(~before[:, None, None], -torch.inf))
-    num_blocks = num_selection_blocks(places.seqs, select_block)
-    shares = scores.softmax(dim=3).unflatten(3, (-1, select_block)).sum(dim=4)
-    return shares[..., :num_blocks]
-
-
-def listed(lists: BlockLists, num_blocks: int) -> torch.Tensor:
-    """Which blocks are read, [B, Hkv, NB] bool."""
-    exists = torch.arange(lists.blocks.shape[2], device=lists.blocks.device) < lists.counts[:, :, None]
-    read = torch.zeros(*lists.counts.shape, num_blocks + 1, dtype=torch.bool, device=lists.blocks.device)
-    read.scatter_(2, torch.where(exists, lists.blocks, num_blocks).long(), True)
-    return read[:, :, :num_blocks]
 
 
 def run(subject: Subject, job: Job, *, name: str, token_ids: list[int]) -> dict[str, Any]:
@@ -161,8 +84,8 @@ def _check(job: Job, model: PreTrainedModel) -> None:
         raise ConfigError(f"--tokens {job.tokens} exceeds the model's context of {limit}")
     if job.tokens <= job.places + job.sparse.depth + 1:
         raise ConfigError(f"--tokens {job.tokens} leaves nothing before the last --places {job.places}; give more")
-    if unknown := [each for each in job.selectors if each not in (*SELECTORS, BEST)]:
-        raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join((*SELECTORS, BEST))}")
+    if unknown := [each for each in job.selectors if each not in KNOWN]:
+        raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(KNOWN)}")
     if "gate" in job.selectors and not job.sparse.gate:
         raise ConfigError("--selectors gate needs --gate FOLDER, as `paceline gate train` writes it")
 

@@ -1,0 +1,282 @@
+"""Whole rollouts over long contexts, where the KV cache outweighs the weights: drafted under selectors, and lossy.
+
+Every mode samples the same continuations of natural text: same prompts, same noise, nothing stops. So "off" and every
+"draft" are to be equal, up to ties that rounding decides; what "rectified" and "plain" sample is another's.
+"""
+
+import asyncio
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from time import perf_counter
+from typing import Any
+
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from configs.errors import ConfigError
+from configs.schema import RolloutConfig, SparseConfig
+from drafter.selfdraft import SelfDrafter
+from drafter.types import OFF, Strategy
+from launch.agreement import verify
+from launch.bench_drift import Key, diverge, summary
+from launch.bench_report import in_turns, plain_table, provenance, say, shape, spread
+from launch.bench_rollout import PREFILL_TOKENS, PROBE_TOKENS, generate, random_prompts, sampling, synchronize
+from launch.geometry import Subject
+from launch.natural_text import overlapping_pieces
+from rollout.engine import NativeEngine
+from rollout.graphs import BUCKETS
+from rollout.lossy import window
+from rollout.memory import cache_budget
+from rollout.model import bytes_per_block, context_length
+from rollout.selectors import make_sparse
+from rollout.strategy import FixedChooser
+from rollout.types import Prompt, Rollout, SampledUnder, Sampling
+
+BLOCK_SIZE = 64  # what blocks of every selector divide
+COMPARED = 8  # rollouts of a mode whose first difference from "off" is looked into: each takes a forward of its text
+ALL_BUT = 0.9  # of the rollouts: what comes after so many have finished is the tail
+LIMIT = 2.0  # tokens a second of the best drafting mode over "off", at least (issue 6)
+MODES = ("off", "draft", "rectified", "plain")
+UNDER: dict[str, SampledUnder] = {"plain": "sparse", "rectified": "rectified"}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is sampled: as many sequences, each prompt_tokens of a text and new_tokens more.
+
+    sparse: how selectors pick, but for their name. Lossy modes go by the first of the selectors.
+    """
+
+    sequences: int
+    prompt_tokens: int
+    new_tokens: int
+    modes: tuple[str, ...]
+    selectors: tuple[str, ...]
+    sparse: SparseConfig
+    rounds: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One mode under one selector, and the engine that samples so."""
+
+    name: str
+    under: SampledUnder
+    config: SparseConfig
+    strategy: Strategy
+    engine: NativeEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """All rollouts by what they are of, the seconds that took, and those from ALL_BUT of them being done to the end."""
+
+    rollouts: dict[Key, Rollout]
+    seconds: float
+    tail_s: float
+
+
+def run(subject: Subject, job: Job, *, name: str, token_ids: list[int]) -> dict[str, Any]:
+    """Verify every mode, then time them in turns; JSON-able. name: of the text.
+
+    Raises ConfigError, PreflightError, WrongResultError.
+    """
+    model = subject.model
+    total = job.prompt_tokens + job.new_tokens
+    if total > (limit := context_length(model.config)):
+        raise ConfigError(f"prompts and answers of {total} tokens exceed the model's context of {limit}; ask for less")
+    pieces = overlapping_pieces(name, token_ids, job.sequences, job.prompt_tokens)
+    prompts = [Prompt(id=f"long-{index}", token_ids=piece, answer="") for index, piece in enumerate(pieces)]
+    sides = make_sides(model, job)
+    found = provenance(device=str(model.device), seed=job.seed)
+    kept = _fit_together(model, sides, job)
+    verified: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[Timed]] = {side.name: [] for side in sides}
+    prefills: dict[str, float] = {}
+    for number, side in in_turns(sides, job.rounds):
+        if number == 0 or not kept:
+            prefills[side.name] = make_ready(side, model, prompts, job)
+        if number == 0:
+            verified[side.name] = verify(side.engine, model, seed=job.seed, under=side.under)
+        else:
+            how = replace(sampling(job.new_tokens, seed=job.seed + number), under=side.under)
+            times[side.name].append(timed := roll_out(side.engine, prompts, how))
+            say(f"{side.name}, round {number}: {_rate(timed):.0f} tokens a second")
+        if not kept:
+            side.engine.release()
+    how = sampling(job.new_tokens, seed=job.seed + 1)
+    return {
+        "what": "tokens per second of whole rollouts over long contexts",
+        "model": subject.name,
+        "shape": shape(model),
+        **found,
+        **asdict(job),
+        "text": name,
+        "block_size": BLOCK_SIZE,
+        "kv_bytes": kv_bytes(model, job),
+        "verified": verified,
+        "cells": [_cell(side, times, prefills[side.name], model, prompts, how) for side in sides],
+    }
+
+
+def make_sides(model: PreTrainedModel, job: Job) -> list[Side]:
+    """What the job compares, in its order. Raises ConfigError, PreflightError."""
+    if unknown := [mode for mode in job.modes if mode not in MODES]:
+        raise ConfigError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    sides = []
+    for mode in job.modes:
+        for selector in job.selectors if mode == "draft" else job.selectors[:1]:
+            kind: Any = {"mode": mode, "selector": selector}
+            config = replace(job.sparse, **kind, gate=job.sparse.gate if selector in ("gate", "duo") else "")
+            sides.append(_side("off" if mode == "off" else f"{mode} {selector}", config, model, job))
+    return sides
+
+
+def _side(name: str, config: SparseConfig, model: PreTrainedModel, job: Job) -> Side:
+    strategy = OFF
+    if config.mode == "draft":
+        strategy = Strategy("sparse", config.depth, 1, config.depth)
+    elif config.mode == "rectified":
+        strategy = window(config.every)
+    longest = max(job.prompt_tokens + job.new_tokens, PROBE_TOKENS) + 2 * (1 + strategy.num_verify) + BLOCK_SIZE
+    rows = max(job.sequences, 6)  # what verifying takes
+    engine = NativeEngine(
+        model,
+        drafter=SelfDrafter() if strategy.source == "sparse" else None,
+        chooser=FixedChooser(strategy),
+        rollout=RolloutConfig(
+            max_running=rows,
+            prefill_tokens=PREFILL_TOKENS,
+            block_size=BLOCK_SIZE,
+            kv_tokens=rows * -(-longest // BLOCK_SIZE) * BLOCK_SIZE,
+        ),
+        cycles="resident",
+        sparse=None if config.mode == "off" else make_sparse(config, model),
+    )
+    return Side(name, UNDER.get(config.mode, "dense"), config, strategy, engine)
+
+
+def kv_bytes(model: PreTrainedModel, job: Job) -> int:
+    """Keys and values of all sequences when they are complete."""
+    blocks = job.sequences * -(-(job.prompt_tokens + job.new_tokens) // BLOCK_SIZE)
+    return blocks * bytes_per_block(model.config, BLOCK_SIZE, model.dtype)
+
+
+def _fit_together(model: PreTrainedModel, sides: Sequence[Side], job: Job) -> bool:
+    """Whether all engines may keep their caches and graphs while another is timed."""
+    return 2 * len(sides) * kv_bytes(model, job) < cache_budget(str(model.device))
+
+
+def make_ready(side: Side, model: PreTrainedModel, prompts: Sequence[Prompt], job: Job) -> float:
+    """Compile and capture all that a timed run needs; the seconds that its prompts take alone."""
+    begins = replace(sampling(1, seed=job.seed), under=side.under)
+    whole = replace(begins, max_new_tokens=job.new_tokens)
+    # rows for the whole length, and with them the graphs, outlive all shorter calls; a token suffices to make them
+    longest = Prompt("longest", [*prompts[0].token_ids, *[0] * (job.new_tokens - 1)], "")
+    generate(side.engine, [longest], replace(whole, max_new_tokens=1))
+    vocab_size = model.config.get_text_config().vocab_size
+    for batch in reversed([size for size in BUCKETS if size <= job.sequences] + [job.sequences]):
+        generate(side.engine, random_prompts(batch, 1, vocab_size, seed=batch), replace(begins, max_new_tokens=2))
+    seconds = []
+    for _ in range(2):  # the first compiles
+        side.engine.update(side.engine.version)
+        seconds.append(generate(side.engine, prompts, begins).seconds)
+    return seconds[1]
+
+
+def roll_out(engine: NativeEngine, prompts: Sequence[Prompt], how: Sampling) -> Timed:
+    """Sample all rollouts under the clock, their prompts computed anew."""
+    engine.update(engine.version)
+    gc.collect()  # before the clock starts, rather than at a moment of its own
+
+    async def run() -> Timed:
+        synchronize()
+        begun = perf_counter()
+        rollouts, finished = {}, []
+        async for rollout in engine.generate(prompts, how):
+            rollouts[rollout.prompt_id, rollout.sample] = rollout
+            finished.append(perf_counter() - begun)
+        synchronize()
+        seconds = perf_counter() - begun
+        return Timed(rollouts, seconds, seconds - finished[int(ALL_BUT * (len(finished) - 1))])
+
+    return asyncio.run(run())
+
+
+def _rate(timed: Timed) -> float:
+    return sum(len(rollout.token_ids) for rollout in timed.rollouts.values()) / timed.seconds
+
+
+def _cell(
+    side: Side,
+    times: Mapping[str, list[Timed]],
+    prefill_s: float,
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    how: Sampling,
+) -> dict[str, Any]:
+    """One mode's figures. how: of the first round without drafts, in which its rollouts are held against "off"."""
+    rounds = times[side.name]
+    tokens = [sum(len(rollout.token_ids) for rollout in timed.rollouts.values()) for timed in rounds]
+    forwards = [sum(rollout.spec.forwards for rollout in timed.rollouts.values()) for timed in rounds]
+    cell: dict[str, Any] = {
+        "name": side.name,
+        "mode": side.config.mode,
+        "selector": None if side.config.mode == "off" else side.config.selector,
+        "sampled_under": side.under,
+        "strategy": asdict(side.strategy),
+        "budget": None if side.config.mode == "off" else side.config.budget_tokens,
+        "tokens_per_s": spread([_rate(timed) for timed in rounds]),
+        "decoded_per_s": spread([n / (timed.seconds - prefill_s) for n, timed in zip(tokens, rounds, strict=True)]),
+        "prefill_s": prefill_s,
+        "tail_s": spread([timed.tail_s for timed in rounds]),
+        "accept_length": spread([n / count for n, count in zip(tokens, forwards, strict=True)]),
+    }
+    if off := times.get("off"):
+        cell["gain"] = spread([plain.seconds / timed.seconds for plain, timed in zip(off, rounds, strict=True)])
+        if side.config.mode == "draft":
+            cell |= _held_against(off, rounds, model, prompts, how)
+    return cell
+
+
+def _held_against(
+    off: Sequence[Timed], on: Sequence[Timed], model: PreTrainedModel, prompts: Sequence[Prompt], how: Sampling
+) -> dict[str, Any]:
+    """How many rollouts with drafts equal those without, and where the first few of the first round part."""
+    rounds = zip(off, on, strict=True)
+    pairs = [(plain.rollouts[key], timed.rollouts[key]) for plain, timed in rounds for key in plain.rollouts]
+    few = list(off[0].rollouts)[:COMPARED]
+    theirs, ours = ({key: timed.rollouts[key] for key in few} for timed in (off[0], on[0]))
+    return {
+        "compared": len(pairs),
+        "equal": sum(plain.token_ids == drafted.token_ids for plain, drafted in pairs),
+        "agreement": summary(theirs, ours, diverge(model, prompts, theirs, ours, how)),
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """A line a mode."""
+    held = result["kv_bytes"] / result["shape"]["step_weight_bytes"]
+    title = (
+        f"{result['what']}, {result['model']}, {result['shape']['dtype']}: {result['sequences']} sequences of"
+        f" {result['prompt_tokens']} to {result['prompt_tokens'] + result['new_tokens']} tokens,"
+        f" whose keys and values become {held:.0f} times the weights"
+    )
+    headings = ["mode", "reads", "tok/s", "min", "max", "decoding", "gain", "asked", "accept", "tail s", "equal"]
+    shown = plain_table(title, headings)
+    for cell in result["cells"]:
+        rate, gain = cell["tokens_per_s"], cell.get("gain")
+        shown.add_row(
+            cell["name"],
+            "all" if cell["budget"] is None else str(cell["budget"]),
+            *(f"{rate[which]:.0f}" for which in ("median", "min", "max")),
+            f"{cell['decoded_per_s']['median']:.0f}",
+            f"{gain['median']:.2f}" if gain else "",
+            f"{LIMIT}" if cell["mode"] == "draft" else "",
+            f"{cell['accept_length']['median']:.2f}",
+            f"{cell['tail_s']['median']:.2f}",
+            f"{cell['equal']} of {cell['compared']}" if "equal" in cell else "",
+        )
+    return shown

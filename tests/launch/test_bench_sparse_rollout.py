@@ -1,0 +1,101 @@
+"""Rollouts over long contexts under the clock: drafts change nothing, lossy modes are marked, and all are ready."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from configs.errors import ConfigError
+from configs.schema import SparseConfig
+from launch import bench_sparse_rollout
+from launch.bench import app
+from launch.bench_rollout import sampling
+from launch.geometry import Subject
+from rollout.model import load_policy
+from rollout.types import Prompt
+
+TEXT = "".join(f"{number} sheep and {number * number} goats, of which {number % 7} are lame. " for number in range(40))
+BUDGET = 112  # holds what verifying samples
+
+
+@pytest.fixture(scope="module")
+def subject(tiny_model_dir: Path) -> Subject:
+    return Subject("tiny", load_policy(tiny_model_dir, device="cpu", dtype="float32"), tiny_model_dir)
+
+
+def make_job(**changes: Any) -> bench_sparse_rollout.Job:
+    how: dict[str, Any] = {
+        "sequences": 3,
+        "prompt_tokens": 200,
+        "new_tokens": 12,
+        "modes": ("off", "draft", "rectified", "plain"),
+        "selectors": ("quest", "verified"),
+        "sparse": SparseConfig(budget_tokens=BUDGET, depth=4, every=5, window=16),
+        "rounds": 1,
+        "seed": 0,
+    }
+    return bench_sparse_rollout.Job(**(how | changes))
+
+
+def measured(subject: Subject, job: bench_sparse_rollout.Job) -> dict[str, dict[str, Any]]:
+    result = bench_sparse_rollout.run(subject, job, name="the text", token_ids=[3 + byte for byte in TEXT.encode()])
+    assert result["kv_bytes"] == 3 * 256 * 2 * 2 * 2 * 16 * 4  # sequences, tokens in blocks, layers, K and V, heads
+    return {cell["name"]: cell for cell in result["cells"]}
+
+
+def test_drafts_of_every_selector_sample_what_is_sampled_without(subject: Subject) -> None:
+    cells = measured(subject, make_job())
+    assert list(cells) == ["off", "draft quest", "draft verified", "rectified quest", "plain quest"]
+    for name in ("draft quest", "draft verified"):
+        assert (cells[name]["equal"], cells[name]["compared"]) == (3, 3)
+        assert cells[name]["accept_length"]["median"] > 1.5
+        assert cells[name]["agreement"]["rollouts_equal"] == 3
+    assert cells["off"]["accept_length"]["median"] == 1 and cells["off"]["budget"] is None
+    under = {name: cell["sampled_under"] for name, cell in cells.items()}
+    assert under["rectified quest"] == "rectified" and under["plain quest"] == "sparse" and under["off"] == "dense"
+
+
+def test_engines_that_do_not_fit_together_take_turns_in_memory(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_sparse_rollout, "cache_budget", lambda device: 0)
+    cells = measured(subject, make_job(selectors=("streaming",), modes=("off", "draft"), rounds=2))
+    assert cells["draft streaming"]["equal"] == 6
+    assert len(cells["draft streaming"]["tokens_per_s"]["rounds"]) == 2
+
+
+def test_a_timed_run_finds_all_its_rows_made(subject: Subject) -> None:
+    job = make_job(modes=("draft",), selectors=("mean",))
+    (side,) = bench_sparse_rollout.make_sides(subject.model, job)
+    prompts = [Prompt(f"p{index}", [5 + index] * 200, "") for index in range(3)]
+    bench_sparse_rollout.make_ready(side, subject.model, prompts, job)
+    residency = side.engine._residency
+    bench_sparse_rollout.roll_out(side.engine, prompts, sampling(12, seed=1))
+    assert side.engine._residency is residency and residency is not None
+
+
+def test_the_command_writes_its_modes_and_draws_a_line_for_each(tiny_model_dir: Path, tmp_path: Path) -> None:
+    out, text = tmp_path / "rollout.json", tmp_path / "text.txt"
+    text.write_text(TEXT)
+    options = ["--sequences", "2", "--prompt-tokens", "100", "--new-tokens", "4", "--budget", "128", "--depth", "2"]
+    options += ["--modes", "off,plain", "--rounds", "1", "--text", str(text), "--device", "cpu", "--json", str(out)]
+    done = CliRunner().invoke(app, ["sparse-rollout", "--model", str(tiny_model_dir), *options])
+    assert done.exit_code == 0, done.output
+    assert "plain quest" in done.stdout
+    result = json.loads(out.read_text())
+    assert [cell["name"] for cell in result["cells"]] == ["off", "plain quest"]
+    assert set(result["verified"]) == {"off", "plain quest"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"modes": ("off", "fast")}, "--modes: 'fast' is none of off, draft, rectified, plain"),
+        ({"new_tokens": 400}, "prompts and answers of 600 tokens exceed the model's context of 512"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_in_one_line(subject: Subject, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        measured(subject, make_job(**changes))
