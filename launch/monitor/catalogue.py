@@ -12,7 +12,7 @@ from rl.drift import LEVELS
 
 PROB_DIFF_WARN, PROB_DIFF_ALARM = LEVELS["warn"], LEVELS["alarm"]
 
-SOURCES = ("suffix", "eagle")
+SOURCES = ("suffix", "eagle", "sparse")
 PHASES = ("rollout", "reward", "drafter", "train", "sync", "checkpoint", "eval", "other")
 ACTIVITIES = ("decode", "prefill", "train", "drafter", "sync", "idle", "reward", "checkpoint", "eval", "warmstart")
 HEADS = ("trained", "served")

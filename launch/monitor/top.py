@@ -23,7 +23,7 @@ REFRESH_S = 0.5
 EVENTS = 5
 WIDEST = 120
 STATES = {"running": "green", "done": "green", "starting": "yellow", "stopped": "red", "died": "red"}
-SOURCES = {"off": "bright_black", "suffix": "cyan", "eagle": "magenta"}
+SOURCES = {"off": "bright_black", "suffix": "cyan", "eagle": "magenta", "sparse": "yellow"}
 LEVELS = {"warn": "yellow", "alarm": "bold red"}
 
 

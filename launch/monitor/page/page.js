@@ -20,6 +20,7 @@ const charts = [
     reading("accept_length", "all", "ink"),
     reading("accept_length_suffix", "suffix", "suffix"),
     reading("accept_length_eagle", "eagle", "eagle"),
+    reading("accept_length_sparse", "itself, sparse", "sparse"),
   ] }),
   stepChart("breakdown", { digits: 1, unit: " s", zero: true, stack: phaseSeries }),
   stepChart("drift", { digits: 4, zero: true, thresholds: () => run.state?.thresholds, series: [
@@ -35,6 +36,7 @@ const charts = [
   ] }),
   stepChart("share", { digits: 0, unit: " %", zero: true, none: "Nothing was drafted.", series: [
     percent("draft_share_suffix", "suffix", "suffix"), percent("draft_share_eagle", "eagle", "eagle"),
+    percent("draft_share_sparse", "itself, sparse", "sparse"),
   ] }),
   stepChart("speed", { digits: 0, zero: true, series: [reading("tokens_per_s", "tokens/s", "accent")] }),
   stepChart("loss", { digits: 4, series: [reading("loss", "loss", "accent")] }),

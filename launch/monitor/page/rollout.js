@@ -214,7 +214,7 @@ function keys(sources) {
   const whole = Object.values(seconds).reduce((sum, value) => sum + value, 0);
   const kinds = Object.entries(seconds).sort((a, b) => b[1] - a[1]);
   replace($("lane-key"), ...kinds.map(([kind, value]) => keyItem(kind, kind, `${number((100 * value) / whole, value / whole < 0.01 ? 1 : 0)} %`)));
-  const names = { off: "no drafts", suffix: "suffix", eagle: "eagle" };
+  const names = { off: "no drafts", suffix: "suffix", eagle: "eagle", sparse: "itself, sparse" };
   replace($("strategy-key"), ...[...sources].map((source) => keyItem(names[source] ?? source, source, null, { thin: true })));
 }
 
