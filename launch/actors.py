@@ -6,7 +6,6 @@ trainers, which share it and reduce their gradients.
 
 import asyncio
 import os
-import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from datetime import timedelta
@@ -29,6 +28,7 @@ from rl.trainer import DeepSpeedTrainer
 from rl.types import Batch, StepStats
 from rollout.collectives import listening_store
 from rollout.engine import NativeEngine
+from rollout.ranks import LOOPBACK
 from rollout.team import Call, Leader, follow
 from rollout.transfer import Link, ReceivedWeights, Transfer, send
 from rollout.types import Activity, Engine, Partial, Prompt, Rollout, Sampling
@@ -36,6 +36,12 @@ from rollout.types import Activity, Engine, Partial, Prompt, Rollout, Sampling
 # What a worker is made of. Without a trainer it only samples, without an engine it only trains; without a learner there
 # is no drafter to train.
 Parts = tuple[Engine | None, DeepSpeedTrainer | None, Learner | None]
+
+
+def own_host() -> str:
+    """Where other workers reach this one: only from this machine where all of the cluster is on it."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return LOOPBACK if len(nodes) == 1 else ray.util.get_node_ip_address()
 
 
 class Summons:
@@ -77,14 +83,14 @@ class Worker:
         return life(self.failed)
 
     def address(self) -> tuple[str, int]:
-        """This node's address and a free port: where the ranks of rank 0's group meet."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        """Where the ranks of this one's group meet, as long as it lives."""
+        self.meeting = listening_store(own_host())
+        return self.meeting.host, self.meeting.port
 
     def build(self, make: Callable[[], Parts], meet: tuple[str, int]) -> bool:
         """Load the policy and join the other ranks; whether there is a drafter to train."""
-        os.environ |= {"MASTER_ADDR": meet[0], "MASTER_PORT": str(meet[1])}
+        # the last says that the store is there already: torch's own would listen to every network
+        os.environ |= {"MASTER_ADDR": meet[0], "MASTER_PORT": str(meet[1]), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         faults.hit("worker.build")
         engine, trainer, learner = make()
         if engine is not None:
@@ -169,9 +175,8 @@ class Worker:
 
     def listen(self) -> tuple[str, int]:
         """Where those that the first trainer sends to meet it."""
-        host = ray.util.get_node_ip_address()
-        self.store = listening_store(host)
-        return host, self.store.port
+        self.store = listening_store(own_host())
+        return self.store.host, self.store.port
 
     def join(self, meet: tuple[str, int], rank: int, world: int, device: str, timeout_s: float) -> None:
         """Become one of the group that weights are sent in; rank 0 sends."""

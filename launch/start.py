@@ -167,8 +167,8 @@ def _seated(
     teams = [engines[start : start + size] for start in range(0, len(engines), size)]
     asked = {number: team[0].address.remote() for number, team in enumerate(teams)}
     return [
-        (each, partial(make, seat=Seat(port, rank, size, timeout_s), summon=Summons(team[1:])))
-        for team, (_, port) in zip(teams, gather(asked, "address", limit_s=BUILD_S), strict=True)
+        (each, partial(make, seat=Seat(meet, rank, size, timeout_s), summon=Summons(team[1:])))
+        for team, meet in zip(teams, gather(asked, "address", limit_s=BUILD_S), strict=True)
         for rank, each in enumerate(team)
     ]
 

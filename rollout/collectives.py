@@ -23,12 +23,12 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def listening_store(host: str, port: int = 0) -> TCPStore:
-    """Where processes meet, for the one that all others connect to: it listens to this address alone; 0: any port.
+def listening_store(host: str) -> TCPStore:
+    """Where processes meet, for the one that all others connect to: at any port of this address alone.
 
     torch's own would listen to every network.
     """
-    listener = socket.create_server((host, port))
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     port = listener.getsockname()[1]
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 

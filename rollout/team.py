@@ -17,10 +17,9 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from configs.errors import PacelineError
-from rollout.collectives import Ranks, listening_store
+from rollout.collectives import Ranks
 from rollout.engine import NativeEngine
 from rollout.ranks import ENVIRONMENT as HOST_ALONE
-from rollout.ranks import LOOPBACK
 from rollout.transfer import Weights
 from rollout.types import Activity, Partial, Prompt, Rollout, Sampling
 
@@ -34,9 +33,9 @@ GO_ON, CHANGED, OVER = range(3)  # what rank 0 signals before a cycle
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A process's place in its team. port: of this host, where all meet. timeout_s: that ranks wait for one another."""
+    """A process's place in its team. meet: host and port of a store. timeout_s: that ranks wait for one another."""
 
-    port: int
+    meet: tuple[str, int]
     rank: int
     world: int
     timeout_s: float
@@ -46,10 +45,7 @@ class Seat:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         limit = timedelta(seconds=self.timeout_s)
-        if self.rank == 0:
-            store = listening_store(LOOPBACK, self.port)
-        else:
-            store = TCPStore(LOOPBACK, self.port, is_master=False, timeout=limit)
+        store = TCPStore(*self.meet, is_master=False, timeout=limit)
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=limit)
         assert dist.group.WORLD is not None

@@ -10,7 +10,9 @@ from launch.cluster import protect_local_ray
 
 protect_local_ray()
 
-from launch import shift  # noqa: E402  # Ray reads its environment when it is imported
+import ray  # noqa: E402  # it reads its environment when it is imported
+
+from launch import shift  # noqa: E402
 from launch.adapters import RayEngine  # noqa: E402
 from launch.bench_idle import Job, make_side  # noqa: E402
 from launch.bench_rollout import random_prompts  # noqa: E402
@@ -56,6 +58,7 @@ def main() -> None:
             "num_moved": report.num_moved,
             "sampled_s": report.sampled_s,
             "lost": len(engine.fleet.lost),
+            "meets": ray.get(engine.workers[0].address.remote())[0],
         }
     print(json.dumps(told))
 

@@ -50,6 +50,7 @@ def test_sequences_that_change_workers_say_what_they_would_have_said(
     told = json.loads(result.stdout.splitlines()[-1])
     assert told["found"] == told["expected"]
     assert told["num_moved"] > 0 and told["sampled_s"] > 0
+    assert told["meets"] == "127.0.0.1"  # nobody is on another machine
     assert told["lost"] == 0
 
 
