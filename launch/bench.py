@@ -29,6 +29,7 @@ for command in (
     bench_engines.sparse_drift,
     bench_long.selection,
     bench_long.sparse_rollout,
+    bench_long.sparse_cycle,
     bench_engines.tensor_parallel,
     bench_runs.drafter_training,
     bench_runs.idle,

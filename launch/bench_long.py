@@ -1,10 +1,11 @@
 """The commands of `paceline bench` that measure long contexts, where the KV cache outweighs the weights."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from configs.errors import ConfigError
 from launch.bench_options import Device, Dtype, Json, Rounds, Seed, numbers, prepare, show
 
 Text = Annotated[
@@ -13,6 +14,7 @@ Text = Annotated[
 RealModel = Annotated[str, typer.Option("--model", metavar="MODEL", help="A model folder or a shipped name.")]
 Gate = Annotated[str, typer.Option(metavar="FOLDER", help="Trained gates, for the selector of that name.")]
 DEFAULT_MODEL = "smollm2-135m-instruct"
+MAX_DEPTH = 63  # a tree's nodes are the bits of a word
 
 
 def selection(
@@ -95,3 +97,43 @@ def sparse_rollout(
     name, token_ids = natural_tokens(load_tokenizer(subject.folder), text)
     result = bench_sparse_rollout.run(subject, job, name=name, token_ids=token_ids)
     show(result, bench_sparse_rollout.table(result), out)
+
+
+def sparse_cycle(
+    geometry: Annotated[str, typer.Option(metavar="NAME", help="A known shape, random weights.")] = "qwen3-8b",
+    layers: Annotated[int, typer.Option(min=0, help="Of the shape's; 0: all. 24 leave a ratio of 4 room.")] = 24,
+    ratios: Annotated[str, typer.Option(help="Bytes of keys and values over those of weights.")] = "1,2,4",
+    rows: Annotated[int, typer.Option(min=1, help="Sequences decoded together; a ratio decides their length.")] = 16,
+    depths: Annotated[str, typer.Option(help="Tokens drafted.")] = "4,8,16",
+    accept_rates: Annotated[str, typer.Option(help="In percent, at which speed-ups are given.")] = "70,80,90",
+    selector: Annotated[
+        Literal["quest", "resa", "mean", "streaming", "verified"], typer.Option(help="Who picks what is attended to.")
+    ] = "quest",
+    budget: Annotated[int, typer.Option(min=1, help="Tokens attended to under it.")] = 1024,
+    rounds: Rounds = 3,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Json = None,
+) -> None:
+    """The parts of a cycle that drafts under sparse attention, by KV bytes over weight bytes, beside a cost model."""
+    wanted, percent, lengths = (
+        numbers(option, given)
+        for option, given in (("--ratios", ratios), ("--accept-rates", accept_rates), ("--depths", depths))
+    )
+    if max(percent) > 100:
+        raise ConfigError(f"--accept-rates {accept_rates}: give percentages, of 100 at most")
+    if max(lengths) > MAX_DEPTH:
+        raise ConfigError(f"--depths {depths}: give numbers of {MAX_DEPTH} at most")
+    prepare(out)
+    from configs.schema import SparseConfig
+    from launch import bench_sparse_cycle
+    from launch.geometry import placement, random_policy
+
+    where, kind = placement(device, dtype)
+    sparse = SparseConfig(mode="draft", selector=selector, budget_tokens=budget, depth=max(lengths))
+    rates = tuple(each / 100 for each in percent)
+    job = bench_sparse_cycle.Job(tuple(wanted), tuple(lengths), rows, rates, sparse, rounds, seed)
+    model = random_policy(geometry, device=where, dtype=kind, seed=seed, num_layers=layers or None)
+    result = bench_sparse_cycle.run(geometry, model, job)
+    show(result, bench_sparse_cycle.table(result), out)

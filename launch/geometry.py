@@ -80,22 +80,24 @@ _GEOMETRIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 }
 
 
-def geometry(name: str) -> PretrainedConfig:
-    """The config of a named geometry. Raises ConfigError for an unknown one."""
+def geometry(name: str, *, num_layers: int | None = None) -> PretrainedConfig:
+    """The config of a named geometry, with other layers than its own if told. Raises ConfigError for an unknown one."""
     if name not in _GEOMETRIES:
         raise ConfigError(f"--geometry {name}: unknown; choose one of {', '.join(_GEOMETRIES)}")
     kind, shape = _GEOMETRIES[name]
     architecture = {LlamaConfig: "LlamaForCausalLM", Qwen3Config: "Qwen3ForCausalLM"}[kind]
-    return kind(architectures=[architecture], bos_token_id=1, eos_token_id=2, **shape)
+    deep = {} if num_layers is None else {"num_hidden_layers": num_layers}
+    return kind(architectures=[architecture], bos_token_id=1, eos_token_id=2, **shape | deep)
 
 
-def random_policy(name: str, *, device: str, dtype: str, seed: int) -> PreTrainedModel:
+def random_policy(name: str, *, device: str, dtype: str, seed: int, num_layers: int | None = None) -> PreTrainedModel:
     """A named geometry with random weights, made on the device: otherwise what load_policy returns.
 
-    Weights are drawn as the architecture initialises them, norms are 1. What load_policy proves of a model, every
-    benchmark proves of its engine before it times it. Raises ConfigError and ResourceError.
+    num_layers: in place of the geometry's own. Weights are drawn as the architecture initialises them, norms are 1.
+    What load_policy proves of a model, every benchmark proves of its engine before it times it.
+    Raises ConfigError and ResourceError.
     """
-    config = geometry(name)
+    config = geometry(name, num_layers=num_layers)
     devices = [torch.device(device)] if device != "cpu" else []
     try:
         with torch.random.fork_rng(devices), torch.device(device):
