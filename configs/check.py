@@ -43,6 +43,7 @@ _AT_LEAST: dict[str, float] = {
     "spec.below": 0,
     "sparse.select_block": 0,
     "sparse.budget_tokens": 1,
+    "sparse.budget_share": 0,
     "sparse.threshold": 0,
     "sparse.dense_layers": 0,
     "sparse.sinks": 0,
@@ -83,7 +84,6 @@ _ABOVE_ZERO = (
     "drafter.lr",
     "train.lr",
     "warmstart.lr",
-    "sparse.budget_share",
 )
 _AT_MOST: dict[str, float] = {
     "rollout.top_p": 1,

@@ -116,7 +116,7 @@ class SparseConfig:
     gate: str = ""  # gate: folder of trained gates; duo: DuoAttention's full_attention_heads.tsv
     select_block: int = 0  # tokens in a block that is picked or not; 0 is 64 for gate and mean, 16 for others
     budget_tokens: int = 1024  # that a token attends to at most, those it always does included
-    budget_share: float = 1.0  # of a sequence's tokens at most; resa reads 16 blocks in any case
+    budget_share: float = 0.0  # of a sequence's tokens, where that is more; with resa never less than 16 blocks
     threshold: float = 0.0  # pick every block that scores more, up to the budget; 0 fills the budget with the best
     dense_layers: int = 0  # first layers that attend to everything
     dense: tuple[int, ...] = ()  # other layers that do, by number

@@ -151,8 +151,10 @@ def graph_bytes(config: Config, model_config: PretrainedConfig, sizes: Sizes) ->
     text = model_config.get_text_config()
     strategies = arms(config.spec, config.sparse)
     num_batches = len([size for size in BUCKETS if size < sizes.rows]) + 1
-    targets = num_batches * len({strategy.num_verify for strategy in strategies}) * text.num_hidden_layers
-    drafts = num_batches * sum(strategy.depth for strategy in strategies if strategy.num_verify)
+    layers = text.num_hidden_layers
+    targets = num_batches * len({strategy.num_verify for strategy in strategies}) * layers
+    # a head has one layer, and the policy that drafts for itself all of them
+    drafts = num_batches * sum(each.depth * (layers if each.source == "sparse" else 1) for each in strategies)
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     keys = 2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     layer = 4 * text.hidden_size + (2 * text.num_attention_heads + keys) * head_dim + 2 * text.intermediate_size

@@ -156,17 +156,17 @@ def make_sparse(config: SparseConfig, policy: PreTrainedModel) -> SparseAttentio
 def choice_of(config: SparseConfig) -> Choice:
     """How many blocks are read, and which in any case."""
     block = config.block_tokens
-    budget = max(1, config.budget_tokens // block)
+    budget = max(RESA_BLOCKS if config.selector == "resa" else 1, config.budget_tokens // block)
     recent = -(-config.window // block)
+    # a forward of a few drafted tokens touches more than its budget may be
+    room = max(budget, config.sinks + recent + most_touched(1 + INNER_DEPTH, block))
     return Choice(
-        # a forward of a few drafted tokens touches more than its budget may be
-        max_blocks=max(budget, config.sinks + recent + most_touched(1 + INNER_DEPTH, block)),
+        max_blocks=EVERYTHING if config.budget_share else room,
         budget_blocks=budget,
-        threshold=config.threshold or None,
         share=config.budget_share,
+        threshold=config.threshold or None,
         sinks=config.sinks,
         recent=recent,
-        min_blocks=min(RESA_BLOCKS, budget) if config.selector == "resa" else 0,
     )
 
 

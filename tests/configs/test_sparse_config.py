@@ -63,11 +63,10 @@ def test_a_block_is_as_published_unless_it_is_named() -> None:
     assert SparseConfig(selector="gate", select_block=32).block_tokens == 32
 
 
-def test_the_documented_example_loads() -> None:
+def test_the_documented_examples_load() -> None:
     page = (Path(__file__).parents[2] / "docs" / "sparse.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"(?m)(?:^    .*\n)+", page)
-    config = parse(BASE + textwrap.dedent(example))
-    assert config.sparse.mode == "draft" and config.rollout.block_size == 64
+    examples = [block for block in re.findall(r"(?m)(?:^    .*\n)+", page) if "sparse:" in block]
+    assert {parse(BASE + textwrap.dedent(example)).sparse.mode for example in examples} >= {"draft"}
 
 
 def test_every_option_and_selector_is_documented() -> None:

@@ -130,16 +130,25 @@ def test_no_selector_changes_what_is_sampled(
     assert 0 < hits < proposed, "blocks that mattered were left out"
 
 
-@pytest.mark.parametrize("selector", ["gate", "verified"])
-def test_blocks_below_a_threshold_are_left_out_and_change_nothing(
+@pytest.mark.parametrize(
+    ("selector", "limit"),
+    [
+        ("gate", {"threshold": 0.2}),
+        ("verified", {"threshold": 0.2}),
+        ("mean", {"budget_tokens": 24, "budget_share": 0.4}),
+    ],
+    ids=str,
+)
+def test_blocks_below_a_threshold_or_past_a_share_are_left_out_and_change_nothing(
     selector: str,
+    limit: dict[str, float],
     make: Callable[..., NativeEngine],
     dense: Callable[..., dict[Key, Rollout]],
     collect: Collect,
     long_prompts: list[Prompt],
     assert_same: AssertSame,
 ) -> None:
-    wide = replace(SPARSE, budget_tokens=4096, threshold=0.2)
+    wide = replace(SPARSE, **({"budget_tokens": 4096} | limit))  # type: ignore[arg-type]
     rollouts = collect(make(selector, sparse=wide), long_prompts, SAMPLING)
     assert_same(rollouts, dense())
     hits, proposed = accepted(rollouts)

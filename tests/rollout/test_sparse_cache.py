@@ -23,7 +23,7 @@ from rollout.engine import NativeEngine
 from rollout.model import ATTENTION, PagedCache, load_policy
 from rollout.runner import pack
 from rollout.scheduler import Work
-from rollout.selectors import DescribedSelector, make_sparse, share_of_cache
+from rollout.selectors import DescribedSelector, choice_of, make_sparse, share_of_cache
 from rollout.sequence import Sequence
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
@@ -168,6 +168,12 @@ def test_what_does_not_fit_the_policy_is_said(policy: PreTrainedModel, tmp_path:
     heads.write_text("many\n")
     with pytest.raises(PreflightError, match=r"heads\.tsv is no full_attention_heads\.tsv"):
         make_sparse(replace(SPARSE, selector="duo", gate=str(heads)), policy)
+
+
+def test_resa_reads_a_share_and_never_less_than_16_blocks() -> None:
+    choice = choice_of(SparseConfig(selector="resa", budget_tokens=128, budget_share=0.1))
+    assert (choice.budget_blocks, choice.share) == (16, 0.1)
+    assert choice_of(SparseConfig(selector="quest", budget_tokens=128)).budget_blocks == 8
 
 
 @pytest.mark.parametrize("selector", ["quest", "mean", "streaming"])
