@@ -27,13 +27,14 @@ from launch.natural_text import overlapping_pieces
 from rollout.engine import NativeEngine
 from rollout.graphs import BUCKETS
 from rollout.lossy import window
-from rollout.memory import cache_budget
+from rollout.memory import available_bytes
 from rollout.model import bytes_per_block, context_length
 from rollout.selectors import make_sparse
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, SampledUnder, Sampling
 
 BLOCK_SIZE = 64  # what blocks of every selector divide
+GRAPH_BYTES = 1 << 30  # of an engine, at most
 COMPARED = 8  # rollouts of a mode whose first difference from "off" is looked into: each takes a forward of its text
 ALL_BUT = 0.9  # of the rollouts: what comes after so many have finished is the tail
 LIMIT = 2.0  # tokens a second of the best drafting mode over "off", at least (issue 6)
@@ -96,11 +97,11 @@ def run(subject: Subject, job: Job, *, name: str, token_ids: list[int]) -> dict[
     times: dict[str, list[Timed]] = {side.name: [] for side in sides}
     prefills: dict[str, float] = {}
     for number, side in in_turns(sides, job.rounds):
-        if number == 0 or not kept:
-            prefills[side.name] = make_ready(side, model, prompts, job)
         if number == 0:
             verified[side.name] = verify(side.engine, model, seed=job.seed, under=side.under)
-        else:
+        if number == 0 if kept else number > 0:
+            prefills[side.name] = make_ready(side, model, prompts, job)
+        if number > 0:
             how = replace(sampling(job.new_tokens, seed=job.seed + number), under=side.under)
             times[side.name].append(timed := roll_out(side.engine, prompts, how))
             say(f"{side.name}, round {number}: {_rate(timed):.0f} tokens a second")
@@ -125,6 +126,12 @@ def make_sides(model: PreTrainedModel, job: Job) -> list[Side]:
     """What the job compares, in its order. Raises ConfigError, PreflightError."""
     if unknown := [mode for mode in job.modes if mode not in MODES]:
         raise ConfigError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    lossy = [mode for mode in job.modes if mode in UNDER]
+    if lossy and job.sparse.budget_tokens < PROBE_TOKENS:
+        raise ConfigError(
+            f"--budget {job.sparse.budget_tokens}: mode {lossy[0]} is proven on texts it reads whole, of up to"
+            f" {PROBE_TOKENS} tokens; give that many at least"
+        )
     sides = []
     for mode in job.modes:
         for selector in job.selectors if mode == "draft" else job.selectors[:1]:
@@ -166,7 +173,9 @@ def kv_bytes(model: PreTrainedModel, job: Job) -> int:
 
 def _fit_together(model: PreTrainedModel, sides: Sequence[Side], job: Job) -> bool:
     """Whether all engines may keep their caches and graphs while another is timed."""
-    return 2 * len(sides) * kv_bytes(model, job) < cache_budget(str(model.device))
+    # descriptors lie beside the cache, and scoring takes some room of its own
+    needed = len(sides) * (1.15 * kv_bytes(model, job) + GRAPH_BYTES)
+    return needed < 0.8 * available_bytes(str(model.device))
 
 
 def make_ready(side: Side, model: PreTrainedModel, prompts: Sequence[Prompt], job: Job) -> float:

@@ -17,7 +17,7 @@ from rollout.model import load_policy
 from rollout.types import Prompt
 
 TEXT = "".join(f"{number} sheep and {number * number} goats, of which {number % 7} are lame. " for number in range(40))
-BUDGET = 112  # holds what verifying samples
+BUDGET = 128  # holds what verifying samples
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_drafts_of_every_selector_sample_what_is_sampled_without(subject: Subjec
 def test_engines_that_do_not_fit_together_take_turns_in_memory(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_sparse_rollout, "cache_budget", lambda device: 0)
+    monkeypatch.setattr(bench_sparse_rollout, "available_bytes", lambda device: 0)
     cells = measured(subject, make_job(selectors=("streaming",), modes=("off", "draft"), rounds=2))
     assert cells["draft streaming"]["equal"] == 6
     assert len(cells["draft streaming"]["tokens_per_s"]["rounds"]) == 2
@@ -93,6 +93,10 @@ def test_the_command_writes_its_modes_and_draws_a_line_for_each(tiny_model_dir: 
     ("changes", "says"),
     [
         ({"modes": ("off", "fast")}, "--modes: 'fast' is none of off, draft, rectified, plain"),
+        (
+            {"sparse": SparseConfig(budget_tokens=96)},
+            "--budget 96: mode rectified is proven on texts it reads whole",
+        ),
         ({"new_tokens": 400}, "prompts and answers of 600 tokens exceed the model's context of 512"),
     ],
 )
