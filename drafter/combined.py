@@ -62,7 +62,8 @@ class CombinedDrafter:
         return {source: drafter.state_dict() for source, drafter in self._drafters.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what was saved of the sources there are."""
+        """Take up what was saved of the sources there are, or by a suffix drafter that drafted alone."""
+        state = {"suffix": state} if "finished" in state else state
         for source, drafter in self._drafters.items():
             if source in state:
                 drafter.load_state_dict(state[source])

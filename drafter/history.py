@@ -3,6 +3,7 @@
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class RolloutHistory:
@@ -59,3 +60,12 @@ class RolloutHistory:
         assert oldest == key
         if not keys:
             del self._of[prompt_id]
+
+
+def saved_rollouts(state: dict[str, Any]) -> Iterable[tuple[str, Sequence[int]]]:
+    """What a drafter's saved state holds of finished rollouts: a suffix drafter's own, or that of several by source.
+
+    A run may resume with other drafters than it was saved with: () where no suffix drafter was among them.
+    """
+    rollouts: Iterable[tuple[str, Sequence[int]]] = state.get("suffix", state).get("finished", ())
+    return rollouts

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from drafter.history import RolloutHistory
+from drafter.history import RolloutHistory, saved_rollouts
 from drafter.types import Begun, Drafts, Rows, Strategy, Texts
 from kernels.ngram import CATCH_UP, NgramIndex, empty_index, insert, propose
 from kernels.upload import upload
@@ -111,7 +111,7 @@ class NgramDrafter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state, replacing the present one; texts stay as they are."""
-        self._history.load(state["finished"])
+        self._history.load(saved_rollouts(state))
 
     def _remember(self, text: int, group: int) -> None:
         self._group_of[text] = group

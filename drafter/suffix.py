@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from drafter.history import RolloutHistory
+from drafter.history import RolloutHistory, saved_rollouts
 from drafter.tree import Match, grow
 from drafter.types import EMPTY, Draft, DraftState, Strategy
 
@@ -192,7 +192,7 @@ class SuffixDrafter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state, arrays or lists, replacing the present one; nothing is in flight afterwards."""
         self._flights.clear()
-        self._history.load(state["finished"])
+        self._history.load(saved_rollouts(state))
 
     def _propose(self, state: DraftState, strategy: Strategy, min_probability: float) -> Draft:
         depth = min(strategy.depth, state.max_tokens - 1)  # the last token has no successor to verify

@@ -1,5 +1,6 @@
 """Several drafters as one: who is asked, who takes which texts, and what a run remembers of them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 
 from drafter.combined import CombinedDrafter
 from drafter.ngram import NgramDrafter
+from drafter.selfdraft import SelfDrafter
+from drafter.suffix import SuffixDrafter
 from drafter.types import Begun, Drafts, ResidentDrafter, Rows, Strategy, Texts
 
 SUFFIX, EAGLE = (Strategy(source, depth=2, top_k=1, num_verify=2) for source in ("suffix", "eagle"))
@@ -113,6 +116,21 @@ def test_states_are_kept_by_source_and_a_run_with_fewer_sources_gives_what_it_ha
     CombinedDrafter(resumed).load_state_dict({"suffix": saved["suffix"]})
     assert resumed["suffix"].state == {"finished": [1]}
     assert resumed["eagle"].state == {"weights": 0}
+
+
+@pytest.mark.parametrize("lone", [NgramDrafter, SuffixDrafter])
+def test_a_run_that_resumes_with_more_or_fewer_drafters_keeps_its_rollouts(
+    lone: type[NgramDrafter | SuffixDrafter],
+) -> None:
+    rollouts = {"finished": [["a", [5, 6, 8]]]}
+    drafter, among = lone(min_match=1), NgramDrafter(min_match=1)
+    several = CombinedDrafter({"suffix": among, "sparse": SelfDrafter()})
+    drafter.load_state_dict({"suffix": rollouts, "sparse": {}})
+    assert json.loads(json.dumps(drafter.state_dict(), default=list)) == rollouts
+    several.load_state_dict(drafter.state_dict())
+    assert json.loads(json.dumps(several.state_dict(), default=list)) == {"suffix": rollouts, "sparse": {}}
+    drafter.load_state_dict({"eagle": {}, "sparse": {}})
+    assert drafter.state_dict() == {"finished": []}
 
 
 @dataclass
