@@ -29,7 +29,10 @@ data:
 rollout: {{max_new_tokens: 12, temperature: 1.0}}
 warmstart: {{solutions: "rl.worked:chain_sum"}}
 """
-SMALL = "--length 256 --block 16 --budget 32 --steps 12 --batch 2 --texts 64 --lr 1e-2".split()
+SMALL = [
+    "--length", "256", "--block", "16", "--budget", "32", "--steps", "12", "--batch", "2", "--texts", "64",
+    "--lr", "1e-2",
+]  # fmt: skip
 
 
 @pytest.fixture
