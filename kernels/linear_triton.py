@@ -94,7 +94,7 @@ def _launch(
     if tile.split_k > 1:
         assert grid[0] * grid[1] <= MAX_SPLIT_TILES
         parts = x.new_empty(grid[0] * grid[1] * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
-        arrivals = _arrivals(x.device)
+        arrivals = arrival_counters(x.device)
     overlap = overlaps(x.device)
     _linear_kernel[grid](
         x,
@@ -137,7 +137,7 @@ def overlaps(device: torch.device) -> bool:
 
 
 @cache
-def _arrivals(device: torch.device) -> torch.Tensor:
+def arrival_counters(device: torch.device) -> torch.Tensor:
     """Zeros, to which every kernel returns them."""
     assert device.type == "cpu" or not torch.cuda.is_current_stream_capturing(), "run once before capturing"
     return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
@@ -156,7 +156,7 @@ def _spread(rows, BLOCK_K: tl.constexpr, SLICES: tl.constexpr):
 
 
 @triton.jit
-def _join(acc, parts_ptr, arrivals_ptr, place, split, SPLIT_K, BLOCK_N, BLOCK_M):
+def join(acc, parts_ptr, arrivals_ptr, place, split, SPLIT_K, BLOCK_N, BLOCK_M):
     """Leave this program's part, and sum all parts where it is the last to come. Returns (sum, is last)."""
     size: tl.constexpr = BLOCK_N * BLOCK_M
     inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -252,7 +252,7 @@ def _linear_kernel(
     is_last = True
     if SPLIT_K > 1:
         place = block_n * tl.num_programs(0) + block_m
-        acc, is_last = _join(acc, parts_ptr, arrivals_ptr, place, split, SPLIT_K, BLOCK_N, BLOCK_M)
+        acc, is_last = join(acc, parts_ptr, arrivals_ptr, place, split, SPLIT_K, BLOCK_N, BLOCK_M)
     if is_last:
         # rounded wherever torch's separate operations would
         y = tl.trans(acc)
@@ -260,14 +260,14 @@ def _linear_kernel(
             y += tl.load(bias_ptr + features, mask=features < num_features, other=0.0).to(tl.float32)[None, :]
         y = y.to(dtype)
         if GATED:
-            y = _silu_mul(y, tl.trans(acc_up).to(dtype))
+            y = silu_mul(y, tl.trans(acc_up).to(dtype))
         if RESIDUAL:
             y = (residual.to(tl.float32) + y.to(tl.float32)).to(dtype)
         tl.store(out_ptr + tokens[:, None].to(tl.int64) * num_features + features[None, :], y, mask=inside)
 
 
 @triton.jit
-def _silu_mul(gate, up):
+def silu_mul(gate, up):
     wide = gate.to(tl.float32)
     silu = (wide / (1 + tl.exp(-wide))).to(gate.dtype)
     return (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
@@ -301,4 +301,4 @@ def _silu_mul_kernel(gate_ptr, up_ptr, out_ptr, width, stride, BLOCK: tl.constex
     inside = column < width
     gate = tl.load(gate_ptr + row * stride + column, mask=inside, other=0.0)
     up = tl.load(up_ptr + row * stride + column, mask=inside, other=0.0)
-    tl.store(out_ptr + row * width + column, _silu_mul(gate, up), mask=inside)
+    tl.store(out_ptr + row * width + column, silu_mul(gate, up), mask=inside)
