@@ -1,6 +1,7 @@
 """The standard decoder on our kernels: a handful of launches a layer, over the parameters that training updates."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Protocol
 
 import torch
@@ -10,14 +11,15 @@ from transformers import PreTrainedModel
 
 from kernels.attention import PagedSequences
 from kernels.cache import rope_and_write
-from kernels.linear import Norm, gated_linear, linear, rms_norm
+from kernels.linear import Norm, rms_norm
 from kernels.rope_attention import plan_rope_and_attend, rope_and_attend
 from rollout.collectives import Ranks
 from rollout.model import PagedCache
 from rollout.projections import addresses
 from rollout.standard import (
+    Layer,
     NotStandardError,
-    Projection,
+    Product,
     read_heads,
     read_layer,
     read_norm,
@@ -66,12 +68,18 @@ class FusedDecoder:
         if type(base.embed_tokens) is not nn.Embedding:
             raise NotStandardError(f"its embedding is a {type(base.embed_tokens).__name__}")
         self._embedding = base.embed_tokens.weight.detach()
-        self._layers = [read_layer(layer) for layer in base.layers]
+        self._layers: Sequence[Layer] = [read_layer(layer) for layer in base.layers]
         self._heads = read_heads(base.layers)
         self._norm = read_norm(base.norm)
-        self._head = read_projection(model.lm_head)
+        self._head: Product = read_projection(model.lm_head)
         self._made_for = addresses(model)
-        self._cos, self._sin = self._rotary(16)
+        self._rotary = _Rotary(base.rotary_emb, self._embedding)
+
+    def reading(self, layers: Sequence[Layer], head: Product) -> "FusedDecoder":
+        """As this decoder, from other layers and another head; what one makes ready for, so is the other."""
+        other = copy(self)
+        other._layers, other._head = layers, head
+        return other
 
     @torch.inference_mode()
     def forward(
@@ -105,7 +113,7 @@ class FusedDecoder:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, H] to [S, V], in the model's dtype."""
-        logits = linear(hidden, self._head.weight, bias=self._head.bias)
+        logits = self._head(hidden)
         return logits if self._ranks is None else self._ranks.gather_columns(logits)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -125,8 +133,7 @@ class FusedDecoder:
         layer = self._layers[index]
         attended = self._attend(index, hidden, positions, seqs, cache, attention)
         hidden = self._add(layer.output, attended.flatten(1), hidden)
-        gated = gated_linear(hidden, layer.gate, layer.up, norm=layer.mlp_norm)
-        return self._add(layer.down, gated, hidden)
+        return self._add(layer.down, layer.gated(hidden, norm=layer.mlp_norm), hidden)
 
     def _attend(
         self,
@@ -140,7 +147,7 @@ class FusedDecoder:
         """A layer's attention, [T, Hq, D]."""
         layer, heads = self._layers[index], self._heads
         caches = cache.layer(index)
-        rotary = (positions, self._cos, self._sin)
+        rotary = (positions, self._rotary.cos, self._rotary.sin)
         shape: dict[str, Any] = {
             "num_heads": heads.num_query,
             "num_kv_heads": heads.num_kv,
@@ -164,10 +171,7 @@ class FusedDecoder:
 
     def reach(self, num_positions: int) -> bool:
         """Make ready for positions below this; whether that took new tables, which no captured forward reads."""
-        if num_positions <= len(self._cos):
-            return False
-        self._cos, self._sin = self._rotary(num_positions)
-        return True
+        return self._rotary.reach(num_positions)
 
     def signature(self) -> tuple[int, ...]:
         """Where the model's parameters are now."""
@@ -177,25 +181,40 @@ class FusedDecoder:
         """Whether they are where this decoder reads them."""
         return self.signature() == self._made_for
 
-    def _add(self, projection: Projection, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def _add(self, product: Product, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """What attention and MLP give back to the residual stream; everything that does passes here."""
         if self._ranks is None:
-            return linear(x, projection.weight, bias=projection.bias, residual=residual)
+            return product(x, residual=residual)
         # in one rank's product the residual costs nothing, and it enters the sum once
         once = residual if self._ranks.rank == 0 else None
-        return self._ranks.sum(linear(x, projection.weight, bias=projection.bias, residual=once))
+        return self._ranks.sum(product(x, residual=once))
+
+
+class _Rotary:
+    """The model's own cosines and sines, [P, R] each, in its dtype; R of a head's dimensions turn."""
+
+    def __init__(self, module: nn.Module, like: torch.Tensor) -> None:
+        self._module = module
+        self._like = like
+        self.cos, self.sin = self._tables(16)
+
+    def reach(self, num_positions: int) -> bool:
+        """Hold positions below this; whether that took new tables."""
+        if num_positions <= len(self.cos):
+            return False
+        self.cos, self.sin = self._tables(num_positions)
+        return True
 
     @torch.no_grad()
-    def _rotary(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's own cosines and sines, [P, R] each, in its dtype; R of a head's dimensions turn."""
-        positions = torch.arange(num_positions, device=self._embedding.device)
-        cos, sin = self._model.base_model.rotary_emb(self._embedding[:1, None], positions[None])
+    def _tables(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = torch.arange(num_positions, device=self._like.device)
+        cos, sin = self._module(self._like[:1, None], positions[None])
         return cos[0].contiguous(), sin[0].contiguous()
 
 
-def _project(projections: tuple[Projection, ...], x: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """The projections of norm(x), end to end: [T, H] to [T, sum of outs]."""
-    if len(projections) == 1:
-        return linear(x, projections[0].weight, bias=projections[0].bias, norm=norm)
+def _project(products: tuple[Product, ...], x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """The products of norm(x), end to end: [T, H] to [T, sum of outs]."""
+    if len(products) == 1:
+        return products[0](x, norm=norm)
     normed = rms_norm(x, norm)
-    return torch.cat([linear(normed, each.weight, bias=each.bias) for each in projections], dim=1)
+    return torch.cat([each(normed) for each in products], dim=1)

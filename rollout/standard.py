@@ -5,19 +5,35 @@ or without bias, norms per head or none, rotary embedding, SwiGLU. What is refus
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from kernels.linear import Norm
+from kernels.linear import Norm, gated_linear, linear
 from rollout.projections import side_by_side
 
 
 class NotStandardError(Exception):
     """A model is not what FusedDecoder computes. The message completes "because ..."."""
+
+
+class Product(Protocol):
+    """What a layer multiplies tokens by."""
+
+    def __call__(
+        self, x: torch.Tensor, *, norm: Norm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """norm(x) weight^T + bias + residual. x [T, in]; returns [T, out]."""
+
+
+class GatedProduct(Protocol):
+    """The first half of a layer's MLP."""
+
+    def __call__(self, x: torch.Tensor, *, norm: Norm) -> torch.Tensor:
+        """silu(norm(x) gate^T) * (norm(x) up^T). x [T, in]; returns [T, out]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +43,38 @@ class Projection:
     weight: torch.Tensor
     bias: torch.Tensor | None
 
+    def __call__(
+        self, x: torch.Tensor, *, norm: Norm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As Product."""
+        return linear(x, self.weight, bias=self.bias, norm=norm, residual=residual)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedProjection:
+    """The two linear layers of an MLP that read the same input. gate, up [out, in]."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+
+    def __call__(self, x: torch.Tensor, *, norm: Norm) -> torch.Tensor:
+        """As GatedProduct."""
+        return gated_linear(x, self.gate, self.up, norm=norm)
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer's parameters. qkv: one projection where the three lie side by side, else three."""
+    """One decoder layer's parameters. qkv: one product where the three lie side by side, else three."""
 
     attention_norm: Norm
-    qkv: tuple[Projection, ...]
+    qkv: tuple[Product, ...]
     q_norm: torch.Tensor | None  # [D]
     k_norm: torch.Tensor | None
     head_norm_eps: float
-    output: Projection
+    output: Product
     mlp_norm: Norm
-    gate: torch.Tensor
-    up: torch.Tensor
-    down: Projection
+    gated: GatedProduct
+    down: Product
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +137,7 @@ def read_layer(layer: nn.Module) -> Layer:
         head_norm_eps=epsilons.pop(),
         output=read_projection(attention.o_proj),
         mlp_norm=read_norm(layer.post_attention_layernorm),
-        gate=gate.weight,
-        up=up.weight,
+        gated=GatedProjection(gate.weight, up.weight),
         down=read_projection(mlp.down_proj),
     )
 
