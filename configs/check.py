@@ -227,6 +227,8 @@ def _rollout(config: Config) -> Iterator[tuple[str, str]]:
 def _sparse(config: Config) -> Iterator[tuple[str, str]]:
     """What sparse attention needs of the cache, the selector and the others that draft."""
     sparse, block_size = config.sparse, config.rollout.block_size
+    if sparse.weights != "policy" and sparse.mode != "draft":
+        yield "sparse.weights", "is of drafts, which dense verification corrects; set policy, or sparse.mode=draft"
     if sparse.mode == "off":
         return
     if config.rollout.backend == "vllm":

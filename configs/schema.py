@@ -123,6 +123,8 @@ class SparseConfig:
     sinks: int = 1  # first blocks that are always picked
     window: int = 64  # newest tokens, rounded up to blocks, that are always picked
     depth: int = 8  # draft: tokens drafted at most
+    # draft: the weights it reads, the policy's own or a copy in eight bits, smoothed, remade with every version
+    weights: Literal["policy", "int8", "fp8"] = "policy"
     inner: Literal["off", "suffix", "eagle"] = "off"  # draft: who drafts for the drafting policy (three tiers)
     every: int = 32  # rectified: tokens after which the last ones are forwarded densely
 

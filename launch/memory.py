@@ -42,7 +42,8 @@ class Memory:
 class Sizes:
     """What the memory of a run depends on. tokens: of a rank's forward and backward pass; rows: decoded together.
 
-    share: what an engine's process has of the policy, where it samples apart from the trainers.
+    share: what an engine's process has of the policy, where it samples apart from the trainers. lowbit: bytes of the
+    copy that drafts read.
     """
 
     parameters: int
@@ -54,6 +55,7 @@ class Sizes:
     kv_bytes: int
     drafter: DrafterBytes
     share: Share
+    lowbit: int = 0
 
 
 def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> dict[str, Memory]:
@@ -67,6 +69,7 @@ def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> d
     drafter = {
         "drafter": sizes.drafter.weights + sizes.drafter.training,
         "drafter's cache": sizes.drafter.cache,
+        "8-bit copy": sizes.lowbit,
         "features": sizes.drafter.rings + sizes.drafter.buffer,
     }
     sampled = {"logits": _rollout_logits(config, model_config, sizes)}

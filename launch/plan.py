@@ -8,13 +8,14 @@ from rich import box
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from configs.schema import Config
+from configs.schema import Config, SparseConfig
 from drafter.memory import DrafterBytes, drafter_bytes
 from drafter.types import OFF
 from launch.drafting import starting_shape
 from launch.memory import Memory, Sizes, memory_of
-from launch.shares import count_parameters, share_of
+from launch.shares import count_parameters, empty_model, share_of
 from rl.ulysses import require_heads
+from rollout.lowbit import LowBitPolicy
 from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, resolve_compute
 from rollout.selectors import share_of_cache
@@ -28,6 +29,7 @@ NOTES = {
     "CUDA graphs": "at most",
     "drafter": "its copies, gradients and optimiser",
     "drafter's cache": "of sequences that run",
+    "8-bit copy": "of the policy, that drafts read",
     "features": "hidden states to draft from and learn from",
 }
 
@@ -84,6 +86,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         kv_bytes=0,
         drafter=_drafter_bytes(config, model_config, device, itemsize),
         share=share_of(model_config, rollout.tensor_parallel),
+        lowbit=lowbit_bytes(config.sparse, model_config),
     )
     kv_blocks = _kv_blocks(config, model_config, sizes, longest=longest)
     block_bytes = _block_bytes(config, sizes.share.config, getattr(torch, dtype))
@@ -156,6 +159,13 @@ def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, 
         itemsize=itemsize,
     )
     return replace(needed, rings=0, cache=0) if apart else needed
+
+
+def lowbit_bytes(sparse: SparseConfig, model_config: PretrainedConfig) -> int:
+    """Of the policy's copy in eight bits, where drafts read one. Nothing is allocated. Raises PreflightError."""
+    if sparse.weights == "policy":
+        return 0
+    return LowBitPolicy(empty_model(model_config), sparse.weights).num_bytes
 
 
 def table(plan: Plan) -> Table:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from configs.errors import PreflightError
 from rollout.parallel import describe_share
@@ -34,7 +34,7 @@ def share_of(config: PretrainedConfig, world: int) -> Share:
     share = deepcopy(config)
     describe_share(share, world)
     head = text.vocab_size * text.hidden_size
-    counted = [module.weight.numel() for module in _empty(config).modules() if isinstance(module, nn.Linear)]
+    counted = [module.weight.numel() for module in empty_model(config).modules() if isinstance(module, nn.Linear)]
     if text.tie_word_embeddings:  # it is looked up whole, and read in part
         counted.remove(head)
         return Share(share, count_parameters(share) - head, max(counted))
@@ -43,10 +43,11 @@ def share_of(config: PretrainedConfig, world: int) -> Share:
 
 def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of the model, tied ones once. Nothing is allocated."""
-    return sum(parameter.numel() for parameter in _empty(config).parameters())
+    return sum(parameter.numel() for parameter in empty_model(config).parameters())
 
 
-def _empty(config: PretrainedConfig) -> nn.Module:
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this shape whose parameters have no memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()

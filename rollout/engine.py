@@ -155,6 +155,7 @@ class NativeEngine:
                 if running is not None:
                     hit("rollout.cycle")
                     begun = time.time()
+                    self._refresh_copy()
                     finished += running.step(self.version)
                     self._tally.spent(begun, time.time())
                 for sequence in finished:
@@ -367,6 +368,13 @@ class NativeEngine:
         if self._decoder.reach(max_length):
             self._graphs.clear()
         return self._decoder
+
+    def _refresh_copy(self) -> None:
+        """Let the weights that drafts read, where they are a copy, be those of the present version."""
+        scheduler = self._scheduler
+        if self._sparse is not None and self._sparse.lowbit is not None and scheduler is not None:
+            texts = (sequence.tokens for sequence in (*scheduler.running, *scheduler.waiting))
+            self._sparse.lowbit.refresh(self.version, texts)
 
     def _provide_residency(self, max_length: int) -> Residency:
         """Rows and texts for sequences of this length; larger ones, and no graphs, where the present are too small."""

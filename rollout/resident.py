@@ -101,7 +101,11 @@ class ResidentCycles:
         self._forward = RowForward(decoder, cache, sampling, residency=residency, block_size=block_size)
         if sparse is not None and isinstance(residency.drafter, DraftsAsPolicy):
             kept = residency.draft_logprobs if sampling.under == "rectified" else None
-            residency.drafter.lend(SparsePolicy(self._forward, sparse, logprobs=kept))
+            drafting = self._forward
+            if sparse.lowbit is not None:
+                reads = sparse.lowbit.drafting(decoder)
+                drafting = RowForward(reads, cache, sampling, residency=residency, block_size=block_size)
+            residency.drafter.lend(SparsePolicy(drafting, sparse, logprobs=kept))
         self._launched: Launched | None = None
         self._last_done: torch.cuda.Event | float | None = None  # None where something else ran since
 

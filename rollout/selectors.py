@@ -22,6 +22,7 @@ from kernels.select import (
     num_selection_blocks,
 )
 from rollout.gate_selector import GateSelector
+from rollout.lowbit import LowBitPolicy
 from rollout.model import PagedCache
 from rollout.sparse import Selector, SparseAttention
 from rollout.verified import VerifiedSelector
@@ -150,7 +151,11 @@ def make_sparse(config: SparseConfig, policy: PreTrainedModel) -> SparseAttentio
     num_layers = policy.config.get_text_config().num_hidden_layers
     if misnamed := [layer for layer in config.dense if layer >= num_layers]:
         raise ConfigError(f"sparse.dense={misnamed[0]}: the policy's layers are 0 to {num_layers - 1}")
-    return SparseAttention(_selector(config, policy), dense={*range(config.dense_layers), *config.dense})
+    return SparseAttention(
+        _selector(config, policy),
+        dense={*range(config.dense_layers), *config.dense},
+        lowbit=None if config.weights == "policy" else LowBitPolicy(policy, config.weights),
+    )
 
 
 def choice_of(config: SparseConfig) -> Choice:

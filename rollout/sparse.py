@@ -17,6 +17,7 @@ from kernels.select import BlockLists
 from kernels.sparse_attention import sparse_attention
 from rollout.forward import Drawn, RowForward
 from rollout.fused import LayerAttention
+from rollout.lowbit import LowBitPolicy
 from rollout.model import PagedCache
 
 
@@ -68,11 +69,13 @@ class SparseAttention:
     """A policy's sparse attention: its selector, the layers that attend densely in any case, and one cache at a time.
 
     dense: those layers. What a forward under it writes to the cache is approximate, as is what it computes.
+    lowbit: the weights that drafts read; None: the policy's own.
     """
 
-    def __init__(self, selector: Selector, *, dense: Collection[int] = ()) -> None:
+    def __init__(self, selector: Selector, *, dense: Collection[int] = (), lowbit: LowBitPolicy | None = None) -> None:
         self.selector = selector
         self.dense = frozenset(dense)
+        self.lowbit = lowbit
         self._attached: tuple[PagedCache, int, int] | None = None
 
     def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:

@@ -14,10 +14,12 @@ from drafter.memory import DrafterBytes
 from kernels.attention import PackedSequences
 from launch.geometry import geometry
 from launch.memory import Memory, Sizes, graph_bytes, memory_of, saved_bytes
+from launch.plan import derive, lowbit_bytes
 from launch.shares import share_of
 from rl.batch import supervised_batch
 from rl.trainer import DeepSpeedTrainer
 from rollout.model import ATTENTION, forward_packed, load_policy
+from rollout.selectors import make_sparse
 
 KINDS = [
     ("float32", 0),
@@ -133,3 +135,17 @@ def test_graphs_take_what_an_h100_measured() -> None:
     assert planned == pytest.approx(measured["graphs"]["four_bytes"], rel=0.1)
     few = replace(config, rollout=replace(config.rollout, graph_mb=64))
     assert graph_bytes(few, geometry(measured["model"]), sizes) == 64 << 20
+
+
+def test_a_copy_in_eight_bits_is_counted_as_it_is_held(tiny_model_dir: Path) -> None:
+    policy = load_policy(tiny_model_dir, device="cpu", dtype="float32")
+    model_config = AutoConfig.from_pretrained(tiny_model_dir)
+    assert lowbit_bytes(parse("data: {name: chain_sum}", []).sparse, model_config) == 0
+    config = parse("data: {name: chain_sum}", ["sparse.mode=draft", "sparse.weights=int8"])
+    copy = make_sparse(config.sparse, policy).lowbit
+    assert copy is not None
+    assert lowbit_bytes(config.sparse, model_config) == copy.num_bytes
+    plan = derive(config, model_config)
+    assert plan.memory["worker"].always["8-bit copy"] == copy.num_bytes
+    read = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) + policy.lm_head.weight.numel()
+    assert read < copy.num_bytes < 1.2 * read
