@@ -29,6 +29,7 @@ def selection(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 8192,
     places: Annotated[int, typer.Option(min=1, help="Places at the end of each that are measured.")] = 256,
     draws: Annotated[int, typer.Option(min=1, help="Draws of noise at each place.")] = 8,
+    block: Annotated[int, typer.Option(min=0, help="Tokens that are picked together; 0: as each selector does.")] = 0,
     dense_layers: Annotated[int, typer.Option(min=0, help="First layers that attend to everything.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -47,7 +48,7 @@ def selection(
     chosen = selectors.split(",") if selectors else [name for name in bench_selection.KNOWN if name != "gate" or gate]
     subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
     assert subject.folder is not None
-    sparse = SparseConfig(gate=gate, dense_layers=dense_layers)
+    sparse = SparseConfig(gate=gate, select_block=block, dense_layers=dense_layers)
     job = bench_selection.Job(texts, tokens, places, draws, tuple(chosen), sizes, sparse, seed)
     name, token_ids = natural_tokens(load_tokenizer(subject.folder), text)
     result = bench_selection.run(subject, job, name=name, token_ids=token_ids)

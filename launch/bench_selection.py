@@ -5,6 +5,7 @@ held against the dense one: what share of the attention the picked blocks carry,
 token moves, and how often the same noise draws the same token from both: the rate at which drafts are accepted.
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -138,15 +139,20 @@ class Totals:
 
     def __init__(self) -> None:
         self.mass: dict[int, float] = {}
-        self.kl = self.same = self.best = 0.0
-        self.places = 0
+        self.kl: list[float] = []  # by place
+        self.same = self.best = 0.0
 
-    def add(self, weighed: Weighed, count: int, *, kl: float, same: float, best: float) -> None:
-        """So many places: nats, equal draws and equal best tokens, summed over them."""
+    @property
+    def places(self) -> int:
+        """Measured so far."""
+        return len(self.kl)
+
+    def add(self, weighed: Weighed, kl: list[float], *, same: float, best: float) -> None:
+        """Some places: nats of each; equal draws and equal best tokens, summed over them."""
         for layer, mass in weighed.mass.items():
-            self.mass[layer] = self.mass.get(layer, 0.0) + mass * count
-        self.kl, self.same, self.best = self.kl + kl, self.same + same, self.best + best
-        self.places += count
+            self.mass[layer] = self.mass.get(layer, 0.0) + mass * len(kl)
+        self.kl += kl
+        self.same, self.best = self.same + same, self.best + best
 
     def cell(self, side: Side) -> dict[str, Any]:
         """Means over places; of attention also the layer that keeps least."""
@@ -160,7 +166,10 @@ class Totals:
             "mass": sum(mass.values()) / len(mass),
             "mass_of_worst_layer": mass[worst],
             "worst_layer": worst,
-            "kl": self.kl / self.places,
+            "kl": sum(self.kl) / self.places,
+            # few places, which need what was left out, make most of the mean
+            "kl_median": statistics.median(self.kl),
+            "kl_p90": sorted(self.kl)[int(0.9 * (self.places - 1))],
             "accept": self.same / self.places,
             "top1": self.best / self.places,
         }
@@ -183,8 +192,7 @@ def measure(forced: Forced, places: Places, totals: dict[Side, Totals], job: Job
         ]
         total.add(
             weighed,
-            len(places.positions),
-            kl=float(divergence(dense, logits).sum()),
+            divergence(dense, logits).tolist(),
             same=float(torch.stack(same).float().mean(dim=0).sum()),
             best=float((logits.argmax(dim=1) == dense.argmax(dim=1)).sum()),
         )
@@ -211,7 +219,18 @@ def table(result: dict[str, Any]) -> Table:
         f"{result['what']}, {result['model']}, {result['shape']['dtype']}: {result['batch']} texts of"
         f" {result['tokens']} tokens, the last {result['places']} places"
     )
-    headings = ["budget", "selector", "block", "attention kept", "worst layer", "KL, nats", "accepted", "same best"]
+    headings = [
+        "budget",
+        "selector",
+        "block",
+        "attention kept",
+        "worst layer",
+        "KL, nats",
+        "median",
+        "p90",
+        "accepted",
+        "same best",
+    ]
     shown = plain_table(title, headings)
     cells: Sequence[dict[str, Any]] = result["cells"]
     for budget in result["budgets"]:
@@ -222,7 +241,7 @@ def table(result: dict[str, Any]) -> Table:
                 str(cell["select_block"]),
                 f"{cell['mass']:.3f}",
                 f"{cell['mass_of_worst_layer']:.3f} ({cell['worst_layer']})",
-                f"{cell['kl']:.4f}",
+                *(f"{cell[name]:.4f}" for name in ("kl", "kl_median", "kl_p90")),
                 f"{cell['accept']:.3f}",
                 f"{cell['top1']:.3f}",
             )
