@@ -71,8 +71,16 @@ PROB_DIFF = _gauge(
     "probability_difference_mean", "Mean difference of a token's probability in training and in rollout, last step."
 )
 PROB_DIFF_MAX = _gauge("probability_difference_max", "Largest such difference in the last step.")
+LOG_RATIO = _gauge(
+    "log_ratio_mean_nats", "Mean of a token's log-prob in training less that it was sampled with, last step."
+)
+LOG_RATIO_MAX = _gauge("log_ratio_max_nats", "Largest such log ratio in the last step.")
+EFFECTIVE = _gauge(
+    "effective_sample_ratio", "Effective sample size of the last step's tokens under that ratio, as a share of them."
+)
 
 TOKENS = _counter("response_tokens", "Response tokens sampled in training steps, those of the step at hand included.")
+LOSSY = _counter("response_tokens_lossy", "Response tokens of finished steps drawn from another than the policy.")
 ROLLOUTS = _counter("rollouts", "Rollouts of finished training steps.")
 TRUNCATED = _counter("rollouts_truncated", "Rollouts that ended because they reached the longest length.")
 FORWARDS = _counter("sequence_forwards", "Forwards of the policy, counted for every sequence in them.")

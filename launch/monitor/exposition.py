@@ -94,6 +94,9 @@ _LAST = (
     (c.CLIPPED, "clip_fraction"),
     (c.PROB_DIFF, "prob_diff_mean"),
     (c.PROB_DIFF_MAX, "prob_diff_max"),
+    (c.LOG_RATIO, "log_ratio_mean"),
+    (c.LOG_RATIO_MAX, "log_ratio_max"),
+    (c.EFFECTIVE, "effective_share"),
     (c.DRAFTER_VERSION, "drafter_version"),
     (c.DRAFTER_LOSS, "drafter_loss"),
 )
@@ -106,11 +109,12 @@ def count(reader: RunReader) -> dict[str, Counter[tuple[str, ...]]]:
     def add(metric: c.Metric, number: float, *labels: str) -> None:
         totals[metric.name][labels] += number  # type: ignore[assignment]  # a Counter sums floats as well
 
-    for metric in (c.STEPS, c.TOKENS, c.ROLLOUTS, c.TRUNCATED, c.FORWARDS, c.PROPOSED, c.SYNC_BYTES):
+    for metric in (c.STEPS, c.TOKENS, c.LOSSY, c.ROLLOUTS, c.TRUNCATED, c.FORWARDS, c.PROPOSED, c.SYNC_BYTES):
         add(metric, 0)
     for record in reader.steps:
         add(c.STEPS, 1)
         add(c.TOKENS, record["tokens"])
+        add(c.LOSSY, round(record.get("lossy_share", 0) * record["tokens"]))
         add(c.ROLLOUTS, record["num_rollouts"])
         add(c.TRUNCATED, round(record["truncated_fraction"] * record["num_rollouts"]))
         add(c.SYNC_BYTES, record.get("weight_sync_bytes", 0))

@@ -76,6 +76,19 @@ def test_counters_are_sums_over_steps(written) -> None:
     assert values["paceline_run_state", ("running",)] == 1
 
 
+def test_lossy_samples_are_counted_and_told_from_the_policy(written) -> None:
+    written.step(1)  # as a run of an older version, which says nothing of them
+    before = exposed(read(written.path))
+    assert before["paceline_response_tokens_lossy_total", ()] == 0
+    assert ("paceline_effective_sample_ratio", ()) not in before
+    written.step(2, lossy_share=0.875, log_ratio_mean=-0.25, log_ratio_max=3.5, effective_share=0.17)
+    values = exposed(read(written.path))
+    assert values["paceline_response_tokens_lossy_total", ()] == 70
+    assert values["paceline_log_ratio_mean_nats", ()] == -0.25
+    assert values["paceline_log_ratio_max_nats", ()] == 3.5
+    assert values["paceline_effective_sample_ratio", ()] == 0.17
+
+
 def test_counters_of_a_finished_run_do_not_run(written) -> None:
     written.step(1)
     written.end()
