@@ -13,6 +13,7 @@ Text = Annotated[
 ]
 RealModel = Annotated[str, typer.Option("--model", metavar="MODEL", help="A model folder or a shipped name.")]
 Gate = Annotated[str, typer.Option(metavar="FOLDER", help="Trained gates, for the selector of that name.")]
+Weights = Annotated[Literal["policy", "int8", "fp8"], typer.Option(help="That drafts read: the policy's or a copy.")]
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_DEPTH = 63  # a tree's nodes are the bits of a word
 
@@ -68,6 +69,7 @@ def sparse_rollout(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens sampled after it; nothing stops.")] = 4096,
     budget: Annotated[int, typer.Option(min=1, help="Tokens attended to under a selector.")] = 1024,
     depth: Annotated[int, typer.Option(min=1, max=63, help="draft: tokens drafted.")] = 8,
+    weights: Weights = "policy",
     every: Annotated[int, typer.Option(min=1, max=64, help="rectified: tokens after which all is dense.")] = 32,
     rounds: Rounds = 2,
     device: Device = "auto",
@@ -91,7 +93,7 @@ def sparse_rollout(
         new_tokens,
         tuple(modes.split(",")),
         tuple(selectors.split(",")),
-        SparseConfig(budget_tokens=budget, depth=depth, every=every, gate=gate),
+        SparseConfig(budget_tokens=budget, depth=depth, every=every, weights=weights, gate=gate),
         rounds,
         seed,
     )
@@ -111,6 +113,7 @@ def sparse_cycle(
         Literal["quest", "resa", "mean", "streaming", "verified"], typer.Option(help="Who picks what is attended to.")
     ] = "quest",
     budget: Annotated[int, typer.Option(min=1, help="Tokens attended to under it.")] = 1024,
+    weights: Weights = "policy",
     rounds: Rounds = 3,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -132,7 +135,7 @@ def sparse_cycle(
     from launch.geometry import placement, random_policy
 
     where, kind = placement(device, dtype)
-    sparse = SparseConfig(mode="draft", selector=selector, budget_tokens=budget, depth=max(lengths))
+    sparse = SparseConfig(mode="draft", selector=selector, budget_tokens=budget, depth=max(lengths), weights=weights)
     rates = tuple(each / 100 for each in percent)
     job = bench_sparse_cycle.Job(tuple(wanted), tuple(lengths), rows, rates, sparse, rounds, seed)
     model = random_policy(geometry, device=where, dtype=kind, seed=seed, num_layers=layers or None)

@@ -121,14 +121,15 @@ def predicted(
 ) -> dict[str, float]:
     """Milliseconds of a plain step, a draft and a verification, were each as fast as its bytes can be copied.
 
-    A forward reads the weights, and of each row all keys and values; under the selector those of the budget and the
-    descriptors of all, in the layers that are not dense.
+    A forward reads the weights, and of each row all keys and values; a draft's, the weights that drafts read, and in
+    layers that are not dense the keys and values of the budget and the descriptors of all.
     """
     weights, kv_bytes = step_weight_bytes(model), job.rows * tokens * token_bytes(model)
     num_layers = model.config.get_text_config().num_hidden_layers
     dense = len(sparse.dense) / num_layers
     read = min(job.sparse.budget_tokens, tokens) / tokens + sparse.selector.share_of_cache
-    step = weights + kv_bytes * (dense + (1 - dense) * read)
+    drafting = weights if sparse.lowbit is None else sparse.lowbit.num_bytes
+    step = drafting + kv_bytes * (dense + (1 - dense) * read)
     whole = weights + kv_bytes
     return {"plain_ms": whole / gbps / 1e6, "draft_ms": depth * step / gbps / 1e6, "verify_ms": whole / gbps / 1e6}
 
@@ -150,7 +151,7 @@ def table(result: dict[str, Any]) -> Table:
     layers, sparse = result["shape"]["num_hidden_layers"], result["sparse"]
     title = (
         f"{result['what']}: {result['model']} with {layers} layers, {result['shape']['dtype']}, {sparse['selector']}"
-        f" reading {sparse['budget_tokens']} tokens"
+        f" reading {sparse['budget_tokens']} tokens, weights of drafts: {sparse['weights']}"
     )
     headings = ["KV/weights", "rows", "tokens", "drafted", "plain ms", "draft ms", "verify ms", "model's"]
     shown = plain_table(title, headings + [f"at {rate:g}, model's" for rate in result["accept_rates"]])

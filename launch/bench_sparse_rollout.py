@@ -136,6 +136,7 @@ def make_sides(model: PreTrainedModel, job: Job) -> list[Side]:
     for mode in job.modes:
         for selector in job.selectors if mode == "draft" else job.selectors[:1]:
             kind: Any = {"mode": mode, "selector": selector}
+            kind["weights"] = job.sparse.weights if mode == "draft" else "policy"
             config = replace(job.sparse, **kind, gate=job.sparse.gate if selector in ("gate", "duo") else "")
             sides.append(_side("off" if mode == "off" else f"{mode} {selector}", config, model, job))
     return sides

@@ -69,8 +69,13 @@ class LongRows:
         how = sampling(1, seed=seed)
         self._forward = RowForward(decoder, self.cache, how, residency=self._residency, block_size=BLOCK_SIZE)
         self._drafter = SelfDrafter()
-        self._drafter.lend(SparsePolicy(self._forward, sparse))
         self._fill(num_rows * width, model.config.get_text_config().vocab_size, seed)
+        drafting = self._forward
+        if sparse.lowbit is not None:
+            reads = sparse.lowbit.drafting(decoder)
+            sparse.lowbit.refresh(0, [self._residency.texts.tokens[0].tolist()])
+            drafting = RowForward(reads, self.cache, how, residency=self._residency, block_size=BLOCK_SIZE)
+        self._drafter.lend(SparsePolicy(drafting, sparse))
         # what a watching selector goes by is nothing until a verification: the newest blocks are as many
         sparse.attach(self.cache, num_texts=num_rows, table_width=width)
         begins = torch.zeros(num_rows, dtype=torch.int32, device=device)

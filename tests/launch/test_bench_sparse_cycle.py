@@ -54,6 +54,18 @@ def test_drafts_that_read_next_to_nothing_are_not_all_accepted(model: PreTrained
     assert sum(rows.accepted()) < 15
 
 
+def test_drafts_that_read_a_copy_in_eight_bits_are_drafted_with_it(model: PreTrainedModel) -> None:
+    rows = long_rows(model, budget_tokens=EVERYTHING, weights="int8")
+    rows.draft_ms(5, 1)
+    rows.verify_ms(5, 1)
+    assert 0 < sum(rows.accepted()) <= 15
+    sparse = make_sparse(SparseConfig(mode="draft", weights="int8", budget_tokens=128), model)
+    parts = bench_sparse_cycle.predicted(model, sparse, make_job(), 1024, 1, 1000.0)
+    assert sparse.lowbit is not None and sparse.lowbit.num_bytes < step_weight_bytes(model) / 3  # of float32
+    read = 2 * 1024 * TOKEN_BYTES * (128 / 1024 + 1 / 16)
+    assert parts["draft_ms"] == pytest.approx((sparse.lowbit.num_bytes + read) / 1e9)
+
+
 def test_rows_stay_as_long_as_they_are_and_their_cache_as_it_was(model: PreTrainedModel) -> None:
     rows = long_rows(model, tokens=150, budget_tokens=64)
     table = rows._residency.rows.block_tables[:, :2].long()  # blocks that 150 tokens fill

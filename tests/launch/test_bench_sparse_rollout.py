@@ -66,6 +66,12 @@ def test_engines_that_do_not_fit_together_take_turns_in_memory(
     assert len(cells["draft streaming"]["tokens_per_s"]["rounds"]) == 2
 
 
+def test_drafts_alone_read_a_copy_of_the_weights(subject: Subject) -> None:
+    sparse = SparseConfig(budget_tokens=BUDGET, weights="int8")
+    sides = bench_sparse_rollout.make_sides(subject.model, make_job(sparse=sparse, selectors=("mean",)))
+    assert [side.config.weights for side in sides] == ["policy", "int8", "policy", "policy"]
+
+
 def test_a_timed_run_finds_all_its_rows_made(subject: Subject) -> None:
     job = make_job(modes=("draft",), selectors=("mean",))
     (side,) = bench_sparse_rollout.make_sides(subject.model, job)
