@@ -233,9 +233,7 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
         return
     if config.rollout.backend == "vllm":
         yield "sparse.mode", "rollout.backend=vllm attends to everything; set off, or rollout.backend=native"
-    if config.rollout.tensor_parallel > 1:
-        yield "sparse.mode", "GPUs that share a policy attend to everything; set off, or rollout.tensor_parallel=1"
-    if sparse.threshold and sparse.selector not in ("gate", "duo", "verified"):
+    if sparse.threshold > 0 and sparse.selector not in ("gate", "duo", "verified"):
         yield "sparse.threshold", f"the scores of sparse.selector={sparse.selector} are no weights; set 0"
     block = max(sparse.block_tokens, 1)  # a smaller one is refused by its own check
     whole = -(-block_size // block) * block
@@ -245,14 +243,20 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
             f"a KV block must hold whole blocks of {block} tokens; set rollout.block_size={whole}",
         )
     always = (sparse.sinks + -(-sparse.window // block) + 1) * block
-    if always > sparse.budget_tokens:
+    if always > sparse.budget_tokens > 0:
         yield (
             "sparse.budget_tokens",
-            f"sparse.sinks, sparse.window and the present block take {always} tokens by themselves; set more",
+            f"sparse.sinks, sparse.window and the present block take {always} tokens by themselves;"
+            f" set {always} or more",
         )
     needed = {"gate": "the folder of trained gates", "duo": "DuoAttention's full_attention_heads.tsv"}
     if sparse.selector in needed and not sparse.gate:
         yield "sparse.gate", f"name {needed[sparse.selector]}, which sparse.selector={sparse.selector} reads"
+    if sparse.selector not in needed and sparse.gate:
+        yield (
+            "sparse.gate",
+            f"sparse.selector={sparse.selector} reads none; set '', or sparse.selector=gate",
+        )
     if sparse.mode == "draft" and sparse.inner == "eagle" and config.spec.source not in ("eagle", "auto"):
         yield "sparse.inner", "there is no head; set spec.source=eagle or auto, or sparse.inner=suffix"
     if any(layer < 0 for layer in sparse.dense):

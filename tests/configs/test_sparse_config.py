@@ -37,8 +37,12 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
     [
         (["sparse.select_block=24"], r"sparse\.select_block=24: .* set rollout\.block_size=24"),
         (["sparse.selector=mean"], r"rollout\.block_size=16: .* blocks of 64 .* set rollout\.block_size=64"),
-        (["sparse.budget_tokens=64"], r"sparse\.budget_tokens=64: .* take 96 tokens"),
+        (["sparse.budget_tokens=64"], r"sparse\.budget_tokens=64: .* take 96 tokens .* set 96 or more"),
         (["sparse.selector=gate", "rollout.block_size=64"], r"sparse\.gate='': name the folder of trained gates"),
+        (
+            ["sparse.gate=GATES"],
+            r"sparse\.gate='GATES': sparse\.selector=quest reads none; set '', or .*=gate",
+        ),
         (["sparse.selector=duo"], r"sparse\.gate='': name DuoAttention's full_attention_heads\.tsv"),
         (["sparse.inner=eagle"], r"sparse\.inner='eagle': there is no head; set spec\.source=eagle"),
         (["rollout.backend=vllm"], r"sparse\.mode='draft': .* set off, or rollout\.backend=native"),
@@ -52,6 +56,19 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
 def test_what_cannot_work_is_answered_with_the_remedy(overrides: list[str], answer: str) -> None:
     lines = complaint("sparse.mode=draft", *overrides)
     assert any(re.search(answer, line) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sparse.budget_tokens=0"],
+        ["sparse.threshold=-1"],
+        ["compute.backend=ray", "compute.placement=separate", "compute.rollout_workers=2", "rollout.tensor_parallel=2"],
+    ],
+    ids=lambda value: value[-1],
+)
+def test_one_mistake_is_answered_once(overrides: list[str]) -> None:
+    assert len(complaint("sparse.mode=draft", *overrides)) == 1
 
 
 def test_what_is_off_is_not_judged() -> None:
