@@ -19,6 +19,7 @@ from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 
 Key = tuple[str, int]
+SELECTORS: tuple[Literal["quest", "mean", "streaming", "verified"], ...] = ("quest", "mean", "streaming", "verified")
 INNER: tuple[Literal["suffix", "eagle"] | None, ...] = (None, "suffix", "eagle")
 
 
@@ -74,7 +75,7 @@ def test_nothing_at_once_changes_what_is_sampled(
     depth, block = choices.choice([1, 3, 7]), choices.choice([1, 4])
     arms = [Strategy("sparse", count, 1, count) for count in {1, depth}]
     arms += [OFF, Strategy("suffix", 4, 3, 9), Strategy("eagle", 3, 2, 4)][: choices.randint(0, 3)]
-    selector = choices.choice(["quest", "mean", "streaming", "verified"])
+    selector = choices.choice(SELECTORS)
     config = SparseConfig(
         mode="draft", selector=selector, select_block=block, budget_tokens=choices.choice([4, 12]) * block, window=block
     )
