@@ -344,9 +344,9 @@ class NativeEngine:
                     f"{type(self._model).__name__} decodes through its own module, which attends to everything; set"
                     " sparse.mode=off"
                 )
-            self._sparse.attach(
-                self._cache, num_texts=len(residency.texts.lengths), table_width=residency.rows.block_tables.shape[1]
-            )
+            num_texts, table_width = len(residency.texts.lengths), residency.rows.block_tables.shape[1]
+            if not self._sparse.attach(self._cache, num_texts=num_texts, table_width=table_width):
+                self._pool.forget()  # a prefix that were found would have no descriptors
         return ResidentCycles(
             decoder,
             self._cache,

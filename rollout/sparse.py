@@ -78,15 +78,20 @@ class SparseAttention:
         self.lowbit = lowbit
         self._attached: tuple[PagedCache, int, int] | None = None
 
-    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
-        """Attend to this cache from now on; where it is the present one, what is known of it stays known."""
+    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> bool:
+        """Attend to this cache from now on.
+
+        Returns whether all that is cached stays known: where False, nobody may find what was cached before.
+        """
         attached = (cache, num_texts, table_width)
-        if self._attached is None or self._attached[0] is not cache or self._attached[1:] != attached[1:]:
-            self.release()  # before more is allocated
-            # written in inference mode and outside of it
-            with torch.inference_mode(False):
-                self.selector.attach(cache, num_texts=num_texts, table_width=table_width)
-            self._attached = attached
+        if self._attached is not None and self._attached[0] is cache and self._attached[1:] == attached[1:]:
+            return True
+        self.release()  # before more is allocated
+        # written in inference mode and outside of it
+        with torch.inference_mode(False):
+            self.selector.attach(cache, num_texts=num_texts, table_width=table_width)
+        self._attached = attached
+        return False
 
     def release(self) -> None:
         """Keep nothing: the cache is gone."""

@@ -83,6 +83,29 @@ def test_a_released_cache_is_held_by_nobody(
     assert cache() is None
 
 
+def test_rows_that_grow_leave_no_prefix_that_the_selector_knows_nothing_of(
+    policy: PreTrainedModel,
+    collect: Collect,
+    long_prompts: list[Prompt],
+    assert_same: AssertSame,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rollout.engine.LENGTH_STEP", 16)
+    options = replace(OPTIONS, kv_tokens=2048)  # a cache that stays
+
+    def sampling_sparsely() -> NativeEngine:
+        sparse = make_sparse(replace(SPARSE, mode="plain"), policy)
+        return NativeEngine(policy, drafter=None, chooser=FixedChooser(OFF), rollout=options, sparse=sparse)
+
+    longer = replace(SAMPLING, max_new_tokens=60, under="sparse")
+    engine = sampling_sparsely()
+    collect(engine, long_prompts, replace(longer, max_new_tokens=8))
+    cache, rows = engine._cache, engine._residency
+    rollouts = collect(engine, long_prompts, longer)
+    assert engine._cache is cache and engine._residency is not rows
+    assert_same(rollouts, collect(sampling_sparsely(), long_prompts, longer))
+
+
 @torch.inference_mode()
 def fresh_prefill(policy: PreTrainedModel, tokens: list[int], kind: Any) -> tuple[PagedCache, torch.Tensor]:
     """A cache of a sequence's tokens but for the last, computed at once, and the descriptors of its keys."""
