@@ -92,6 +92,10 @@ def read_gate_config(folder: Path, model_config: Any) -> GateConfig:
     from transformers import AutoConfig  # seconds to import
 
     path = folder / CONFIG
+    if not path.is_file():
+        raise PreflightError(
+            f"{folder} holds no gates: there is no {path}; set sparse.gate to the folder of `paceline gate train`"
+        )
     try:
         described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         block, width = int(described[SELECT_BLOCK]), int(described[GATE_DIM])

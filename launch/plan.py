@@ -18,7 +18,7 @@ from rl.ulysses import require_heads
 from rollout.lowbit import LowBitPolicy
 from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, resolve_compute
-from rollout.selectors import share_of_cache
+from rollout.selectors import require_sparse, share_of_cache
 from rollout.strategy import configured, make_chooser
 
 NOTES = {
@@ -67,6 +67,8 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     """Every size that follows from a configuration and its model on this machine. Raises PreflightError."""
     device, dtype = resolve_compute(config.compute)
     require_heads(model_config, config.train.sequence_parallel)
+    if config.sparse.mode != "off":
+        require_sparse(config.sparse, model_config)
     itemsize = getattr(torch, dtype).itemsize
     compute, rollout, train = config.compute, config.rollout, config.train
     is_separate = compute.placement == "separate"
@@ -95,6 +97,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     available = available_bytes(device) // (1 if device == "cuda" else processes)
     warnings = [
         *_context_warnings(longest, context_length(model_config)),
+        *_sparse_warnings(config.sparse, longest),
         *_kv_warnings(kv_blocks, ceil(longest / rollout.block_size), running),
         *_memory_warnings(memory, available, device, drafts=sizes.drafter.total > 0),
     ]
@@ -239,6 +242,13 @@ def _context_warnings(longest: int, context: int) -> list[str]:
         return []
     sizes = f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}"
     return [f"{sizes} exceeds the model's context of {context}; lower one of them"]
+
+
+def _sparse_warnings(sparse: SparseConfig, longest: int) -> list[str]:
+    if sparse.mode == "off" or sparse.budget_tokens < longest:
+        return []
+    budget = f"sparse.budget_tokens={sparse.budget_tokens}"
+    return [f"{budget} is all of the longest sequence's {longest} tokens; lower it, or set sparse.mode=off"]
 
 
 def _kv_warnings(kv_blocks: int, blocks_each: int, running: int) -> list[str]:

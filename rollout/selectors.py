@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import ConfigError, PreflightError
 from configs.schema import SparseConfig
-from drafter.gate_checkpoint import read_gates
+from drafter.gate_checkpoint import read_gate_config, read_gates
 from drafter.selfdraft import INNER_DEPTH
 from kernels.attention import PagedSequences
 from kernels.describe import PLANES, Kind, describe, empty_descriptors, most_touched
@@ -146,11 +146,31 @@ class HeadsSelector:
         return choose_blocks(scores, seqs, self._choice, select_block=self.select_block)
 
 
-def make_sparse(config: SparseConfig, policy: PreTrainedModel) -> SparseAttention:
-    """A policy's sparse attention as its config has it. Raises ConfigError, PreflightError."""
-    num_layers = policy.config.get_text_config().num_hidden_layers
+def require_sparse(config: SparseConfig, model_config: PretrainedConfig) -> None:
+    """Hold what is configured against the policy's transformers config, before its weights are read.
+
+    Raises ConfigError, and PreflightError where what sparse.gate names is missing or another policy's.
+    """
+    num_layers = model_config.get_text_config().num_hidden_layers
     if misnamed := [layer for layer in config.dense if layer >= num_layers]:
         raise ConfigError(f"sparse.dense={misnamed[0]}: the policy's layers are 0 to {num_layers - 1}")
+    if config.dense_layers > num_layers:
+        raise ConfigError(f"sparse.dense_layers={config.dense_layers}: the policy has {num_layers} layers; set fewer")
+    path = Path(config.gate).expanduser()
+    if config.selector == "duo":
+        retrieval_heads(path, model_config, above=0.5)
+    if config.selector == "gate":
+        trained = read_gate_config(path, model_config).select_block
+        if trained != config.block_tokens:
+            raise ConfigError(
+                f"sparse.gate={config.gate} scores blocks of {trained} tokens, not of {config.block_tokens};"
+                f" set sparse.select_block={trained}"
+            )
+
+
+def make_sparse(config: SparseConfig, policy: PreTrainedModel) -> SparseAttention:
+    """A policy's sparse attention as its config has it. Raises ConfigError, PreflightError."""
+    require_sparse(config, policy.config)
     return SparseAttention(
         _selector(config, policy),
         dense={*range(config.dense_layers), *config.dense},
@@ -196,24 +216,19 @@ def _selector(config: SparseConfig, policy: PreTrainedModel) -> Selector:
         case "verified":
             return VerifiedSelector(choice, select_block=block)
         case "duo":
-            heads = retrieval_heads(Path(config.gate).expanduser(), policy, above=config.threshold or 0.5)
+            heads = retrieval_heads(Path(config.gate).expanduser(), policy.config, above=config.threshold or 0.5)
             return HeadsSelector(heads, choice, select_block=block)
         case "gate":
             gates = read_gates(Path(config.gate).expanduser(), policy.config).to(policy.device, policy.dtype)
-            if gates.config.select_block != block:
-                raise ConfigError(
-                    f"sparse.gate={config.gate} scores blocks of {gates.config.select_block} tokens, not of {block};"
-                    f" set sparse.select_block={gates.config.select_block}"
-                )
             return GateSelector(gates.requires_grad_(False), choice)
 
 
-def retrieval_heads(path: Path, policy: PreTrainedModel, *, above: float) -> torch.Tensor:
+def retrieval_heads(path: Path, model_config: PretrainedConfig, *, above: float) -> torch.Tensor:
     """The key heads that must see everything, [layers, Hkv] bool, by a file as DuoAttention publishes it.
 
     Lines of layers, values of heads between tabs. Raises PreflightError for another file.
     """
-    text = policy.config.get_text_config()
+    text = model_config.get_text_config()
     shape = (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     try:
         values = [

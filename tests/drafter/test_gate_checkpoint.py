@@ -172,9 +172,9 @@ FIRST = "model.layers.0.self_attn.attn_gate."
         (_describe(num_hidden_layers=3, layer_types=None), "num_layers=3, not 2"),
         (_describe(num_hidden_layers=3), "no gates that can be read"),
         (_describe(num_key_value_heads=4), "num_kv_heads=4, not 2"),
-        (lambda folder: (folder / "config.json").unlink(), "no gates that can be read"),
+        (lambda folder: (folder / "config.json").unlink(), "holds no gates: there is no .*; set sparse.gate to"),
         (lambda folder: (folder / "attn_gate_weights.safetensors").write_bytes(b"short"), "can be read"),
-        (lambda folder: shutil.rmtree(folder), "no gates that can be read"),
+        (lambda folder: shutil.rmtree(folder), "holds no gates: there is no .*; set sparse.gate to"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 import drafter.export
 import launch.plan
 import rollout.memory
-from configs.errors import PreflightError
+from configs.errors import PacelineError, PreflightError
 from configs.load import parse
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.export import write_drafter
@@ -161,10 +161,25 @@ def test_the_plan_says_who_chooses_and_that_a_chain_has_a_node_a_level(model_con
     [
         (["rollout.max_new_tokens=500"], "exceeds the model's context of 512"),
         (["rollout.kv_tokens=256"], "holds 2 of 64 sequences at full length"),
+        (["sparse.mode=draft"], "sparse.budget_tokens=1024 is all of the longest sequence's 128 tokens"),
     ],
 )
 def test_what_will_hurt_is_warned_about(model_config: PretrainedConfig, overrides: list[str], said: str) -> None:
     assert any(said in warning for warning in plan_for(model_config, *overrides).warnings)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sparse.selector=gate", "sparse.gate=GATES", "rollout.block_size=64"], "GATES holds no gates"),
+        (["sparse.dense=[2]"], "the policy's layers are 0 to 1"),
+    ],
+)
+def test_a_plan_misses_what_sparse_attention_would(
+    model_config: PretrainedConfig, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(PacelineError, match=said):
+        plan_for(model_config, "sparse.mode=draft", *overrides)
 
 
 def test_a_control_group_bounds_the_cache_as_it_bounds_the_engines(
