@@ -2,17 +2,22 @@
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import torch
-from in_ranks import SAMPLING, Fickle, Results, prompts, tiny_model
+from in_ranks import SAMPLING, Fickle, Results, prompts, roll_out, tiny_model
+from transformers import PreTrainedModel
 
 from configs.schema import RolloutConfig
 from drafter.ngram import NgramDrafter
+from drafter.types import OFF
 from rollout.collectives import Ranks
 from rollout.engine import NativeEngine
 from rollout.parallel import shard_policy
+from rollout.projections import lay_side_by_side
 from rollout.ranks import shared_engine
+from rollout.strategy import FixedChooser
 from rollout.team import Leader, follow
 from rollout.transfer import ReceivedWeights, StaleWeightsError, send, trainable
 
@@ -43,19 +48,31 @@ def of_each_kind(ranks: Ranks) -> dict[str, dict[str, Any]]:
     return {name: of_team(ranks, options) for name, options in OPTIONS.items()}
 
 
+def on_gpus(ranks: Ranks) -> dict[str, Any]:
+    """The same over GPUs, and what each of them samples alone, from old weights and new ones."""
+    options = OPTIONS["tied"] | {"head_dim": 64, "hidden_size": 64}
+    found = of_team(ranks, options)
+    for name, seed in (("alone", 0), ("alone, updated", 1)):
+        model = _placed(ranks, options, seed)
+        alone = NativeEngine(model, drafter=None, chooser=FixedChooser(OFF), rollout=_config(ranks), cycles="resident")
+        found[name] = roll_out(alone)
+    return found
+
+
 def of_team(ranks: Ranks, options: dict[str, Any]) -> dict[str, Any]:
     """What the first rank samples in all ways it can be spoken to, and what each rank's engine is like in the end."""
-    model = tiny_model("llama", options)
+    model = _placed(ranks, options, seed=0)
     weights = ReceivedWeights(model, shard_policy(model, ranks))
     drafter = NgramDrafter(min_match=1)
-    engine = shared_engine(model, drafter=drafter, chooser=Fickle(ranks.rank), rollout=CONFIG, weights=weights)
+    chooser = Fickle(ranks.rank)
+    engine = shared_engine(model, drafter=drafter, chooser=chooser, rollout=_config(ranks), weights=weights)
     found: dict[str, Any] = {}
     if ranks.rank == 0:
         leader = Leader(engine, ranks.share)
         found = asyncio.run(_speak_to(leader))
     else:
         _follow(engine, ranks)
-    receive(weights, 1, options)
+    receive(weights, 1, _placed(ranks, options, seed=1))
     if ranks.rank == 0:
         leader.update(1)
         found["updated"] = asyncio.run(_all(leader))
@@ -65,11 +82,20 @@ def of_team(ranks: Ranks, options: dict[str, Any]) -> dict[str, Any]:
     return found | {"version": engine.version, "blocks": engine.state_dict()["kv_blocks"], "layout": weights.layout}
 
 
-def receive(weights: ReceivedWeights, version: int, options: dict[str, Any]) -> None:
+def _config(ranks: Ranks) -> RolloutConfig:
+    return replace(CONFIG, block_size=16) if ranks.device.type == "cuda" else CONFIG  # kernels take 8 to 64
+
+
+def _placed(ranks: Ranks, options: dict[str, Any], seed: int) -> PreTrainedModel:
+    model = tiny_model("llama", options, seed=seed).to(ranks.device)
+    lay_side_by_side(model)  # moving takes them apart
+    return model
+
+
+def receive(weights: ReceivedWeights, version: int, sent: PreTrainedModel) -> None:
     """Another policy's parameters, whole as they are sent."""
     channel = Loop()
-    other = tiny_model("llama", options, seed=1)
-    send(trainable(other).items(), channel, version, bucket_bytes=BUCKET)
+    send(trainable(sent).items(), channel, version, bucket_bytes=BUCKET)
     channel.receives = True
     weights.receive(channel, version, bucket_bytes=BUCKET)
     assert not channel.sent

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rollout.ranks import run_ranks
 from rollout.transfer import ReceivedWeights
@@ -50,3 +51,12 @@ def test_a_team_samples_from_new_weights_cut_from_whole_ones(kind: str, found: F
 def test_ranks_agree_how_large_their_caches_are(found: Found) -> None:
     for kind in in_teams.OPTIONS:
         assert found[0][kind]["blocks"] == found[1][kind]["blocks"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_team_of_two_gpus_samples_what_one_does(assert_same: AssertSame) -> None:
+    told, _ = run_ranks(2, "cuda", in_teams.on_gpus)
+    for how in ("plain", "moved", "after leaving"):
+        assert_same(told[how], told["alone"])
+    assert_same(told["updated"], told["alone, updated"])
