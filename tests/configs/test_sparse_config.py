@@ -47,6 +47,11 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
         (["sparse.inner=eagle"], r"sparse\.inner='eagle': there is no head; set spec\.source=eagle"),
         (["rollout.backend=vllm"], r"sparse\.mode='draft': .* set off, or rollout\.backend=native"),
         (["sparse.threshold=0.1"], r"sparse\.threshold=0\.1: the scores of sparse\.selector=quest are no weights"),
+        (["sparse.selector=verified", "sparse.threshold=1"], r"sparse\.threshold=1\.0: must be below 1"),
+        (
+            ["rollout.max_new_tokens=600000", "rollout.block_size=64"],
+            r"sparse\.select_block=0: \d+ tokens are more than 15000 blocks of 16; set 64",
+        ),
         (["sparse.depth=17"], r"sparse\.depth=17: must be at most 16"),
         (["sparse.depth=0"], r"sparse\.depth=0: must be at least 1"),
         (["sparse.dense=[1,-1]"], r"sparse\.dense=\(1, -1\): layers are numbered from 0"),
