@@ -164,11 +164,15 @@ def test_a_budget_for_everything_drafts_what_is_sampled(
 
 
 def test_layers_that_stay_dense_are_dense(
-    make: Callable[..., NativeEngine], collect: Collect, long_prompts: list[Prompt]
+    make: Callable[..., NativeEngine], policy: PreTrainedModel, collect: Collect, long_prompts: list[Prompt]
 ) -> None:
-    for layers in ({"dense_layers": 2}, {"dense_layers": 1, "dense": (1,)}):
-        hits, proposed = accepted(collect(make(sparse=replace(SPARSE, **layers)), long_prompts, SAMPLING))
-        assert hits == proposed > 0
+    assert make_sparse(replace(SPARSE, dense_layers=1), policy).dense == {0}
+    assert make_sparse(replace(SPARSE, dense=(1,)), policy).dense == {1}
+    engine = make()
+    assert engine._sparse is not None
+    engine._sparse = SparseAttention(engine._sparse.selector, dense={0, 1})
+    hits, proposed = accepted(collect(engine, long_prompts, SAMPLING))
+    assert hits == proposed > 0
 
 
 @pytest.mark.parametrize("selector", ["quest", "worst"])
