@@ -132,6 +132,8 @@ def make_sides(model: PreTrainedModel, job: Job) -> list[Side]:
             f"--budget {job.sparse.budget_tokens}: mode {lossy[0]} is proven on texts it reads whole, of up to"
             f" {PROBE_TOKENS} tokens; give that many at least"
         )
+    if "plain" in job.modes and job.selectors[0] == "verified":
+        raise ConfigError("--selectors: plain goes by the first, and verifies nothing; put another before verified")
     sides = []
     for mode in job.modes:
         for selector in job.selectors if mode == "draft" else job.selectors[:1]:

@@ -103,6 +103,7 @@ def test_the_command_writes_its_modes_and_draws_a_line_for_each(tiny_model_dir: 
             {"sparse": SparseConfig(budget_tokens=96)},
             "--budget 96: mode rectified is proven on texts it reads whole",
         ),
+        ({"selectors": ("verified",)}, "--selectors: plain goes by the first, and verifies nothing"),
         ({"new_tokens": 400}, "prompts and answers of 600 tokens exceed the model's context of 512"),
     ],
 )
