@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from configs.placement import placement
 from configs.redact import holds_secret, is_secret, redact
 from configs.schema import Config
 
@@ -111,7 +112,7 @@ def check(config: Config) -> list[Problem]:
     problems += [(key, "must be greater than 0") for key in _ABOVE_ZERO if value_of(config, key) <= 0]
     problems += [(key, f"must be at most {limit}") for key, limit in _AT_MOST.items() if value_of(config, key) > limit]
     problems += [(key, f"must be below {limit}") for key, limit in _BELOW.items() if value_of(config, key) >= limit]
-    problems += [*_run_and_data(config), *_reward(config), *_rollout(config), *_train(config), *_placement(config)]
+    problems += [*_run_and_data(config), *_reward(config), *_rollout(config), *_train(config), *placement(config)]
     problems += _sparse(config)
     problems += _secrets(config)
     return [Problem(key, redact(f"{key}={value_of(config, key)!r}: {remedy}")) for key, remedy in problems]
@@ -148,41 +149,6 @@ def _run_and_data(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.name", f"name {wanted.get(config.data.source, 'a hub data set')} (data.source={config.data.source})"
     if "{question}" not in config.data.template:
         yield "data.template", "must contain {question}, which the problem replaces"
-
-
-def _placement(config: Config) -> Iterator[tuple[str, str]]:
-    """What workers can share, and what they cannot."""
-    compute, train = config.compute, config.train
-    if compute.placement == "separate" and compute.backend == "inline":
-        yield "compute.placement", "compute.backend=inline is one process; set compute.backend=ray"
-    if compute.placement == "colocated" and compute.rollout_workers > 1:
-        yield "compute.rollout_workers", "colocated workers all sample; set compute.placement=separate"
-    yield from _teams(config)
-    if compute.workers % max(train.sequence_parallel, 1):  # a smaller one is refused by its own check
-        yield "train.sequence_parallel", f"does not divide compute.workers={compute.workers}"
-    if train.offload == "rollout" and compute.placement == "separate":
-        yield "train.offload", "compute.placement=separate samples on other GPUs; set none"
-    if train.offload == "rollout" and config.rollout.backend == "vllm":
-        yield "train.offload", "rollout.backend=vllm keeps its KV cache while the policy trains; set none, or native"
-    if train.zero_stage == 3 and train.kl_coef > 0:
-        yield "train.kl_coef", "train.zero_stage=3 keeps no reference policy; set 0, or train.zero_stage=2"
-    if train.zero_stage == 3 and config.rollout.backend == "vllm":
-        yield "train.zero_stage", "rollout.backend=vllm samples from the weights that are trained; set 2, or native"
-
-
-def _teams(config: Config) -> Iterator[tuple[str, str]]:
-    """What rollout workers that share one engine need."""
-    compute, size = config.compute, config.rollout.tensor_parallel
-    if size <= 1:  # a smaller one is refused by its own check
-        return
-    if compute.placement == "colocated":
-        yield "rollout.tensor_parallel", "colocated workers sample from what they train; set compute.placement=separate"
-    elif compute.rollout_workers % size:
-        yield "rollout.tensor_parallel", f"does not divide compute.rollout_workers={compute.rollout_workers}"
-    if config.spec.source in ("eagle", "auto"):
-        yield "spec.source", f"a trained drafter reads the head that rollout.tensor_parallel={size} cuts; set suffix"
-    if config.sparse.mode != "off":
-        yield "sparse.mode", f"blocks are chosen from all heads, which rollout.tensor_parallel={size} cuts; set off"
 
 
 def _reward(config: Config) -> Iterator[tuple[str, str]]:
