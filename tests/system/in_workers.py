@@ -20,7 +20,7 @@ from launch.idle import Costs, Load, Rest, TakeOver, Task  # noqa: E402
 from launch.start import start_actors  # noqa: E402
 from rollout.types import Engine, Prompt, Rollout, Sampling  # noqa: E402
 
-JOB = Job("tiny", None, running=4, prompt_len=20, new_tokens=200, batch_tokens=256, rounds=1, seed=5)
+JOB = Job("tiny", None, running=4, prompt_len=20, new_tokens=600, batch_tokens=256, rounds=1, seed=5)
 SAMPLING = Sampling(num_samples=8, max_new_tokens=JOB.new_tokens, stop_token_ids=(7, 8), seed=2, step=9)
 
 
