@@ -168,13 +168,15 @@ def facts(record: Record) -> list[tuple[str, str]]:
         return format(record[key], form) if record.get(key) is not None else ""
 
     spread = f" ± {shown('reward_std', '.2f')}" if "reward_std" in record else ""
+    # lossy modes draft nothing; of samples that are the policy's own there is nothing to say
+    is_lossy = record.get("lossy_share", 0) > 0
     return [
         ("reward", shown("reward_mean", ".3f") + spread),
         ("eval", shown("eval_reward", ".3f")),
         ("length", shown("response_len_mean", ".0f")),
         ("tokens/s", shown("tokens_per_s", ",.0f")),
         ("accept", shown("accept_length", ".2f")),
-        ("drafter", drafter_fact(record)),
+        ("lossy", shown("lossy_share", ".0%")) if is_lossy else ("drafter", drafter_fact(record)),
         ("loss", shown("loss", ".4f")),
         ("grad", shown("grad_norm", ".3g")),
     ]

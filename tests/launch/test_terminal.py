@@ -41,6 +41,14 @@ def test_plain_line_holds_what_matters(capsys: pytest.CaptureFixture[str]) -> No
     )
 
 
+def test_a_step_of_lossy_samples_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    PlainProgress().step(RECORD | {"lossy_share": 0.875})
+    assert "lossy 88%" in capsys.readouterr().out
+    PlainProgress().step(RECORD | {"lossy_share": 0.0, "drafter_version": 2})
+    out = capsys.readouterr().out
+    assert "lossy" not in out and "drafter v2" in out
+
+
 def test_output_that_is_no_terminal_gets_plain_lines() -> None:
     assert isinstance(make_progress(5), PlainProgress)
 
