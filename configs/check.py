@@ -231,6 +231,10 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
         )
     if sparse.mode == "draft" and sparse.inner == "eagle" and config.spec.source not in ("eagle", "auto"):
         yield "sparse.inner", "there is no head; set spec.source=eagle or auto, or sparse.inner=suffix"
+    # where spec.source drafts, this is judged with the rest of spec
+    is_judged = config.spec.source != "off" or (sparse.mode, sparse.inner) != ("draft", "suffix")
+    if config.spec.min_match < 1 and not is_judged:
+        yield "spec.min_match", "must be at least 1: sparse.inner=suffix goes by it"
     if any(layer < 0 for layer in sparse.dense):
         yield "sparse.dense", "layers are numbered from 0"
     if sparse.mode in ("rectified", "plain"):

@@ -45,6 +45,10 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
         ),
         (["sparse.selector=duo"], r"sparse\.gate='': name DuoAttention's full_attention_heads\.tsv"),
         (["sparse.inner=eagle"], r"sparse\.inner='eagle': there is no head; set spec\.source=eagle"),
+        (
+            ["sparse.inner=suffix", "spec.source=off", "spec.min_match=0"],
+            r"spec\.min_match=0: must be at least 1: sparse\.inner=suffix",
+        ),
         (["rollout.backend=vllm"], r"sparse\.mode='draft': .* set off, or rollout\.backend=native"),
         (["sparse.threshold=0.1"], r"sparse\.threshold=0\.1: the scores of sparse\.selector=quest are no weights"),
         (["sparse.selector=verified", "sparse.threshold=1"], r"sparse\.threshold=1\.0: must be below 1"),
