@@ -93,6 +93,7 @@ _AT_MOST: dict[str, float] = {
     "train.clip_low": 1,
     "spec.num_verify": 63,  # a node's ancestors are the bits of a word
     "spec.depth": 63,
+    "spec.min_match": 16,  # longer agreements are not told apart
     "sparse.depth": 16,  # further, few drafts are right to the end
     "sparse.budget_share": 1,
     "monitor.port": 65535,

@@ -57,6 +57,7 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
             r"sparse\.select_block=0: \d+ tokens are more than 15000 blocks of 16; set 64",
         ),
         (["sparse.depth=17"], r"sparse\.depth=17: must be at most 16"),
+        (["spec.min_match=17"], r"spec\.min_match=17: must be at most 16"),
         (["sparse.depth=0"], r"sparse\.depth=0: must be at least 1"),
         (["sparse.dense=[1,-1]"], r"sparse\.dense=\(1, -1\): layers are numbered from 0"),
     ],
