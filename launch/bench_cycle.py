@@ -30,7 +30,7 @@ from rollout.strategy import FixedChooser
 LIMIT = 1.35  # a cycle that verifies 16 tokens, in plain steps, for the 8B geometry (issue 3)
 GRAPH_LIMIT = 1.25  # graph memory of four strategies over that of one
 FOUR = tuple(Strategy("suffix", depth=min(8, nodes), top_k=2, num_verify=nodes) for nodes in (15, 7, 3, 1))
-GRAPH_TOKENS = 64  # of a row: graphs of all lengths up to rollout.engine.LENGTH_STEP are the same
+GRAPH_TOKENS = 64  # of a row: graphs of all lengths up to rollout.workspace.LENGTH_STEP are the same
 ALL_GRAPHS_MB = 1 << 16  # nothing is evicted while graph memory is measured
 # Special tokens in every vocabulary we know: what follows them in a draft is not what a policy samples.
 UNLIKELY = (5, 6)

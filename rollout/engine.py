@@ -4,28 +4,20 @@ import asyncio
 import gc
 import time
 from collections import abc
-from math import ceil
 from typing import Any, Literal, Protocol
 
 from transformers import PreTrainedModel
 
-from configs.errors import PreflightError, ResourceError
 from configs.faults import hit
 from configs.schema import RolloutConfig
-from drafter.selfdraft import DraftsAsPolicy
 from drafter.types import Drafter, FeatureReader, FollowsTemperature, ResidentDrafter
 from kernels.sample import noise_key
 from rollout.activity import Tally
-from rollout.blocks import BlockPool
 from rollout.collectives import ranks_of
-from rollout.decoder import Decoder, make_decoder
-from rollout.fused import FusedDecoder
 from rollout.graphs import GraphPool
 from rollout.hosted import HostedCycles
-from rollout.memory import cache_budget
-from rollout.model import PagedCache, bytes_per_block, context_length
+from rollout.model import PagedCache, context_length
 from rollout.prompts import check_prompts
-from rollout.residency import Residency
 from rollout.resident import ResidentCycles
 from rollout.scheduler import Scheduler
 from rollout.sequence import Sequence
@@ -33,10 +25,9 @@ from rollout.sparse import SparseAttention
 from rollout.strategy import Chooser
 from rollout.transfer import Weights
 from rollout.types import Activity, Partial, Prompt, Rollout, SampledUnder, Sampling
+from rollout.workspace import Workspace
 
 NEVER = 1 << 30
-LENGTH_STEP = 1024  # resident sequences have room for a multiple of so many tokens: graphs outlive a longer prompt
-TEXT_BYTES = 256 << 20  # at most, for texts that are only quoted
 
 
 class Cycles(Protocol):
@@ -104,13 +95,14 @@ class NativeEngine:
         assert self._resident or not (reader or sparse), "hosted cycles keep no hidden states, and attend to everything"
         self._reader = reader
         self._sparse = sparse
-        self._graphs = GraphPool(model.device, max_bytes=rollout.graph_mb << 20)
-        self._decoder: Decoder | None = None
-        self._residency: Residency | None = None
-        self._kv_blocks = rollout.kv_tokens // rollout.block_size
-        self._max_kv_blocks = 0  # 0: not measured yet
-        self._cache: PagedCache | None = None
-        self._pool = BlockPool(0, rollout.block_size)
+        self._workspace = Workspace(
+            model,
+            rollout,
+            drafter=drafter,
+            reader=reader,
+            sparse=sparse,
+            max_nodes=max(1, chooser.max_num_verify),
+        )
         self._scheduler: Scheduler | None = None
         self._running: Cycles | None = None
         self._sampling: Sampling | None = None  # of the call under way
@@ -141,7 +133,7 @@ class NativeEngine:
         if self._tally.is_over or self._tally.step != sampling.step:  # else it is the same step's next generate
             self._tally = Tally(sampling.step)
         if sampling.under != self._under:
-            self._pool.forget()  # what is cached is another forward's
+            self._workspace.pool.forget()  # what is cached is another forward's
             self._under = sampling.under
         self._queue(sequences, sampling)  # may refuse the policy: nothing is under way before
         was_training = self._model.training
@@ -232,7 +224,7 @@ class NativeEngine:
         sequences = self._taken_up(partials, self._sampling)
         if not sequences:
             return
-        if self._has_room(max(sequence.max_length for sequence in sequences)):
+        if self._workspace.has_room(max(sequence.max_length for sequence in sequences), on_rows=self._resident):
             running.admit(sequences)
             for sequence in sequences:
                 scheduler.add(sequence)
@@ -246,12 +238,12 @@ class NativeEngine:
     @property
     def graphs(self) -> GraphPool:
         """The CUDA graphs held now, and what was captured lately."""
-        return self._graphs
+        return self._workspace.graphs
 
     @property
     def graph_bytes(self) -> int:
         """Device memory of the CUDA graphs held now."""
-        return self._graphs.num_bytes
+        return self._workspace.graphs.num_bytes
 
     def update(self, version: int) -> int:
         """The weights hold this version now: recompute what running sequences have cached, find nothing older.
@@ -260,22 +252,21 @@ class NativeEngine:
         """
         num_bytes = 0 if self.weights is None else self.weights.take(version)
         if self._scheduler is not None and self._running is not None:
-            assert self._decoder is None or self._decoder.is_current(), "parameters moved away under running sequences"
+            assert self._workspace.is_current(), "parameters moved away under running sequences"
             self._finished += self._running.drain()
             self._scheduler.preempt_all()
             self._running.vacate()
         else:
             self._tally.is_over = True  # an evaluation that follows another has the same step's number
         self.version = version
-        self._pool.forget()
+        self._workspace.pool.forget()
         self._chooser.policy_changed()
         return num_bytes
 
     def release(self) -> None:
         """Give the memory of the KV cache and of all graphs back; the next generate makes them again, as large."""
         assert self._scheduler is None, "sequences are being sampled"
-        self._forget_cache()
-        self._graphs.clear()
+        self._workspace.release()
 
     def state_dict(self) -> dict[str, Any]:
         """The drafter's state, and the cache's size and bound: from other free memory, they could change the batches.
@@ -283,16 +274,16 @@ class NativeEngine:
         JSON-able with default=list.
         """
         return {
-            "kv_blocks": self._kv_blocks,
-            "max_kv_blocks": self._max_kv_blocks,
+            "kv_blocks": self._workspace.kv_blocks,
+            "max_kv_blocks": self._workspace.max_kv_blocks,
             "drafter": {} if self._drafter is None else self._drafter.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state. A configured rollout.kv_tokens goes before the saved cache size."""
         if not self._config.kv_tokens:
-            self._kv_blocks = state["kv_blocks"]
-            self._max_kv_blocks = state["max_kv_blocks"]
+            self._workspace.kv_blocks = state["kv_blocks"]
+            self._workspace.max_kv_blocks = state["max_kv_blocks"]
         if self._drafter is not None and state["drafter"]:
             self._drafter.load_state_dict(state["drafter"])
 
@@ -305,11 +296,11 @@ class NativeEngine:
     def _queue(self, sequences: abc.Sequence[Sequence], sampling: Sampling) -> None:
         """Be ready to run these sequences, first come first served, and no others. Raises ResourceError."""
         longest = max(sequence.max_length for sequence in sequences)
-        self._provide_cache(longest, len(sequences))
+        cache = self._workspace.provide_cache(longest, len(sequences))
         scheduler = Scheduler(
-            self._pool, max_running=self._config.max_running, prefill_tokens=self._config.prefill_tokens
+            self._workspace.pool, max_running=self._config.max_running, prefill_tokens=self._config.prefill_tokens
         )
-        running = self._cycles(scheduler, sampling, longest)
+        running = self._cycles(cache, scheduler, sampling, longest)
         running.admit(sequences)
         for sequence in sequences:
             scheduler.add(sequence)
@@ -317,15 +308,14 @@ class NativeEngine:
             self._tally.preempted += self._scheduler.num_preempted
         self._scheduler, self._running, self._sampling = scheduler, running, sampling
 
-    def _cycles(self, scheduler: Scheduler, sampling: Sampling, longest: int) -> Cycles:
+    def _cycles(self, cache: PagedCache, scheduler: Scheduler, sampling: Sampling, longest: int) -> Cycles:
         """What runs the cycles of one call."""
-        assert self._cache is not None
         block_size = self._config.block_size
         if not self._resident:
             assert not isinstance(self._drafter, ResidentDrafter)
             return HostedCycles(
                 self._model,
-                self._cache,
+                cache,
                 scheduler,
                 sampling,
                 drafter=self._drafter,
@@ -333,41 +323,22 @@ class NativeEngine:
                 tally=self._tally,
                 block_size=block_size,
             )
-        max_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
         for part in (self._drafter, self._reader):
             if isinstance(part, FollowsTemperature):
                 part.set_temperature(sampling.temperature)
-        decoder, residency = self._provide_decoder(max_length), self._provide_residency(max_length)
-        if self._sparse is not None:
-            if not isinstance(decoder, FusedDecoder):
-                raise PreflightError(
-                    f"{type(self._model).__name__} decodes through its own module, which attends to everything; set"
-                    " sparse.mode=off"
-                )
-            num_texts, table_width = len(residency.texts.lengths), residency.rows.block_tables.shape[1]
-            if not self._sparse.attach(self._cache, num_texts=num_texts, table_width=table_width):
-                self._pool.forget()  # a prefix that were found would have no descriptors
+        decoder, residency = self._workspace.provide_rows(longest)
         return ResidentCycles(
             decoder,
-            self._cache,
+            cache,
             scheduler,
             sampling,
             residency=residency,
-            graphs=self._graphs,
+            graphs=self._workspace.graphs,
             chooser=self._chooser,
             tally=self._tally,
             block_size=block_size,
             sparse=self._sparse,
         )
-
-    def _provide_decoder(self, max_length: int) -> Decoder:
-        """The policy's forward; a new one, and no graphs, where the parameters have moved since."""
-        if self._decoder is None or not self._decoder.is_current():
-            self._graphs.clear()
-            self._decoder = make_decoder(self._model)
-        if self._decoder.reach(max_length):
-            self._graphs.clear()
-        return self._decoder
 
     def _refresh_copy(self) -> None:
         """Let the weights that drafts read, where they are a copy, be those of the present version."""
@@ -375,37 +346,6 @@ class NativeEngine:
         if self._sparse is not None and self._sparse.lowbit is not None and scheduler is not None:
             texts = (sequence.tokens for sequence in (*scheduler.running, *scheduler.waiting))
             self._sparse.lowbit.refresh(self.version, texts)
-
-    def _provide_residency(self, max_length: int) -> Residency:
-        """Rows and texts for sequences of this length; larger ones, and no graphs, where the present are too small."""
-        assert self._cache is not None
-        residency = self._residency
-        if residency is None or residency.max_length < max_length:
-            self._graphs.clear()
-            drafter = self._drafter
-            assert drafter is None or isinstance(drafter, ResidentDrafter)
-            num_rows = self._config.max_running
-            max_nodes = max(1, self._chooser.max_num_verify)
-            residency = self._residency = Residency(
-                num_rows=num_rows,
-                # finished siblings and earlier epochs are quoted from what is left
-                num_texts=num_rows + min(3 * num_rows, TEXT_BYTES // (4 * max_length)),
-                max_length=max_length,
-                # nodes that pad a row near its end attend to themselves past it, at a block that must exist
-                table_width=-(-(max_length + max_nodes) // self._config.block_size),
-                max_nodes=max_nodes,
-                dummy_block=self._cache.dummy_slot // self._config.block_size,
-                device=self._model.device,
-                drafter=drafter,
-                reader=self._reader,
-            )
-        return residency
-
-    def _has_room(self, max_length: int) -> bool:
-        """Whether a sequence may become so long in the cache and, where there are any, the rows of this call."""
-        if max_length > self._pool.num_blocks * self._config.block_size:
-            return False
-        return not self._resident or (self._residency is not None and max_length <= self._residency.max_length)
 
     def _sequence(self, prompt: Prompt, sample: int, sampling: Sampling) -> Sequence:
         return Sequence(
@@ -425,61 +365,3 @@ class NativeEngine:
         for sequence, partial in zip(sequences, partials, strict=True):
             sequence.take_up(partial)
         return sequences
-
-    def _provide_cache(self, longest: int, num_sequences: int) -> None:
-        """Allocate the KV cache, or a larger one where sequences of up to so many tokens can use it.
-
-        Raises ResourceError, before anything is given up where the sequences are too long.
-        """
-        block_size = self._config.block_size
-        blocks_each = -(-longest // block_size)
-        if not self._config.kv_tokens:
-            num_running = min(self._config.max_running, num_sequences)
-            # once: a run that was resumed would measure another number at another time
-            self._max_kv_blocks = self._max_kv_blocks or self._affordable_blocks()
-            self._kv_blocks = max(self._kv_blocks, min(num_running * blocks_each, self._max_kv_blocks))
-        if blocks_each > self._kv_blocks:
-            raise ResourceError(
-                f"the KV cache holds {self._kv_blocks * block_size} tokens and the longest sequence needs"
-                f" {blocks_each * block_size}; set rollout.kv_tokens={blocks_each * block_size} or more"
-            )
-        if self._cache is not None and self._pool.num_blocks == self._kv_blocks:
-            return
-        self._forget_cache()  # before the new one is allocated beside it
-        if self._pool.num_blocks != self._kv_blocks:
-            self._residency = None
-        self._graphs.clear()
-        try:
-            self._cache = PagedCache(
-                self._model.config,
-                num_blocks=self._kv_blocks,
-                block_size=block_size,
-                device=str(self._model.device),
-                dtype=self._model.dtype,
-            )
-        except RuntimeError as error:
-            gigabytes = self._kv_blocks * self._bytes_per_block() / 1e9
-            raise ResourceError(
-                f"no memory for a KV cache of {self._kv_blocks * block_size} tokens ({gigabytes:.1f} GB);"
-                f" set a smaller rollout.kv_tokens"
-            ) from error
-        self._pool = BlockPool(self._kv_blocks, block_size)
-
-    def _forget_cache(self) -> None:
-        """Let nobody hold the cache."""
-        self._cache = None
-        if isinstance(self._drafter, DraftsAsPolicy):
-            self._drafter.lend(None)
-        if self._sparse is not None:
-            self._sparse.release()
-
-    def _bytes_per_block(self) -> int:
-        """Of the cache, and of what sparse attention keeps beside it."""
-        share = self._sparse.selector.share_of_cache if self._sparse else 0.0
-        num_bytes = bytes_per_block(self._model.config, self._config.block_size, self._model.dtype)
-        return num_bytes + ceil(share * num_bytes)
-
-    def _affordable_blocks(self) -> int:
-        """Blocks that the device's memory has room for beside everything else; every rank's, of a shared policy."""
-        blocks = cache_budget(str(self._model.device)) // self._bytes_per_block()
-        return blocks if self.ranks is None else self.ranks.least(blocks)

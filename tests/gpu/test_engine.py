@@ -51,7 +51,7 @@ def tokens(rollouts: dict[Key, Rollout]) -> dict[Key, list[int]]:
 
 def test_a_gpu_samples_what_a_cpu_does(policy: PreTrainedModel, tiny_model_dir: Path) -> None:
     engine, rollouts = run(policy)
-    assert isinstance(engine._decoder, FusedDecoder)
+    assert isinstance(engine._workspace.decoder, FusedDecoder)
     _, expected = run(load_policy(tiny_model_dir, device="cpu", dtype="float32"))
     assert tokens(rollouts) == tokens(expected)
     for key, rollout in rollouts.items():
@@ -70,7 +70,7 @@ def test_no_draft_graph_or_preemption_changes_a_token(
     if options.get("graph_mb") == 0:
         assert engine.graph_bytes == 0
     else:
-        assert engine._graphs.num_captures > 0
+        assert engine._workspace.graphs.num_captures > 0
 
 
 def test_weights_changed_in_place_are_sampled_from_at_once(tiny_model_dir: Path) -> None:
@@ -84,9 +84,9 @@ def test_weights_changed_in_place_are_sampled_from_at_once(tiny_model_dir: Path)
     async def again() -> dict[Key, Rollout]:
         return {(r.prompt_id, r.sample): r async for r in engine.generate(PROMPTS, SAMPLING)}
 
-    captures = engine._graphs.num_captures
+    captures = engine._workspace.graphs.num_captures
     after = tokens(asyncio.run(again()))
-    assert engine._graphs.num_captures == captures, "the graphs of the old weights serve the new ones"
+    assert engine._workspace.graphs.num_captures == captures, "the graphs of the old weights serve the new ones"
     assert after == tokens(run(model)[1])
     assert after != tokens(before)
 

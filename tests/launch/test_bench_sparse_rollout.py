@@ -77,9 +77,9 @@ def test_a_timed_run_finds_all_its_rows_made(subject: Subject) -> None:
     (side,) = bench_sparse_rollout.make_sides(subject.model, job)
     prompts = [Prompt(f"p{index}", [5 + index] * 200, "") for index in range(3)]
     bench_sparse_rollout.make_ready(side, subject.model, prompts, job)
-    residency = side.engine._residency
+    residency = side.engine._workspace.residency
     bench_sparse_rollout.roll_out(side.engine, prompts, sampling(12, seed=1))
-    assert side.engine._residency is residency and residency is not None
+    assert side.engine._workspace.residency is residency and residency is not None
 
 
 def test_the_command_writes_its_modes_and_draws_a_line_for_each(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def on_gpus(ranks: Ranks, one_shot_bytes: int) -> dict[str, Any]:
     # prompts whose prefixes are cached, and graphs that are replayed from the start
     found["again"] = roll_out(engines["shared"])
     found["transport"] = ranks.transport
-    found["graphs"] = engines["shared"]._graphs.num_captures
+    found["graphs"] = engines["shared"].graphs.num_captures
     return found
 
 

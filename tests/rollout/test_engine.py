@@ -20,6 +20,7 @@ from rollout.model import PagedCache, forward_paged, load_policy
 from rollout.sequence import Sequence
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
+from rollout.workspace import Workspace
 
 Key = tuple[str, int]
 MakeEngine = Callable[..., NativeEngine]
@@ -46,9 +47,9 @@ def dense_prefill(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
 
 def cached(engine: NativeEngine, sequence: Sequence) -> torch.Tensor:
     """What the engine holds for a sequence: [layers, 2, num_cached, Hkv, D]."""
-    assert engine._cache is not None
+    assert engine._workspace.cache is not None
     slots = [sequence.slot(index) for index in range(sequence.num_cached)]
-    return engine._cache.storage.flatten(2, 3)[:, :, slots]
+    return engine._workspace.cache.storage.flatten(2, 3)[:, :, slots]
 
 
 @pytest.mark.parametrize("hit_rate", [0.0, 0.7], ids=["all rejected", "some accepted"])
@@ -92,7 +93,7 @@ def test_leaving_early_returns_all_blocks_and_the_engine_goes_on_as_new(
         await rollouts.aclose()
 
     asyncio.run(take_one())
-    assert engine._pool.num_free == engine._pool.num_blocks
+    assert engine._workspace.pool.num_free == engine._workspace.pool.num_blocks
     assert drafter.finished == drafter.texts.keys(), "the drafter keeps nothing in flight"
     drafter.texts.clear()
     drafter.finished.clear()
@@ -209,9 +210,9 @@ def test_a_later_call_that_needs_more_cache_gets_it(
 ) -> None:
     engine = make_engine()
     collect(engine, prompts[:1], replace(SAMPLING, num_samples=1))
-    small = engine._pool.num_blocks
+    small = engine._workspace.pool.num_blocks
     collect(engine, prompts, SAMPLING)
-    assert engine._pool.num_blocks > small
+    assert engine._workspace.pool.num_blocks > small
 
 
 def test_saved_state_brings_back_the_drafter_and_the_size_of_the_cache(
@@ -223,23 +224,23 @@ def test_saved_state_brings_back_the_drafter_and_the_size_of_the_cache(
     resumed.load_state_dict(engine.state_dict())
     assert resumed.state_dict() == engine.state_dict()
     collect(resumed, prompts[:1], SAMPLING)
-    assert resumed._pool.num_blocks == engine._pool.num_blocks
+    assert resumed._workspace.pool.num_blocks == engine._workspace.pool.num_blocks
 
 
 def test_a_resumed_cache_grows_no_further_than_the_uninterrupted_one(
     make_engine: MakeEngine, collect: Collect, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     affordable = 15
-    monkeypatch.setattr(NativeEngine, "_affordable_blocks", lambda engine: affordable)
+    monkeypatch.setattr(Workspace, "_affordable_blocks", lambda workspace: affordable)
     engine = make_engine()
     collect(engine, prompts[:1], replace(SAMPLING, num_samples=1))
-    assert engine._pool.num_blocks < affordable
+    assert engine._workspace.pool.num_blocks < affordable
     resumed = make_engine()
     resumed.load_state_dict(json.loads(json.dumps(engine.state_dict())))
     affordable = 1000
     for either in (engine, resumed):
         collect(either, prompts, SAMPLING)
-        assert either._pool.num_blocks == 15
+        assert either._workspace.pool.num_blocks == 15
 
 
 def test_no_prompts_give_no_rollouts(make_engine: MakeEngine, collect: Collect) -> None:

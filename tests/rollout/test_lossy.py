@@ -110,7 +110,7 @@ def test_a_rectified_rollout_knows_what_a_dense_forward_gives_its_tokens(
 ) -> None:
     engine = lossy_engine("rectified", sparse_config(LITTLE, selector=selector))
     rollouts = collect(engine, prompts, replace(SAMPLING, under="rectified"))
-    assert engine._pool.num_free == engine._pool.num_blocks
+    assert engine._workspace.pool.num_free == engine._workspace.pool.num_blocks
     by_id = {prompt.id: prompt for prompt in prompts}
     differences = []
     for rollout in rollouts.values():
@@ -206,8 +206,8 @@ def test_between_windows_the_cache_is_that_of_a_dense_prefill(
             for sequence in engine._scheduler.running if engine._scheduler else ():
                 if len(sequence.logprobs) > 2 * EVERY and sequence.num_cached == len(sequence.tokens) - 1:
                     slots = torch.tensor([sequence.slot(index) for index in range(sequence.num_cached)])
-                    assert engine._cache is not None
-                    kept = engine._cache.storage.flatten(2, 3)[:, :, slots]
+                    assert engine._workspace.cache is not None
+                    kept = engine._workspace.cache.storage.flatten(2, 3)[:, :, slots]
                     torch.testing.assert_close(kept, dense_cache(policy, sequence.tokens[:-1]), rtol=0, atol=1e-4)
                     looked += 1
         await task

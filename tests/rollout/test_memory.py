@@ -37,8 +37,8 @@ def test_a_control_group_bounds_what_there_is_and_what_is_left(control_group: Pa
 def test_the_engine_affords_a_cache_within_the_control_group(
     control_group: Path, make_engine: Callable[..., NativeEngine]
 ) -> None:
-    (control_group / "memory.max").write_text(f"{4 * 9 * make_engine()._bytes_per_block()}\n")
-    assert make_engine()._affordable_blocks() == 9
+    (control_group / "memory.max").write_text(f"{4 * 9 * make_engine()._workspace._bytes_per_block()}\n")
+    assert make_engine()._workspace._affordable_blocks() == 9
 
 
 def test_half_of_what_is_left_of_a_gpu_may_be_cache(monkeypatch: pytest.MonkeyPatch) -> None:

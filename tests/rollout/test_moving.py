@@ -102,7 +102,7 @@ def test_sequences_that_move_at_any_moment_sample_the_same(
     tree: Strategy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rollout.engine.LENGTH_STEP", 16)  # rows soon too short for a longer prompt
+    monkeypatch.setattr("rollout.workspace.LENGTH_STEP", 16)  # rows soon too short for a longer prompt
     choices = random.Random(seed)
     sampling = replace(SAMPLING, temperature=choices.choice([0.0, 1.0]), stop_token_ids=choices.choice([(), (2, 7)]))
     expected = collect(make_engine(), prompts, sampling)
@@ -148,11 +148,11 @@ def test_sequences_that_move_at_any_moment_sample_the_same(
         assert rollout.spec.forwards + rollout.spec.accepted >= len(rollout.token_ids)
     for each in engines:
         assert not each.is_generating
-        assert each._pool.num_free == each._pool.num_blocks
-        if each._residency is not None:
-            assert not each._residency.rows.active.any()
-            assert (each._residency.texts.groups == -1).all()
-            assert len(set(each._residency._free_texts)) == len(each._residency.texts.lengths) - 1
+        assert each._workspace.pool.num_free == each._workspace.pool.num_blocks
+        if each._workspace.residency is not None:
+            assert not each._workspace.residency.rows.active.any()
+            assert (each._workspace.residency.texts.groups == -1).all()
+            assert len(set(each._workspace.residency._free_texts)) == len(each._workspace.residency.texts.lengths) - 1
 
 
 @pytest.mark.parametrize("cycles", KINDS)
@@ -197,11 +197,11 @@ def test_a_longer_sequence_makes_an_engine_under_way_grow(
         first = asyncio.ensure_future(anext(mine))
         for _ in range(12):
             await asyncio.sleep(0)
-        before = taker._pool.num_blocks
+        before = taker._workspace.pool.num_blocks
         partials = giver.surrender(3)
         assert all(partial.token_ids for partial in partials)
         taker.adopt(partials)
-        assert taker._pool.num_blocks > before
+        assert taker._workspace.pool.num_blocks > before
         with pytest.raises(StopAsyncIteration):
             await pending
         return {(r.prompt_id, r.sample): r for r in [await first, *[rollout async for rollout in mine]]}

@@ -43,6 +43,6 @@ def test_memory_given_back_between_steps_changes_nothing(
         keeping.update(step + 1)
         releasing.update(step + 1)
         releasing.release()
-        assert releasing._cache is None and releasing.graph_bytes == 0
+        assert releasing._workspace.cache is None and releasing.graph_bytes == 0
     if cycles == "resident":
         assert sum(rollout.spec.accepted for rollout in expected) > 0

@@ -84,7 +84,7 @@ def test_no_preemption_or_chunking_on_the_device_changes_what_is_sampled(
     truth = {key: rollout.token_ids for key, rollout in expected.items()}
     engine = make_engine(resident_scripted(truth, 0.7, 259), tree, cycles="resident", **options)
     assert_same(collect(engine, prompts, SAMPLING), expected)
-    assert engine._pool.num_free == engine._pool.num_blocks
+    assert engine._workspace.pool.num_free == engine._workspace.pool.num_blocks
 
 
 def test_a_second_call_reuses_rows_and_texts(
@@ -118,11 +118,11 @@ def test_leaving_early_vacates_all_rows_and_the_engine_goes_on_as_new(
         await rollouts.aclose()
 
     asyncio.run(take_one())
-    assert engine._pool.num_free == engine._pool.num_blocks
-    assert engine._residency is not None
-    assert not engine._residency.sequences
+    assert engine._workspace.pool.num_free == engine._workspace.pool.num_blocks
+    assert engine._workspace.residency is not None
+    assert not engine._workspace.residency.sequences
     assert not drafter.prompts
-    assert not engine._residency.rows.active.any()
+    assert not engine._workspace.residency.rows.active.any()
     assert_same(collect(engine, prompts, SAMPLING), collect(make_engine(), prompts, SAMPLING))
 
 
@@ -196,17 +196,17 @@ def test_prompts_a_little_longer_keep_rows_and_graphs(
 ) -> None:
     engine = make_engine(cycles="resident", kv_tokens=400)
     collect(engine, prompts, SAMPLING)
-    residency, clears = engine._residency, 0
+    residency, clears = engine._workspace.residency, 0
 
     def count() -> None:
         nonlocal clears
         clears += 1
 
-    engine._graphs.clear = count  # type: ignore[method-assign]
+    engine._workspace.graphs.clear = count  # type: ignore[method-assign]
     longer = [replace(prompt, token_ids=prompt.token_ids * 2) for prompt in prompts]
     assert_same(collect(engine, longer, SAMPLING), collect(make_engine(), longer, SAMPLING))
     assert clears == 0
-    assert engine._residency is residency
+    assert engine._workspace.residency is residency
 
 
 def test_a_strategy_is_chosen_for_the_rows_that_will_run(

@@ -92,8 +92,8 @@ def checked_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("rollout.forward.paged_sequences", checked)
     # rows that begin short and few spare texts, so that both are outgrown
-    monkeypatch.setattr("rollout.engine.LENGTH_STEP", 16)
-    monkeypatch.setattr("rollout.engine.TEXT_BYTES", 300)
+    monkeypatch.setattr("rollout.workspace.LENGTH_STEP", 16)
+    monkeypatch.setattr("rollout.workspace.TEXT_BYTES", 300)
 
 
 async def some_rollouts(
@@ -155,8 +155,8 @@ def test_nothing_at_once_changes_what_is_sampled(
             assert got.finish == expected[key].finish
             assert got.logprobs == pytest.approx(expected[key].logprobs, abs=1e-4)
             assert sum(length for _, length in got.version_spans) == len(got.token_ids)
-        assert engine._pool.num_free == engine._pool.num_blocks
-        residency = engine._residency
+        assert engine._workspace.pool.num_free == engine._workspace.pool.num_blocks
+        residency = engine._workspace.residency
         assert residency is not None
         assert not residency.rows.active.any()
         assert (residency.texts.groups == -1).all()

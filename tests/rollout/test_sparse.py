@@ -170,7 +170,7 @@ def test_layers_that_stay_dense_are_dense(
     assert make_sparse(replace(SPARSE, dense=(1,)), policy).dense == {1}
     engine = make()
     assert engine._sparse is not None
-    engine._sparse = SparseAttention(engine._sparse.selector, dense={0, 1})
+    engine._sparse.dense = frozenset({0, 1})
     hits, proposed = accepted(collect(engine, long_prompts, SAMPLING))
     assert hits == proposed > 0
 
@@ -257,6 +257,6 @@ def test_no_preemption_chunk_or_block_changes_what_is_sampled(
 ) -> None:
     engine = make(selector, None, STRATEGY, OFF, **options)
     assert_same(collect(engine, long_prompts, SAMPLING), dense())
-    assert engine._pool.num_free == engine._pool.num_blocks
+    assert engine._workspace.pool.num_free == engine._workspace.pool.num_blocks
     if options.get("kv_tokens") == 192:
         assert engine.activity()[0].preempted > 0

@@ -76,8 +76,8 @@ def test_a_released_cache_is_held_by_nobody(
 ) -> None:
     engine = drafting(policy, "quest")
     collect(engine, long_prompts[:1], replace(SAMPLING, max_new_tokens=3))
-    assert engine._cache is not None
-    cache = weakref.ref(engine._cache)
+    assert engine._workspace.cache is not None
+    cache = weakref.ref(engine._workspace.cache)
     engine.release()
     gc.collect()
     assert cache() is None
@@ -90,7 +90,7 @@ def test_rows_that_grow_leave_no_prefix_that_the_selector_knows_nothing_of(
     assert_same: AssertSame,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rollout.engine.LENGTH_STEP", 16)
+    monkeypatch.setattr("rollout.workspace.LENGTH_STEP", 16)
     options = replace(OPTIONS, kv_tokens=2048)  # a cache that stays
 
     def sampling_sparsely() -> NativeEngine:
@@ -100,9 +100,9 @@ def test_rows_that_grow_leave_no_prefix_that_the_selector_knows_nothing_of(
     longer = replace(SAMPLING, max_new_tokens=60, under="sparse")
     engine = sampling_sparsely()
     collect(engine, long_prompts, replace(longer, max_new_tokens=8))
-    cache, rows = engine._cache, engine._residency
+    cache, rows = engine._workspace.cache, engine._workspace.residency
     rollouts = collect(engine, long_prompts, longer)
-    assert engine._cache is cache and engine._residency is not rows
+    assert engine._workspace.cache is cache and engine._workspace.residency is not rows
     assert_same(rollouts, collect(sampling_sparsely(), long_prompts, longer))
 
 
@@ -144,14 +144,14 @@ def test_after_rejections_cache_and_descriptors_are_those_of_a_fresh_dense_prefi
             assert running is not None and scheduler is not None and engine._sparse is not None
             engine._finished += running.drain()
             chosen = engine._sparse.selector
-            assert isinstance(chosen, DescribedSelector) and engine._cache is not None
+            assert isinstance(chosen, DescribedSelector) and engine._workspace.cache is not None
             for sequence in scheduler.running:
                 if sequence.num_uncached > 1 or not sequence.logprobs:
                     continue
                 length = len(sequence.tokens) - 1
                 cache, descriptors = fresh_prefill(policy, sequence.tokens, chosen.kind)
                 slots = torch.tensor([sequence.slot(index) for index in range(length)])
-                ours = engine._cache.storage.flatten(2, 3)[:, :, slots]
+                ours = engine._workspace.cache.storage.flatten(2, 3)[:, :, slots]
                 # 1e-4: float32 sums in another order
                 torch.testing.assert_close(ours, cache.storage.flatten(2, 3)[:, :, :length], atol=1e-4, rtol=1e-4)
                 blocks = torch.arange(-(-length // 4))
@@ -209,7 +209,7 @@ def test_what_a_selector_keeps_is_counted_with_the_cache(
     config = replace(SPARSE, selector=selector)
     engine = drafting(policy, selector)
     collect(engine, long_prompts[:1], replace(SAMPLING, max_new_tokens=1))
-    assert engine._sparse is not None and engine._cache is not None
+    assert engine._sparse is not None and engine._workspace.cache is not None
     kept = getattr(engine._sparse.selector, "descriptors", torch.empty(0)).nbytes
-    assert kept == share_of_cache(config) * engine._cache.storage.nbytes
+    assert kept == share_of_cache(config) * engine._workspace.cache.storage.nbytes
     assert engine._sparse.selector.share_of_cache == share_of_cache(config)

@@ -34,8 +34,8 @@ def checked_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("rollout.forward.paged_sequences", checked)
     # rows that begin short and few spare texts, so that both are outgrown
-    monkeypatch.setattr("rollout.engine.LENGTH_STEP", 16)
-    monkeypatch.setattr("rollout.engine.TEXT_BYTES", 300)
+    monkeypatch.setattr("rollout.workspace.LENGTH_STEP", 16)
+    monkeypatch.setattr("rollout.workspace.TEXT_BYTES", 300)
 
 
 async def disturbed(
@@ -113,4 +113,4 @@ def test_nothing_at_once_changes_what_is_sampled(
         for key, got in found.items():
             assert got.token_ids == expected[key].token_ids, key
             assert got.finish == expected[key].finish
-        assert engine._pool.num_free == engine._pool.num_blocks
+        assert engine._workspace.pool.num_free == engine._workspace.pool.num_blocks
