@@ -130,4 +130,5 @@ class Fleet:
         if number not in self.lost:
             self.lost[number] = error
             said = str(error).removesuffix("; resume the run")
-            log.warning("%s%s", said, "" if self.needs_all else "; the others sample what it owed")
+            nobody_takes_over = self.needs_all or len(self.lost) == len(self.members)
+            log.warning("%s%s", said, "" if nobody_takes_over else "; the others sample what it owed")

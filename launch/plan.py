@@ -212,7 +212,7 @@ def table(plan: Plan) -> Table:
         rows += [(name, size, "while the policy trains") for name, size in memory.training.items()]
         section(*((name, _gigabytes(size), note) for name, size, note in rows if size))
         available = f"estimate; {_gigabytes(plan.available_bytes)} available"
-        section((f"memory of a {kind}", _gigabytes(memory.total), available))
+        section((f"memory, {kind}", _gigabytes(memory.total), available))
     return view
 
 
@@ -228,6 +228,9 @@ def _speculation(config: Config, device: str) -> str:
     strategies = configured(config.spec, config.sparse)
     strategy = strategies[0]
     if strategy == OFF:
+        sparse = config.sparse
+        if sparse.mode in ("plain", "rectified"):
+            return f"{sparse.mode}: sampled under {sparse.selector}, {sparse.budget_tokens:,} tokens read, not as dense"
         return "off: one token a forward"
     shape = "chains" if strategy.top_k == 1 else f"trees of {strategy.top_k} children a node"
     choice = make_chooser(config.spec, device=device, seed=config.run.seed, sparse=config.sparse).summary()["choice"]

@@ -67,7 +67,7 @@ def test_engines_and_trainers_of_their_own_are_planned_apart(model_config: Pretr
     assert trainer.total < together.total > engine.total
     out = StringIO()
     Console(file=out, width=100).print(table(plan))
-    assert "1 + 3 x cpu" in out.getvalue() and "memory of a trainer" in out.getvalue()
+    assert "1 + 3 x cpu" in out.getvalue() and "memory, trainer" in out.getvalue()
 
 
 def test_engines_that_share_a_policy_hold_a_share_each(model_config: PretrainedConfig) -> None:
@@ -147,6 +147,11 @@ def test_planning_reads_no_weight_of_the_drafter_it_starts_from(
 
 def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> None:
     assert plan_for(model_config, "spec.source=off").speculation.startswith("off")
+
+
+def test_the_plan_says_where_samples_are_not_the_dense_policys(model_config: PretrainedConfig) -> None:
+    lossy = plan_for(model_config, "spec.source=off", "sparse.mode=plain", "sparse.budget_tokens=200")
+    assert lossy.speculation == "plain: sampled under quest, 200 tokens read, not as dense"
 
 
 def test_the_plan_says_who_chooses_and_that_a_chain_has_a_node_a_level(model_config: PretrainedConfig) -> None:
