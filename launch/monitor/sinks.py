@@ -113,7 +113,12 @@ def feed(path: Path, names: Sequence[str], until: threading.Event) -> None:
     done = 0
     try:
         while True:
-            over = until.is_set()
+            over = until.is_set()  # before the look: what is there when it is set is seen
+            _, cut = reader.poll()
+            if cut:
+                done = 0
+                for sink in sinks:
+                    sink.restart()
             for record in reader.steps[done:]:
                 for sink in sinks:
                     sink.write(record["step"], tagged(record))
@@ -121,11 +126,6 @@ def feed(path: Path, names: Sequence[str], until: threading.Event) -> None:
             if over:
                 return
             until.wait(POLL_S)
-            _, cut = reader.poll()
-            if cut:
-                done = 0
-                for sink in sinks:
-                    sink.restart()
     finally:
         for sink in sinks:
             sink.close()

@@ -111,3 +111,26 @@ def test_tags_group_what_belongs_together() -> None:
         "drafter_off": "why",
     }
     assert tagged(record) == {"train/loss": 0.5, "seconds/rollout": 2.0, "train/seconds": 4.0, "drafter/version": 2.0}
+
+
+def test_a_step_that_comes_while_the_sinks_are_made_is_written_though_the_run_is_over_by_then(
+    written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, seen = threading.Event(), []
+
+    class Notebook:
+        def write(self, step: int, numbers: dict[str, float]) -> None:
+            seen.append(step)
+
+        def close(self) -> None:
+            """Nothing is kept."""
+
+    def make(name: str, reader: object) -> Notebook:
+        written.step(2)
+        stop.set()
+        return Notebook()
+
+    monkeypatch.setattr(sinks, "make_sink", make)
+    written.step(1)
+    feed(written.path, ["tensorboard"], stop)
+    assert seen == [1, 2]
