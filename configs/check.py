@@ -257,6 +257,11 @@ def _lossy(config: Config) -> Iterator[tuple[str, str]]:
         yield "sparse.window", f"tokens are always read until they are rectified; set {sparse.every}"
     if sparse.mode == "plain" and sparse.selector == "verified":
         yield "sparse.selector", "goes by what was verified, and sparse.mode=plain verifies nothing; set quest"
+    if sparse.mode == "rectified" and sparse.selector == "verified":
+        yield (
+            "sparse.selector",
+            "forgets a preempted sequence, which sparse.mode=rectified is to remake alike; set quest",
+        )
 
 
 def _vllm(config: Config) -> Iterator[tuple[str, str]]:

@@ -14,6 +14,7 @@ from drafter.types import Begun, CycleFeatures, Drafts, FeatureReader, ResidentD
 from kernels.cycle import CycleInputs, commit, prepare
 
 INNER_DEPTH = 3  # tokens that are drafted for a round: four forwarded a row still read the weights about once
+INNER_KEPT = 2  # tokens hoped for of such a round: half as many rounds run as tokens are to be drafted
 
 
 class Drawn(Protocol):
@@ -116,8 +117,7 @@ class SelfDrafter:
             active=rows.active[:num_rows] * (begin < ends),
             block_tables=rows.block_tables[:num_rows],
         )
-        # with an inner drafter two tokens a round are hoped for
-        rounds = num_nodes if self._inner is None else -(-num_nodes // 2)
+        rounds = num_nodes if self._inner is None else -(-num_nodes // INNER_KEPT)
         logprobs = [self._advance(texts, ahead) for _ in range(rounds)]
         assert self._policy is not None
         if (kept := self._policy.draft_logprobs(num_rows, num_nodes)) is not None:

@@ -43,7 +43,7 @@ class Sizes:
     """What the memory of a run depends on. tokens: of a rank's forward and backward pass; rows: decoded together.
 
     share: what an engine's process has of the policy, where it samples apart from the trainers. lowbit: bytes of the
-    copy that drafts read.
+    copy that drafts read; watched: of what a selector keeps of the running texts.
     """
 
     parameters: int
@@ -56,6 +56,7 @@ class Sizes:
     drafter: DrafterBytes
     share: Share
     lowbit: int = 0
+    watched: int = 0
 
 
 def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> dict[str, Memory]:
@@ -64,6 +65,7 @@ def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> d
     weights = sizes.parameters * sizes.dtype.itemsize
     cache = {
         "KV cache": sizes.kv_bytes,
+        "block weights": sizes.watched,
         "CUDA graphs": 0 if sizes.device == "cpu" else graph_bytes(config, sizes.share.config, sizes),
     }
     drafter = {

@@ -20,6 +20,8 @@ from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, resolve_compute
 from rollout.selectors import require_sparse, share_of_cache
 from rollout.strategy import configured, make_chooser
+from rollout.verified import weight_bytes
+from rollout.workspace import room_for
 
 NOTES = {
     "optimiser": "Adam moments and float32 masters",
@@ -27,6 +29,7 @@ NOTES = {
     "uncut": "the largest parameter, of which a rank keeps a share",
     "whole copy": "that rollouts are sampled from",
     "CUDA graphs": "at most",
+    "block weights": "of the texts, that sparse.selector=verified goes by",
     "drafter": "its copies, gradients and optimiser",
     "drafter's cache": "of sequences that run",
     "8-bit copy": "of the policy, that drafts read",
@@ -89,6 +92,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         drafter=_drafter_bytes(config, model_config, device, itemsize),
         share=share_of(model_config, rollout.tensor_parallel),
         lowbit=lowbit_bytes(config.sparse, model_config),
+        watched=watched_bytes(config, model_config, device=device, longest=longest),
     )
     kv_blocks = _kv_blocks(config, model_config, sizes, longest=longest)
     block_bytes = _block_bytes(config, sizes.share.config, getattr(torch, dtype))
@@ -137,7 +141,8 @@ def _kv_blocks(config: Config, model_config: PretrainedConfig, sizes: Sizes, *, 
     if config.rollout.kv_tokens:
         return config.rollout.kv_tokens // block_size
     sampler = list(memory_of(config, model_config, sizes).values())[-1]  # without a cache
-    reserved = sum(sampler.always.values()) - sampler.always.get("CUDA graphs", 0)
+    after = ("CUDA graphs", "block weights")  # the cache, in memory left free
+    reserved = sum(sampler.always.values()) - sum(sampler.always.get(name, 0) for name in after)
     affordable = cache_budget(sizes.device, reserved=reserved) // _block_bytes(config, sizes.share.config, sizes.dtype)
     return min(sizes.rows * ceil(longest / block_size), affordable)
 
@@ -169,6 +174,17 @@ def lowbit_bytes(sparse: SparseConfig, model_config: PretrainedConfig) -> int:
     if sparse.weights == "policy":
         return 0
     return LowBitPolicy(empty_model(model_config), sparse.weights).num_bytes
+
+
+def watched_bytes(config: Config, model_config: PretrainedConfig, *, device: str, longest: int) -> int:
+    """Of what a selector keeps of the texts rather than of the cache's blocks: the verified one alone does."""
+    if config.sparse.mode == "off" or config.sparse.selector != "verified":
+        return 0
+    chooser = make_chooser(config.spec, device=device, seed=config.run.seed, sparse=config.sparse)
+    room = room_for(longest, config.rollout, max_nodes=max(1, chooser.max_num_verify))
+    num_blocks = room.table_width * (config.rollout.block_size // config.sparse.block_tokens)
+    # and one text more, for rows that are nobody's
+    return weight_bytes(model_config, num_texts=room.num_texts + 1, num_blocks=num_blocks)
 
 
 def table(plan: Plan) -> Table:

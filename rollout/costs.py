@@ -33,14 +33,43 @@ class Cell:
     octave: float
 
 
+@dataclass(frozen=True, slots=True)
+class SelfDrafting:
+    """A round of the policy's drafting for itself, as it is configured: a forward that reads less than a plain cycle's.
+
+    tokens: that a row forwards, of which kept are hoped to stand. weights: bytes of those it reads, over the policy's.
+    A row attends to cached tokens at most, or to cached_share of its own where that is more; choosing them reads
+    described of the bytes that all of its own take.
+    """
+
+    tokens: int = 1
+    kept: int = 1
+    weights: float = 1.0
+    cached: int = 0
+    cached_share: float = 0.0
+    described: float = 0.0
+
+    def rounds(self, num_drafted: int) -> int:
+        """That so many tokens take."""
+        return -(-num_drafted // self.kept)
+
+    def shape(self, rows: int, context: float) -> float:
+        """What a round takes over reading the policy's weights once."""
+        read = min(context, max(self.cached, self.cached_share * context)) + self.described * context
+        return _shape(rows, self.tokens, read, weights=self.weights)
+
+
+POLICY_ITSELF = SelfDrafting()
+
+
 class CostTable:
     """Seconds of a cycle under each arm; arm 0 decodes plainly.
 
     tokens_per_row: tokens a row forwards under each arm, the pending one included. Cycles that forward equally many
     tokens cost about the same, however many rows they are spread over: so arms predict one another. shorter: for each
     arm another one, before it, that costs no more: of the same source and shorter, or arm 0.
-    drafting: cycles of one token a row, over at most drafting_cached tokens of each, that an arm's draft takes besides,
-    where the policy itself drafts; what other drafts take is left to measurement.
+    rounds: of drafting, each a forward of the policy, that an arm's draft takes besides where the policy itself drafts;
+    what other drafts take is left to measurement.
     """
 
     def __init__(
@@ -48,15 +77,15 @@ class CostTable:
         tokens_per_row: Sequence[int],
         shorter: Sequence[int],
         *,
-        drafting: Sequence[int] | None = None,
-        drafting_cached: int = 0,
+        rounds: Sequence[int] | None = None,
+        drafting: SelfDrafting = POLICY_ITSELF,
     ) -> None:
         assert tokens_per_row[0] == 1, "arm 0 forwards the pending token alone"
         assert all(other < arm for arm, other in enumerate(shorter) if arm), "shorter arms come first"
         self._tokens = list(tokens_per_row)
         self._shorter = list(shorter)
-        self._drafting = list(drafting or [0] * len(self._tokens))
-        self._drafting_cached = drafting_cached
+        self._rounds = list(rounds or [0] * len(self._tokens))
+        self._drafting = drafting
         self._cells: list[dict[Place, Cell]] = [{} for _ in tokens_per_row]
         self._predicted: list[dict[Place, float]] = [{} for _ in tokens_per_row]
 
@@ -129,8 +158,7 @@ class CostTable:
 
     def _shape(self, arm: int, rows: int, context: float) -> float:
         """What an arm's cycle takes over reading the weights once, by the roofline."""
-        drafting = self._drafting[arm] * _shape(rows, 1, min(context, self._drafting_cached))
-        return _shape(rows, self._tokens[arm], context) + drafting
+        return _shape(rows, self._tokens[arm], context) + self._rounds[arm] * self._drafting.shape(rows, context)
 
     def _forget_predictions(self) -> None:
         for predicted in self._predicted:
@@ -141,6 +169,9 @@ def _place(rows: int, context: float) -> Place:
     return rows, max(FEW_CACHED_BITS, int(rows * context).bit_length())
 
 
-def _shape(rows: int, tokens: int, context: float) -> float:
-    """A cycle's time over that of reading the weights: a roofline whose corner is rounded off."""
-    return 1.0 + rows * (tokens / TOKENS_AT_ROOF + context / CACHED_AT_ROOF)
+def _shape(rows: int, tokens: int, context: float, *, weights: float = 1.0) -> float:
+    """A cycle's time over that of reading the weights: a roofline whose corner is rounded off.
+
+    weights: those it reads, relative to the policy's.
+    """
+    return weights + rows * (tokens / TOKENS_AT_ROOF + context / CACHED_AT_ROOF)

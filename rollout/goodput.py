@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from drafter.types import OFF, Strategy
 from rollout.acceptance import Acceptance, Share
 from rollout.budget import Captures, Purse
-from rollout.costs import CostTable
+from rollout.costs import POLICY_ITSELF, CostTable, SelfDrafting
 from rollout.graphs import bucket
 
 if TYPE_CHECKING:
@@ -43,10 +43,10 @@ class GoodputChooser:
     of the time, and not while another source outdoes its own by far. An arm whose graphs are yet to be captured runs
     only where they are worth it: where the batch size has been met so often that the cycles to come pay for them.
     What all this may cost where drafts bring nothing is a budget, not an estimate (rollout/budget.py).
-    Deterministic given the reports. sparse_tokens: that a row attends to where it drafts for itself.
+    Deterministic given the reports. self_drafting: what the policy does where it drafts for itself.
     """
 
-    def __init__(self, arms: Sequence[Strategy], *, sparse_tokens: int = 0) -> None:
+    def __init__(self, arms: Sequence[Strategy], *, self_drafting: SelfDrafting = POLICY_ITSELF) -> None:
         drafting = [arm for arm in dict.fromkeys(arms) if arm != OFF]
         drafting.sort(key=lambda arm: (arm.num_verify, arm.depth))
         sources = dict.fromkeys(arm.source for arm in drafting)
@@ -61,8 +61,8 @@ class GoodputChooser:
         self._costs = CostTable(
             [1 + arm.num_verify for arm in self._arms],
             self._shorter,
-            drafting=[arm.num_verify if arm.source == "sparse" else 0 for arm in self._arms],
-            drafting_cached=sparse_tokens,
+            rounds=[self_drafting.rounds(arm.num_verify) if arm.source == "sparse" else 0 for arm in self._arms],
+            drafting=self_drafting,
         )
         self._sources = {
             arm.source: Acceptance(max(other.depth for other in self._arms if other.source == arm.source))

@@ -35,7 +35,7 @@ class PagedCache:
     def __init__(
         self, config: PretrainedConfig, *, num_blocks: int, block_size: int, device: str, dtype: torch.dtype
     ) -> None:
-        layers, heads, head_dim = _kv_shape(config)
+        layers, heads, head_dim = kv_shape(config)
         # zeros: attention multiplies masked slots by 0, so what they hold must be finite
         self.storage = torch.zeros(layers, 2, num_blocks + 1, block_size, heads, head_dim, device=device, dtype=dtype)
         self.dummy_block = num_blocks
@@ -67,7 +67,7 @@ class AttentionContext:
 
 def bytes_per_block(config: PretrainedConfig, block_size: int, dtype: torch.dtype) -> int:
     """Memory of one block over all layers."""
-    layers, heads, head_dim = _kv_shape(config)
+    layers, heads, head_dim = kv_shape(config)
     return 2 * layers * block_size * heads * head_dim * dtype.itemsize
 
 
@@ -268,7 +268,7 @@ def _forward(
     return logits if select is None or keeps else logits[select]
 
 
-def _kv_shape(config: PretrainedConfig) -> tuple[int, int, int]:
+def kv_shape(config: PretrainedConfig) -> tuple[int, int, int]:
     """Layers, key heads and head dimension of a model."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads

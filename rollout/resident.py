@@ -6,63 +6,28 @@ sample, walk, commit, compact - which strategies that verify equally many tokens
 
 import time
 from collections import abc
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from configs.errors import DivergedError
 from drafter.selfdraft import DraftsAsPolicy
-from drafter.types import CycleFeatures, Drafts, FeatureReader, Strategy
+from drafter.types import CycleFeatures, Drafts, Strategy
 from kernels.cache import compact
-from kernels.cycle import RUNNING, CycleInputs, commit, prepare
+from kernels.cycle import CycleInputs, commit, prepare
 from rollout.activity import Tally
 from rollout.decoder import Decoder
 from rollout.forward import Drawn, RowForward
 from rollout.fused import LayerAttention
 from rollout.graphs import GraphPool, bucket
+from rollout.launched import Launched
 from rollout.lossy import let_stand
 from rollout.model import PagedCache
 from rollout.residency import Residency
-from rollout.runner import NOT_FINITE, group_by_length, pack
+from rollout.runner import group_by_length, pack
 from rollout.scheduler import Scheduler, Work
 from rollout.sequence import Sequence
 from rollout.sparse import SparseAttention, SparsePolicy
-from rollout.strategy import Chooser, CycleReport
+from rollout.strategy import Chooser
 from rollout.types import Sampling
-
-COUNT, FINISH, ACCEPTED, TOKENS = 0, 1, 2, 3  # columns of CycleResult.host
-
-
-@dataclass(slots=True)
-class Launched:
-    """A cycle under way: whose rows it works on, and where its results will be.
-
-    results: [B, 3 + 3 Q] int32, pinned, valid after done; dense_logprobs: likewise, [B, Q] float32, of rectified cycles
-    alone. begun: the end of the cycle before, so that the host's time
-    counts where the device waits for it. capture_s: of that time, what capturing its graphs took.
-    """
-
-    sequences: list[Sequence]
-    texts: np.ndarray  # that they write
-    strategy: Strategy
-    num_rows: int
-    context: float
-    results: torch.Tensor
-    dense_logprobs: torch.Tensor | None
-    version: int
-    begun: torch.cuda.Event | float
-    done: torch.cuda.Event | float
-    capture_s: float
-
-    def wait(self) -> float:
-        """Block until the results are there; the seconds the cycle took."""
-        if isinstance(self.done, float):
-            assert isinstance(self.begun, float)
-            return self.done - self.begun
-        self.done.synchronize()
-        assert not isinstance(self.begun, float)
-        return float(self.begun.elapsed_time(self.done)) / 1e3
 
 
 class ResidentCycles:
@@ -304,32 +269,24 @@ class ResidentCycles:
     def _collect(self, launched: Launched) -> list[Sequence]:
         """Commit on the host what a cycle committed on the device; the sequences that became complete."""
         seconds = launched.wait()
+        read = launched.read()
         num_nodes, source = launched.strategy.num_verify, launched.strategy.source
-        width = 1 + num_nodes
-        table = launched.results[: len(launched.sequences)].numpy()
-        logprobs = table[:, TOKENS + width : TOKENS + 2 * width].view(np.float32)
-        if not np.isfinite(logprobs).all():  # zeros follow the committed ones
-            raise DivergedError(NOT_FINITE)
-        proposed = table[:, TOKENS + 2 * width : TOKENS + 3 * width - 1]
-        counts, accepted = table[:, COUNT].tolist(), table[:, ACCEPTED].tolist()
-        token_lists, logprob_lists = table[:, TOKENS : TOKENS + width].tolist(), logprobs.tolist()
-        proposed_lists = proposed.tolist()
-        dense_lists = None if launched.dense_logprobs is None else launched.dense_logprobs.tolist()
+        proposed_lists = read.proposed.tolist()
         finished = []
         for row, sequence in enumerate(launched.sequences):
-            count = counts[row]
+            count = read.counts[row]
             if count == 0:  # it finished one cycle earlier
                 continue
-            if count < width:
-                del token_lists[row][count:], logprob_lists[row][count:]
+            if count < 1 + num_nodes:
+                del read.tokens[row][count:], read.logprobs[row][count:]
             taken = sequence.commit(
-                token_lists[row], logprob_lists[row], stop_token_ids=self._stop, version=launched.version
+                read.tokens[row], read.logprobs[row], stop_token_ids=self._stop, version=launched.version
             )
             assert taken == count, "host and device disagree about the end of a sequence"
-            if dense_lists is not None:
-                sequence.dense_logprobs += dense_lists[row][:count]
+            if read.dense_logprobs is not None:
+                sequence.dense_logprobs += read.dense_logprobs[row][:count]
             if num_nodes:
-                sequence.count_forward(proposed_lists[row], accepted[row], source, count=count)
+                sequence.count_forward(proposed_lists[row], read.accepted[row], source, count=count)
             else:
                 sequence.num_forwards += 1
             if sequence.finish is None:
@@ -338,46 +295,11 @@ class ResidentCycles:
                 self._scheduler.finish(sequence)
                 finished.append(sequence)
         if self._residency.reader is not None:
-            self._tell_reader(self._residency.reader, launched, table)
-        committed = sum(counts)
-        self._tally.tokens += committed
-        self._report(launched, seconds, committed, proposed, accepted)
+            launched.tell(self._residency.reader, read)
+        self._tally.tokens += sum(read.counts)
+        self._chooser.observe(launched.report(read, seconds))
         self._residency.leave(finished)
         return finished
-
-    def _tell_reader(self, reader: FeatureReader, launched: Launched, table: np.ndarray) -> None:
-        """What the host has read now of each row that committed anything."""
-        rows = table[:, COUNT].nonzero()[0]
-        lengths = np.array([len(sequence.tokens) for sequence in launched.sequences], dtype=np.int64)
-        reader.committed(
-            launched.texts[rows], lengths[rows], version=launched.version, finished=table[rows, FINISH] != RUNNING
-        )
-
-    def _report(
-        self, launched: Launched, seconds: float, committed: int, proposed: np.ndarray, accepted: list[int]
-    ) -> None:
-        strategy = launched.strategy
-        proposed_by_depth: list[int] = []
-        accepted_by_depth: list[int] = []
-        if strategy.num_verify:
-            proposed_by_depth = proposed.sum(axis=0)[: strategy.depth].tolist()
-            by_depth = np.bincount(np.asarray(accepted), minlength=strategy.depth + 1)
-            # a row that accepted n passed levels 1 to n
-            accepted_by_depth = by_depth[::-1].cumsum()[::-1][1 : strategy.depth + 1].tolist()
-        self._chooser.observe(
-            CycleReport(
-                strategy=strategy,
-                batch=len(launched.sequences),
-                bucket=launched.num_rows,
-                context=launched.context,
-                seconds=seconds,
-                committed=committed,
-                proposed_by_depth=proposed_by_depth,
-                accepted_by_depth=accepted_by_depth,
-                rows_with_draft=int((proposed[:, :1] > 0).sum()) if strategy.num_verify else 0,
-                capture_s=launched.capture_s,
-            )
-        )
 
     def _now(self) -> torch.cuda.Event | float:
         if self._device.type == "cpu":

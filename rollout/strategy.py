@@ -5,12 +5,16 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from configs.schema import SparseConfig, SpecConfig
+from drafter.selfdraft import INNER_DEPTH, INNER_KEPT
 from drafter.types import OFF, Strategy
 from rollout.bandit import BegMabChooser
+from rollout.costs import SelfDrafting
 from rollout.goodput import GoodputChooser
 from rollout.lossy import window
+from rollout.selectors import choice_of, share_of_cache
 
 NOT_SPARSE = SparseConfig()
+BITS_8 = 0.5  # bytes of a copy in eight bits, over those of bf16
 SOURCES: tuple[Literal["suffix", "eagle"], ...] = ("suffix", "eagle")  # of spec.source=auto
 
 
@@ -170,6 +174,23 @@ def _shorter(strategy: Strategy) -> list[Strategy]:
     return found
 
 
+def self_drafting(sparse: SparseConfig) -> SelfDrafting:
+    """What a round of the policy's own drafting is expected to take, before any has been timed.
+
+    Of layers that attend densely in any case nothing is known here: few do.
+    """
+    choice = choice_of(sparse)
+    has_inner = sparse.inner != "off"
+    return SelfDrafting(
+        tokens=1 + INNER_DEPTH if has_inner else 1,
+        kept=INNER_KEPT if has_inner else 1,
+        weights=1.0 if sparse.weights == "policy" else BITS_8,
+        cached=choice.budget_blocks * sparse.block_tokens,
+        cached_share=sparse.budget_share,
+        described=share_of_cache(sparse),
+    )
+
+
 def make_chooser(spec: SpecConfig, *, device: str, seed: int, sparse: SparseConfig = NOT_SPARSE) -> Chooser:
     """The chooser that spec.choice names, below spec.below sequences.
 
@@ -190,5 +211,5 @@ def make_chooser(spec: SpecConfig, *, device: str, seed: int, sparse: SparseConf
         # with a limit it is TLT's policy: below it something is always drafted
         chooser = BegMabChooser(arms(spec, sparse)[1 if spec.below else 0 :], seed=seed)
     else:
-        chooser = GoodputChooser(arms(spec, sparse), sparse_tokens=sparse.budget_tokens)
+        chooser = GoodputChooser(arms(spec, sparse), self_drafting=self_drafting(sparse))
     return BelowChooser(chooser, below=spec.below) if spec.below else chooser

@@ -6,11 +6,12 @@ from math import log
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from kernels.attention import BlockMaxima, PagedSequences, paged_attention
 from kernels.select import BlockLists, Choice, choose_blocks, num_selection_blocks, verified_scores
 from kernels.upload import upload
-from rollout.model import PagedCache
+from rollout.model import PagedCache, kv_shape
 
 
 class VerifiedSelector:
@@ -56,6 +57,12 @@ class VerifiedSelector:
     ) -> BlockLists:
         """The blocks of the largest weights."""
         return choose_blocks(self.weights[layer, text], seqs, self._choice, select_block=self.select_block)
+
+
+def weight_bytes(model_config: PretrainedConfig, *, num_texts: int, num_blocks: int) -> int:
+    """What is kept of so many texts, of so many selection blocks each."""
+    layers, num_kv_heads, _ = kv_shape(model_config)
+    return layers * num_texts * num_kv_heads * num_blocks * torch.float32.itemsize
 
 
 @dataclass(frozen=True, slots=True)

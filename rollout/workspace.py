@@ -1,5 +1,6 @@
 """What an engine holds on the device from one generate call to the next: the KV cache, rows, the decoder, graphs."""
 
+from dataclasses import dataclass
 from math import ceil
 
 from transformers import PreTrainedModel
@@ -20,6 +21,28 @@ from rollout.sparse import SparseAttention
 
 LENGTH_STEP = 1024  # resident sequences have room for a multiple of so many tokens: graphs outlive a longer prompt
 TEXT_BYTES = 256 << 20  # at most, for texts that are only quoted
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What resident cycles keep: so many texts of max_length tokens, and table_width blocks of cache a sequence."""
+
+    num_texts: int
+    max_length: int
+    table_width: int
+
+
+def room_for(longest: int, config: RolloutConfig, *, max_nodes: int) -> Room:
+    """The room for sequences of up to so many tokens, where a cycle verifies at most max_nodes drafted ones."""
+    max_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    num_rows = config.max_running
+    return Room(
+        # finished siblings and earlier epochs are quoted from what is left
+        num_texts=num_rows + min(3 * num_rows, TEXT_BYTES // (4 * max_length)),
+        max_length=max_length,
+        # nodes that pad a row near its end attend to themselves past it, at a block that must exist
+        table_width=-(-(max_length + max_nodes) // config.block_size),
+    )
 
 
 class Workspace:
@@ -99,8 +122,8 @@ class Workspace:
         Raises PreflightError where the decoder cannot be lent the sparse attention that there is.
         """
         assert self.cache is not None, "provide the cache first"
-        max_length = -(-longest // LENGTH_STEP) * LENGTH_STEP
-        decoder, residency = self._provide_decoder(max_length), self._provide_residency(max_length)
+        room = room_for(longest, self._config, max_nodes=self._max_nodes)
+        decoder, residency = self._provide_decoder(room.max_length), self._provide_residency(room)
         if self._sparse is not None:
             if not isinstance(decoder, FusedDecoder):
                 raise PreflightError(
@@ -140,21 +163,18 @@ class Workspace:
             self.graphs.clear()
         return self.decoder
 
-    def _provide_residency(self, max_length: int) -> Residency:
+    def _provide_residency(self, room: Room) -> Residency:
         """Rows and texts for sequences of this length; larger ones, and no graphs, where the present are too small."""
         assert self.cache is not None
-        if self.residency is None or self.residency.max_length < max_length:
+        if self.residency is None or self.residency.max_length < room.max_length:
             self.graphs.clear()
             drafter = self._drafter
             assert drafter is None or isinstance(drafter, ResidentDrafter)
-            num_rows = self._config.max_running
             self.residency = Residency(
-                num_rows=num_rows,
-                # finished siblings and earlier epochs are quoted from what is left
-                num_texts=num_rows + min(3 * num_rows, TEXT_BYTES // (4 * max_length)),
-                max_length=max_length,
-                # nodes that pad a row near its end attend to themselves past it, at a block that must exist
-                table_width=-(-(max_length + self._max_nodes) // self._config.block_size),
+                num_rows=self._config.max_running,
+                num_texts=room.num_texts,
+                max_length=room.max_length,
+                table_width=room.table_width,
                 max_nodes=self._max_nodes,
                 dummy_block=self.cache.dummy_slot // self._config.block_size,
                 device=self._model.device,

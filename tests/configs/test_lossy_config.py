@@ -46,7 +46,8 @@ def test_a_window_is_no_longer_than_what_is_forwarded_at_once() -> None:
         parse(BASE, ["sparse.mode=rectified", "sparse.window=31"])
 
 
-def test_what_goes_by_verification_needs_some() -> None:
-    assert parse(BASE, ["sparse.mode=rectified", "sparse.selector=verified"])
-    with pytest.raises(ConfigError, match="sparse.selector='verified'.*set quest"):
-        parse(BASE, ["sparse.mode=plain", "sparse.selector=verified"])
+@pytest.mark.parametrize(("mode", "reason"), [("plain", "verifies nothing"), ("rectified", "forgets a preempted")])
+def test_what_goes_by_verification_only_drafts(mode: str, reason: str) -> None:
+    assert parse(BASE, ["sparse.mode=draft", "sparse.selector=verified"])
+    with pytest.raises(ConfigError, match=f"sparse.selector='verified'.*{reason}.*set quest"):
+        parse(BASE, [f"sparse.mode={mode}", "sparse.selector=verified"])

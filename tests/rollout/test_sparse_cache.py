@@ -27,6 +27,8 @@ from rollout.selectors import DescribedSelector, choice_of, make_sparse, share_o
 from rollout.sequence import Sequence
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
+from rollout.verified import VerifiedSelector, weight_bytes
+from rollout.workspace import room_for
 
 Key = tuple[str, int]
 Collect = Callable[..., dict[Key, Rollout]]
@@ -47,7 +49,7 @@ def long_prompts() -> list[Prompt]:
     return [Prompt(id=f"p{number}", token_ids=text, answer="") for number, text in enumerate(texts)]
 
 
-def drafting(policy: PreTrainedModel, selector: Literal["quest", "mean", "streaming"]) -> NativeEngine:
+def drafting(policy: PreTrainedModel, selector: Literal["quest", "mean", "streaming", "verified"]) -> NativeEngine:
     """An engine that drafts with its own policy."""
     sparse = make_sparse(replace(SPARSE, selector=selector), policy)
     return NativeEngine(policy, drafter=SelfDrafter(), chooser=FixedChooser(STRATEGY), rollout=OPTIONS, sparse=sparse)
@@ -213,3 +215,15 @@ def test_what_a_selector_keeps_is_counted_with_the_cache(
     kept = getattr(engine._sparse.selector, "descriptors", torch.empty(0)).nbytes
     assert kept == share_of_cache(config) * engine._workspace.cache.storage.nbytes
     assert engine._sparse.selector.share_of_cache == share_of_cache(config)
+
+
+def test_what_is_kept_of_texts_is_what_the_plan_counts(
+    policy: PreTrainedModel, collect: Collect, long_prompts: list[Prompt]
+) -> None:
+    engine = drafting(policy, "verified")
+    collect(engine, long_prompts[:1], replace(SAMPLING, max_new_tokens=1))
+    assert engine._sparse is not None and isinstance(engine._sparse.selector, VerifiedSelector)
+    room = room_for(len(long_prompts[0].token_ids) + 1, OPTIONS, max_nodes=STRATEGY.num_verify)
+    num_blocks = room.table_width * OPTIONS.block_size // SPARSE.select_block
+    kept = weight_bytes(policy.config, num_texts=room.num_texts + 1, num_blocks=num_blocks)
+    assert engine._sparse.selector.weights.nbytes == kept > 0

@@ -1,30 +1,48 @@
 """When the policy drafts for itself: beside which sources, and only where the cache is large beside the weights."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from configs.schema import SparseConfig, SpecConfig
 from drafter.types import OFF, Strategy
-from rollout.costs import CostTable
+from rollout.costs import CostTable, SelfDrafting
 from rollout.graphs import bucket
-from rollout.strategy import CycleReport, FixedChooser, arms, configured, make_chooser
+from rollout.strategy import CycleReport, FixedChooser, arms, configured, make_chooser, self_drafting
 
-DRAFT = SparseConfig(mode="draft", depth=8, budget_tokens=1024)
+DRAFT = SparseConfig(mode="draft", selector="streaming", depth=8, budget_tokens=1024)
 WEIGHTS_S, TOKEN_S, CACHED_S = 3e-3, 2.3e-5, 2.3e-8  # of a cycle: the weights once, a token forwarded, one attended to
 
 
-def seconds(arm: Strategy, rows: int, context: float) -> float:
+def seconds(arm: Strategy, rows: int, context: float, config: SparseConfig = DRAFT) -> float:
     """A memory-bound cycle: each forward reads the weights, and of the cache what it attends to."""
     dense = WEIGHTS_S + rows * ((1 + arm.num_verify) * TOKEN_S + context * CACHED_S)
-    rounds = arm.num_verify if arm.source == "sparse" else 0
-    return dense + rounds * (WEIGHTS_S + rows * (TOKEN_S + min(context, DRAFT.budget_tokens) * CACHED_S))
+    if arm.source != "sparse":
+        return dense
+    read = min(context, max(config.budget_tokens, config.budget_share * context))
+    read += context / 16 if config.selector == "quest" else 0.0
+    weights_s = WEIGHTS_S if config.weights == "policy" else WEIGHTS_S / 2
+    rounds, tokens = (arm.num_verify, 1) if config.inner == "off" else (-(-arm.num_verify // 2), 4)
+    return dense + rounds * (weights_s + rows * (tokens * TOKEN_S + read * CACHED_S))
 
 
-def played(*, rows: int, context: float, acceptance: float, cycles: int = 1500) -> tuple[float, float]:
-    """Of the last two thirds of cycles: the share drafted sparsely, and tokens a second over plain decoding's."""
-    chooser = make_chooser(SpecConfig(source="off"), device="cuda", seed=0, sparse=DRAFT)
+def played(
+    *,
+    rows: int,
+    context: float,
+    acceptance: float,
+    cycles: int = 1500,
+    config: SparseConfig = DRAFT,
+    capture_s: float = 0.0,
+) -> tuple[float, float]:
+    """Of the last two thirds of cycles: the share drafted sparsely, and tokens a second over plain decoding's.
+
+    capture_s: that an arm's first cycle takes besides.
+    """
+    chooser = make_chooser(SpecConfig(source="off"), device="cuda", seed=0, sparse=config)
     chance = random.Random(1)
+    captured: set[Strategy] = set()
     sparse, spent, tokens = 0, 0.0, 0.0
     for cycle in range(cycles):
         arm = chooser.choose(batch=rows, context=context)
@@ -34,19 +52,22 @@ def played(*, rows: int, context: float, acceptance: float, cycles: int = 1500) 
             accepted.append(alive)
         if cycle >= cycles // 3:
             sparse += arm.source == "sparse"
-            spent += seconds(arm, rows, context)
+            spent += seconds(arm, rows, context, config)
             tokens += rows * sum(acceptance**depth for depth in range(arm.depth + 1))
+        captures_s = 0.0 if arm in captured else capture_s
+        captured.add(arm)
         chooser.observe(
             CycleReport(
                 strategy=arm,
                 batch=rows,
                 bucket=bucket(rows),
                 context=context,
-                seconds=seconds(arm, rows, context) * chance.gauss(1, 0.05),
+                seconds=seconds(arm, rows, context, config) * chance.gauss(1, 0.05) + captures_s,
                 committed=rows + sum(accepted),
                 proposed_by_depth=[rows] * arm.depth,
                 accepted_by_depth=accepted,
                 rows_with_draft=rows if arm != OFF else 0,
+                capture_s=captures_s,
             )
         )
     return sparse / (cycles - cycles // 3), tokens / spent * seconds(OFF, rows, context) / rows
@@ -65,7 +86,7 @@ def test_it_stays_off_where_the_cache_is_small() -> None:
 
 def test_its_drafts_are_priced_before_they_are_tried() -> None:
     tokens, shorter = [1, 9, 9], [0, 0, 0]
-    table = CostTable(tokens, shorter, drafting=[0, 0, 8], drafting_cached=1024)
+    table = CostTable(tokens, shorter, rounds=[0, 0, 8], drafting=SelfDrafting(cached=1024))
     for context in (1_000.0, 100_000.0):
         for cycle in range(4):
             table.observe(0, 16, context, seconds(OFF, 16, context), cycle)
@@ -74,8 +95,41 @@ def test_its_drafts_are_priced_before_they_are_tried() -> None:
     assert long[2] < 3 * long[1], "eight forwards that leave most of the cache unread"
 
 
+CONFIGS = (
+    DRAFT,
+    replace(DRAFT, inner="suffix"),
+    replace(DRAFT, weights="int8"),
+    replace(DRAFT, budget_share=0.1),
+    replace(DRAFT, selector="quest"),
+    replace(DRAFT, selector="quest", inner="suffix", weights="fp8", budget_share=0.1, depth=16),
+)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("context", [1_000.0, 64_000.0])
+def test_the_first_price_of_its_drafts_follows_the_config(config: SparseConfig, context: float) -> None:
+    arm, itself = configured(SpecConfig(source="off"), config)[0], self_drafting(config)
+    rounds = [0, itself.rounds(arm.num_verify)]
+    table = CostTable([1, 1 + arm.num_verify], [0, 0], rounds=rounds, drafting=itself)
+    table.observe(0, 16, context, seconds(OFF, 16, context), 0)
+    assert table.seconds(16, context)[1] == pytest.approx(seconds(arm, 16, context, config), rel=0.1)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("capture_s", [0.0, 0.5])
+def test_its_price_does_not_keep_drafts_that_pay_from_their_first_try(config: SparseConfig, capture_s: float) -> None:
+    # one row, whose cache is half the weights where they are eight bits and an inner drafter helps, and twice else
+    cheap = config.inner != "off" and config.weights != "policy"
+    context = 64_000.0 if cheap else 256_000.0
+    arm = configured(SpecConfig(source="off"), config)[0]
+    gain = sum(0.95**depth for depth in range(arm.depth + 1)) * seconds(OFF, 1, context)
+    assert gain > 1.3 * seconds(arm, 1, context, config), "it would not pay: the test shows nothing"
+    share, speedup = played(rows=1, context=context, acceptance=0.95, config=config, capture_s=capture_s)
+    assert share > 0.8 and speedup > 1.2
+
+
 def test_a_source_that_drafts_otherwise_is_not_priced_by_it() -> None:
-    table = CostTable([1, 9, 9], [0, 0, 0], drafting=[0, 0, 8], drafting_cached=1024)
+    table = CostTable([1, 9, 9], [0, 0, 0], rounds=[0, 0, 8], drafting=SelfDrafting(cached=1024))
     table.observe(0, 16, 1_000.0, seconds(OFF, 16, 1_000.0), 0)
     before = table.seconds(16, 1_000.0)[1]
     for cycle in range(8):
