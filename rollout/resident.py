@@ -6,7 +6,6 @@ sample, walk, commit, compact - which strategies that verify equally many tokens
 
 import time
 from collections import abc
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from rollout.decoder import Decoder
 from rollout.forward import Drawn, RowForward
 from rollout.fused import LayerAttention
 from rollout.graphs import GraphPool, bucket
+from rollout.launched import Launched
 from rollout.lossy import let_stand
 from rollout.model import PagedCache
 from rollout.residency import Residency
@@ -32,37 +32,6 @@ from rollout.strategy import Chooser, CycleReport
 from rollout.types import Sampling
 
 COUNT, FINISH, ACCEPTED, TOKENS = 0, 1, 2, 3  # columns of CycleResult.host
-
-
-@dataclass(slots=True)
-class Launched:
-    """A cycle under way: whose rows it works on, and where its results will be.
-
-    results: [B, 3 + 3 Q] int32, pinned, valid after done; dense_logprobs: likewise, [B, Q] float32, of rectified cycles
-    alone. begun: the end of the cycle before, so that the host's time
-    counts where the device waits for it. capture_s: of that time, what capturing its graphs took.
-    """
-
-    sequences: list[Sequence]
-    texts: np.ndarray  # that they write
-    strategy: Strategy
-    num_rows: int
-    context: float
-    results: torch.Tensor
-    dense_logprobs: torch.Tensor | None
-    version: int
-    begun: torch.cuda.Event | float
-    done: torch.cuda.Event | float
-    capture_s: float
-
-    def wait(self) -> float:
-        """Block until the results are there; the seconds the cycle took."""
-        if isinstance(self.done, float):
-            assert isinstance(self.begun, float)
-            return self.done - self.begun
-        self.done.synchronize()
-        assert not isinstance(self.begun, float)
-        return float(self.begun.elapsed_time(self.done)) / 1e3
 
 
 class ResidentCycles:
@@ -193,10 +162,14 @@ class ResidentCycles:
                 lambda: drafter.propose(residency.texts, residency.rows, strategy, drafts),
             )
         device_results = residency.results(num_rows, num_nodes)
-        capture_s += self._graphs.run(
-            ("target", num_rows, num_nodes, *self._forward.identity),
-            lambda: self._target(num_rows, num_nodes, device_results),
-        )
+        watched = self._watched()
+        if watched is not None:
+            self._target(num_rows, num_nodes, device_results, watched)
+        else:
+            capture_s += self._graphs.run(
+                ("target", num_rows, num_nodes, *self._forward.identity),
+                lambda: self._target(num_rows, num_nodes, device_results),
+            )
         results = residency.host_results(num_rows, num_nodes)
         results.copy_(device_results, non_blocking=True)
         dense_logprobs = None
@@ -217,17 +190,30 @@ class ResidentCycles:
             begun=begun,
             done=self._last_done,
             capture_s=capture_s,
+            is_watched=watched is not None,
         )
 
-    def _target(self, num_rows: int, num_nodes: int, results: torch.Tensor) -> None:
-        """Forward every row's pending token and draft, sample after each, commit what agrees, or all if rectified."""
+    def _watched(self) -> LayerAttention | None:
+        """What the next cycle attends with where gates learn from it."""
+        sampler = None if self._sparse is None else self._sparse.sampler
+        if sampler is None or self._sampling.temperature == 0:
+            return None
+        return sampler.next_cycle(self._residency.sequences)
+
+    def _target(
+        self, num_rows: int, num_nodes: int, results: torch.Tensor, watched: LayerAttention | None = None
+    ) -> None:
+        """Forward every row's pending token and draft, sample after each, commit what agrees, or all if rectified.
+
+        watched: what it attends with, in a cycle that runs outside of its graph.
+        """
         residency, cache, size = self._residency, self._cache, self._block_size
         texts, rows = residency.texts, residency.rows
         drafts = residency.drafts(num_rows, num_nodes) if num_nodes else None
         inputs = prepare(texts, rows, drafts, num_rows=num_rows, block_size=size, dummy_slot=cache.dummy_slot)
         reader, sparse, under = residency.reader, self._sparse, self._sampling.under
-        attention: LayerAttention | None = None
-        if sparse is not None:
+        attention = watched
+        if sparse is not None and watched is None:
             attention = sparse.forward(rows, num_rows) if under == "sparse" else sparse.watch(rows, num_rows)
         drawn = self._forward(
             rows,
@@ -341,7 +327,8 @@ class ResidentCycles:
             self._tell_reader(self._residency.reader, launched, table)
         committed = sum(counts)
         self._tally.tokens += committed
-        self._report(launched, seconds, committed, proposed, accepted)
+        if not launched.is_watched:
+            self._report(launched, seconds, committed, proposed, accepted)
         self._residency.leave(finished)
         return finished
 
