@@ -198,6 +198,8 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
     sparse, block_size = config.sparse, config.rollout.block_size
     if sparse.weights != "policy" and sparse.mode != "draft":
         yield "sparse.weights", "is of drafts, which dense verification corrects; set policy, or sparse.mode=draft"
+    if sparse.learn:
+        yield from _learned_gates(config)
     if sparse.mode == "off":
         return
     if config.rollout.backend == "vllm":
@@ -240,6 +242,17 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
         yield "sparse.dense", "layers are numbered from 0"
     if sparse.mode in ("rectified", "plain"):
         yield from _lossy(config)
+
+
+def _learned_gates(config: Config) -> Iterator[tuple[str, str]]:
+    """What gates that learn in a run need."""
+    sparse = config.sparse
+    if sparse.mode != "draft":  # where gates decide what is sampled, they may not depend on what a machine had time for
+        yield "sparse.learn", f"is of sparse.mode=draft, not of {sparse.mode}; set false"
+    if sparse.selector != "gate":
+        yield "sparse.learn", f"sparse.selector={sparse.selector} has no gates; set false, or sparse.selector=gate"
+    if config.compute.backend == "ray":
+        yield "sparse.learn", "gates learn in a run of one process; set false, or compute.backend=inline"
 
 
 def _lossy(config: Config) -> Iterator[tuple[str, str]]:

@@ -114,6 +114,7 @@ class SparseConfig:
     # verified: what the last dense verification attended to
     selector: Literal["quest", "resa", "gate", "streaming", "duo", "mean", "verified"] = "quest"
     gate: str = ""  # gate: folder of trained gates; duo: DuoAttention's full_attention_heads.tsv
+    learn: bool = False  # gate: in draft, gates learn on from what verification computes; sparse.gate stays as it is
     select_block: int = 0  # tokens in a block that is picked or not; 0 is 64 for gate and mean, 16 for others
     budget_tokens: int = 1024  # that a token attends to at most, those it always does included
     budget_share: float = 0.0  # of a sequence's tokens, where that is more; with resa never less than 16 blocks

@@ -79,7 +79,7 @@ def selection_quality(
     weights = probs[..., : len(blocks) * select_block].unflatten(3, (-1, select_block)).amax(dim=(2, 4))
     gate = gates.scores(layer, query, positions, gates.compress(layer, blocks, starts)[None])
     picks = {
-        name: _best(scores, allowed, torch.full_like(positions, budget_blocks))
+        name: best_blocks(scores, allowed, torch.full_like(positions, budget_blocks))
         for name, scores in {
             "gate": gate,
             "bound": bound_scores(query, blocks),
@@ -93,7 +93,7 @@ def selection_quality(
     fine_blocks, _ = complete_blocks(keys, FINE_BLOCK)
     # what of the token's own large block lies in complete small ones may be chosen too, and is room to choose
     spare = budget_blocks * (select_block // FINE_BLOCK) + positions % select_block // FINE_BLOCK
-    fine = _best(bound_scores(query, fine_blocks), candidates(positions, len(fine_blocks), FINE_BLOCK), spare)
+    fine = best_blocks(bound_scores(query, fine_blocks), candidates(positions, len(fine_blocks), FINE_BLOCK), spare)
     fine_own = index // FINE_BLOCK == (positions // FINE_BLOCK)[:, None, None]
     return Quality(
         gate_recall=recall["gate"],
@@ -106,7 +106,7 @@ def selection_quality(
     )
 
 
-def _best(scores: torch.Tensor, allowed: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+def best_blocks(scores: torch.Tensor, allowed: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     """The so many best of the allowed blocks, [T, Hkv, NB] bool. scores [T, Hkv, NB]; count [T]."""
     order = scores.masked_fill(~allowed, -torch.inf).argsort(dim=2, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(

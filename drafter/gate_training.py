@@ -8,7 +8,7 @@ Source: SeerAttention-R (arXiv 2506.08889) sec. 3.2; microsoft/SeerAttention qwe
 lr 1e-3 after 20 steps of warm-up, by a cosine to 1e-5, no weight decay).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import cos, isfinite, pi
 from time import perf_counter
@@ -21,6 +21,7 @@ from drafter.gate import Gates
 MAX_GRAD_NORM = 1.0
 WARMUP_STEPS = 20
 LAST_LR = 0.01  # of lr, where the number of steps is known
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,25 @@ class GateTrainer:
         for sample in samples:
             self.learn(sample)
         return self.update()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that a resumed run needs to train the same: copies of nothing, under flat names."""
+        state = {f"gates.{name}": tensor for name, tensor in self.gates.state_dict().items()}
+        for name, parameter in self.gates.named_parameters() if self.steps else ():
+            for moment in MOMENTS:
+                state[f"{moment}.{name}"] = self._adam.state[parameter][moment]
+        return state | {"steps": torch.tensor(self.steps)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take up a saved state, copying it."""
+        for name, tensor in self.gates.state_dict().items():
+            tensor.copy_(state[f"gates.{name}"])
+        self.steps = int(state["steps"])
+        self._adam.state.clear()
+        for name, parameter in self.gates.named_parameters() if self.steps else ():
+            moments = {moment: torch.empty_like(parameter).copy_(state[f"{moment}.{name}"]) for moment in MOMENTS}
+            self._adam.state[parameter] = {"step": torch.tensor(float(self.steps)), **moments}
 
     @property
     def learning_rate(self) -> float:

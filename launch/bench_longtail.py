@@ -23,7 +23,7 @@ from configs.schema import Config
 from drafter import sealed
 from drafter.export import read_drafter
 from launch.bench_report import provenance, say
-from launch.cluster import check_counts, make_lessons, on_sigterm, stop_token_ids
+from launch.cluster import check_counts, make_gate_lessons, make_lessons, on_sigterm, stop_token_ids
 from launch.longtail_drafter import begin_drafter, end_drafter, given_drafter
 from launch.longtail_report import WHAT, report, warmstart
 from launch.offline import drafter_shape
@@ -317,6 +317,7 @@ def make_loop(name: str, config: Config, ground: Ground) -> Loop:
         engine=engine,
         trainer=trainer,
         lessons=make_lessons(config, learner, ground.path),
+        gates=make_gate_lessons(config, engine),
         rewards=ground.rewards,
         tokenizer=ground.tokenizer,
         stop_token_ids=stop_token_ids(ground.path, ground.tokenizer),

@@ -19,6 +19,8 @@ from launch.parts import build_worker
 from launch.recovery import with_recoveries
 from rl.checkpoint import CheckpointStore
 from rl.data import DataSet, load_data
+from rl.export_drafter import hub_name
+from rl.gate_lessons import GateLessons
 from rl.lessons import Lessons
 from rl.loop import Loop
 from rl.reward import check_rewards
@@ -26,6 +28,7 @@ from rl.rundir import RunDir
 from rl.sandbox import RewardPool
 from rl.types import Learner, Trainer
 from rl.warmstart import solver
+from rollout.engine import NativeEngine
 from rollout.model import context_length, load_config, resolve_compute
 from rollout.pretrained import load_tokenizer, resolve
 from rollout.types import Engine
@@ -63,6 +66,7 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Phases) ->
         engine: Engine
         trainer: Trainer
         learner: Learner | None = None
+        gates: GateLessons | None = None
         with ExitStack() as stack:
             if config.compute.backend == "ray":
                 protect_local_ray()
@@ -72,6 +76,7 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Phases) ->
                 engine, trainer, learner = stack.enter_context(workers)
             else:
                 engine, trainer, learner = build_worker(config, path, device=device, dtype=dtype)
+                gates = make_gate_lessons(config, engine)
             asyncio.run(
                 run_loop(
                     config,
@@ -81,6 +86,7 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Phases) ->
                     engine=engine,
                     trainer=trainer,
                     lessons=make_lessons(config, learner, path),
+                    gates=gates,
                     tokenizer=tokenizer,
                     stop_token_ids=stop_token_ids(path, tokenizer),
                     store=store,
@@ -115,6 +121,14 @@ def make_lessons(config: Config, learner: Learner | None, path: Path) -> Lessons
         return None
     vocab_size = load_config(path).get_text_config().vocab_size
     return Lessons(learner, config.drafter, vocab_size=vocab_size)
+
+
+def make_gate_lessons(config: Config, engine: Engine) -> GateLessons | None:
+    """The lessons of gates that learn, over the engine that drafts by them; without any, None."""
+    if not config.sparse.learn:
+        return None
+    assert isinstance(engine, NativeEngine)  # configs.check lets no other engine attend sparsely
+    return GateLessons(engine, base_model=hub_name(config.model))
 
 
 def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:

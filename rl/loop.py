@@ -26,6 +26,7 @@ from rl.batch import pack
 from rl.checkpoint import CheckpointStore, step_of
 from rl.data import DataSet
 from rl.drift import DriftAlarm
+from rl.gate_lessons import GateLessons
 from rl.invariants import check_step
 from rl.lessons import Lessons
 from rl.metrics import Progress, Stopwatch, rollout_record, sample_rows, step_record
@@ -40,7 +41,7 @@ from rollout.types import Engine, Prompt, Rollout, SampledUnder, Sampling
 UNDER: dict[str, SampledUnder] = {"plain": "sparse", "rectified": "rectified"}
 # Evaluation noise is never drawn (temperature 0); the step only has to differ from training steps.
 EVAL_STEP = -1
-DRAFTER = "drafter"  # its folder in a checkpoint
+DRAFTER, GATES = "drafter", "gates"  # their folders in a checkpoint
 STOP_POLL_S = 0.5  # how often a request to stop is looked for while no rollout finishes
 
 
@@ -60,6 +61,7 @@ class Loop:
     progress: Progress
     stop_requested: threading.Event  # set by a signal handler, also in the middle of synchronous work
     lessons: Lessons | None = None  # of a drafter that learns
+    gates: GateLessons | None = None  # of gates that do
     step: int = 0
     prepared: bool = False  # the warm start, if any, is in the weights
     recorder: Recorder = field(init=False)
@@ -138,16 +140,21 @@ class Loop:
         self.progress.step(record)
 
     def teach(self, groups: Sequence[Group], watch: Stopwatch) -> dict[str, Any]:
-        """The drafter's lesson of this step, and its figures; {} without a drafter that learns."""
-        if self.lessons is None:
+        """The lessons of this step, of the drafter and of gates, and their figures; {} where neither learns."""
+        if self.lessons is None and self.gates is None:
             return {}
         self.progress.phase("drafter")
-        off = self.lessons.off
         with watch.phase("drafter"):
-            record = self.lessons.take(groups, version=self.step)
-        if self.lessons.off and self.lessons.off != off:
-            self.run.append_event("drafter_off", step=self.step, reason=self.lessons.off)
-            self.progress.message(f"the drafter learns no more: {self.lessons.off}; rollouts go on")
+            record = {} if self.gates is None else self.gates.take()
+            return record if self.lessons is None else record | self.teach_drafter(self.lessons, groups)
+
+    def teach_drafter(self, lessons: Lessons, groups: Sequence[Group]) -> dict[str, Any]:
+        """The drafter's lesson of this step, and its figures."""
+        off = lessons.off
+        record = lessons.take(groups, version=self.step)
+        if lessons.off and lessons.off != off:
+            self.run.append_event("drafter_off", step=self.step, reason=lessons.off)
+            self.progress.message(f"the drafter learns no more: {lessons.off}; rollouts go on")
         return record
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> AsyncGenerator[Rollout]:
@@ -293,6 +300,8 @@ class Loop:
             if self.lessons is not None:  # written while the trainer writes
                 stalls["drafter_stall_s"] = self.lessons.learner.save(folder / DRAFTER)
             self.trainer.save(folder / "trainer")
+            if self.gates is not None:
+                self.gates.save(folder / GATES)
             if self.lessons is not None:
                 self.lessons.learner.saved()
             lessons = {} if self.lessons is None else self.lessons.state_dict()
@@ -317,6 +326,8 @@ class Loop:
         if self.lessons is not None and (checkpoint / DRAFTER).exists():  # the run may have begun without one
             self.lessons.learner.load(checkpoint / DRAFTER)
             self.lessons.load_state_dict(state["lessons"])
+        if self.gates is not None and (checkpoint / GATES).exists():
+            self.gates.load(checkpoint / GATES)
         self.step, self.prepared = state["step"], True
         self.engine.update(self.step)
         self.run.append_event("resume", step=self.step, path=str(checkpoint))

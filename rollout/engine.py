@@ -6,7 +6,7 @@ import time
 from collections import abc
 from typing import Any, Literal, Protocol
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.faults import hit
 from configs.schema import RolloutConfig
@@ -262,6 +262,22 @@ class NativeEngine:
         self._workspace.pool.forget()
         self._chooser.policy_changed()
         return num_bytes
+
+    @property
+    def model_config(self) -> PretrainedConfig:
+        """The policy's."""
+        return self._model.config
+
+    @property
+    def sparse(self) -> SparseAttention | None:
+        """The policy's sparse attention, if it has one."""
+        return self._sparse
+
+    def gates_changed(self) -> None:
+        """The selector's gates were updated in place, no sequence running: nothing that they described is found."""
+        assert self._scheduler is None, "sequences are being sampled"
+        self._workspace.pool.forget()
+        self._chooser.drafter_changed("sparse")
 
     def release(self) -> None:
         """Give the memory of the KV cache and of all graphs back; the next generate makes them again, as large."""

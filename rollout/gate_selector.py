@@ -21,6 +21,7 @@ class GateSelector:
         self.select_block = config.select_block
         self.share_of_cache = config.gate_dim / (2 * config.head_dim * config.select_block)
         self.descriptors = torch.empty(0)
+        self.gates = gates
         self._weights = gates.weights()
         self._choice = choice
 

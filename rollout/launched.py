@@ -38,7 +38,8 @@ class Launched:
 
     results: [B, 3 + 3 Q] int32, pinned, valid after done; dense_logprobs: likewise, [B, Q] float32, of rectified cycles
     alone. begun: the end of the cycle before, so that the host's time counts where the device waits for it. capture_s:
-    of that time, what capturing its graphs took.
+    of that time, what capturing its graphs took. is_watched: its target ran outside of its graph, so that its time
+    tells nothing of others'.
     """
 
     sequences: list[Sequence]
@@ -52,6 +53,7 @@ class Launched:
     begun: torch.cuda.Event | float
     done: torch.cuda.Event | float
     capture_s: float
+    is_watched: bool
 
     def wait(self) -> float:
         """Block until the results are there; the seconds the cycle took."""

@@ -158,10 +158,14 @@ class ResidentCycles:
                 lambda: drafter.propose(residency.texts, residency.rows, strategy, drafts),
             )
         device_results = residency.results(num_rows, num_nodes)
-        capture_s += self._graphs.run(
-            ("target", num_rows, num_nodes, *self._forward.identity),
-            lambda: self._target(num_rows, num_nodes, device_results),
-        )
+        watched = self._watched()
+        if watched is not None:
+            self._target(num_rows, num_nodes, device_results, watched)
+        else:
+            capture_s += self._graphs.run(
+                ("target", num_rows, num_nodes, *self._forward.identity),
+                lambda: self._target(num_rows, num_nodes, device_results),
+            )
         results = residency.host_results(num_rows, num_nodes)
         results.copy_(device_results, non_blocking=True)
         dense_logprobs = None
@@ -182,17 +186,30 @@ class ResidentCycles:
             begun=begun,
             done=self._last_done,
             capture_s=capture_s,
+            is_watched=watched is not None,
         )
 
-    def _target(self, num_rows: int, num_nodes: int, results: torch.Tensor) -> None:
-        """Forward every row's pending token and draft, sample after each, commit what agrees, or all if rectified."""
+    def _watched(self) -> LayerAttention | None:
+        """What the next cycle attends with where gates learn from it."""
+        sampler = None if self._sparse is None else self._sparse.sampler
+        if sampler is None or self._sampling.temperature == 0:
+            return None
+        return sampler.next_cycle(self._residency.sequences)
+
+    def _target(
+        self, num_rows: int, num_nodes: int, results: torch.Tensor, watched: LayerAttention | None = None
+    ) -> None:
+        """Forward every row's pending token and draft, sample after each, commit what agrees, or all if rectified.
+
+        watched: what it attends with, in a cycle that runs outside of its graph.
+        """
         residency, cache, size = self._residency, self._cache, self._block_size
         texts, rows = residency.texts, residency.rows
         drafts = residency.drafts(num_rows, num_nodes) if num_nodes else None
         inputs = prepare(texts, rows, drafts, num_rows=num_rows, block_size=size, dummy_slot=cache.dummy_slot)
         reader, sparse, under = residency.reader, self._sparse, self._sampling.under
-        attention: LayerAttention | None = None
-        if sparse is not None:
+        attention = watched
+        if sparse is not None and watched is None:
             attention = sparse.forward(rows, num_rows) if under == "sparse" else sparse.watch(rows, num_rows)
         drawn = self._forward(
             rows,
@@ -297,7 +314,8 @@ class ResidentCycles:
         if self._residency.reader is not None:
             launched.tell(self._residency.reader, read)
         self._tally.tokens += sum(read.counts)
-        self._chooser.observe(launched.report(read, seconds))
+        if not launched.is_watched:
+            self._chooser.observe(launched.report(read, seconds))
         self._residency.leave(finished)
         return finished
 

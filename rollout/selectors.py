@@ -1,5 +1,6 @@
 """The selectors by name: those that go by a block's keys or its place, and how all of them are configured."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kernels.select import (
     newest_blocks,
     num_selection_blocks,
 )
+from rollout.gate_sampler import GateSampler
 from rollout.gate_selector import GateSelector
 from rollout.lowbit import LowBitPolicy
 from rollout.model import PagedCache
@@ -171,11 +173,22 @@ def require_sparse(config: SparseConfig, model_config: PretrainedConfig) -> None
 def make_sparse(config: SparseConfig, policy: PreTrainedModel) -> SparseAttention:
     """A policy's sparse attention as its config has it. Raises ConfigError, PreflightError."""
     require_sparse(config, policy.config)
+    dense = {*range(config.dense_layers), *config.dense}
     return SparseAttention(
         _selector(config, policy),
-        dense={*range(config.dense_layers), *config.dense},
+        dense=dense,
         lowbit=None if config.weights == "policy" else LowBitPolicy(policy, config.weights),
+        sampler=_sampler(config, policy, dense) if config.learn else None,
     )
+
+
+def _sampler(config: SparseConfig, policy: PreTrainedModel, dense: Collection[int]) -> GateSampler:
+    """Of the layers that read what gates pick. Raises ConfigError where there are none."""
+    layers = [layer for layer in range(policy.config.get_text_config().num_hidden_layers) if layer not in dense]
+    if not layers:
+        raise ConfigError("sparse.learn=True: every layer is in sparse.dense or dense_layers; set false, or fewer")
+    budget = choice_of(config).budget_blocks
+    return GateSampler(layers, select_block=config.block_tokens, budget_blocks=budget)
 
 
 def choice_of(config: SparseConfig) -> Choice:

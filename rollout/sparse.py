@@ -17,6 +17,7 @@ from kernels.select import BlockLists
 from kernels.sparse_attention import sparse_attention
 from rollout.forward import Drawn, RowForward
 from rollout.fused import LayerAttention
+from rollout.gate_sampler import GateSampler
 from rollout.lowbit import LowBitPolicy
 from rollout.model import PagedCache
 
@@ -69,11 +70,20 @@ class SparseAttention:
     """A policy's sparse attention: its selector, the layers that attend densely in any case, and one cache at a time.
 
     dense: those layers. What a forward under it writes to the cache is approximate, as is what it computes.
-    lowbit: the weights that drafts read; None: the policy's own.
+    lowbit: the weights that drafts read; None: the policy's own. sampler: keeps what the selector's gates learn from;
+    None where they do not learn.
     """
 
-    def __init__(self, selector: Selector, *, dense: Collection[int] = (), lowbit: LowBitPolicy | None = None) -> None:
+    def __init__(
+        self,
+        selector: Selector,
+        *,
+        dense: Collection[int] = (),
+        lowbit: LowBitPolicy | None = None,
+        sampler: GateSampler | None = None,
+    ) -> None:
         self.selector = selector
+        self.sampler = sampler
         self.dense = frozenset(dense)
         self.lowbit = lowbit
         self._attached: tuple[PagedCache, int, int] | None = None

@@ -89,16 +89,32 @@ class Watched:
         scale: float,
     ) -> torch.Tensor:
         """Over everything."""
-        num_tokens, num_heads, _ = query.shape
-        num_blocks = num_selection_blocks(seqs, self.select_block)
-        maxima = BlockMaxima(
-            scores=torch.empty(num_tokens, num_heads, num_blocks, device=query.device),
-            lse=torch.empty(num_tokens, num_heads, device=query.device),
-            select_block=self.select_block,
-        )
-        attended = paged_attention(
-            query, key_cache, value_cache, seqs, scale=scale, sliding_window=None, softcap=None, maxima=maxima
+        attended, maxima = attend_and_watch(
+            query, key_cache, value_cache, seqs, scale=scale, select_block=self.select_block
         )
         scores = verified_scores(maxima, seqs, num_kv_heads=key_cache.shape[2])
-        self.weights[layer, :, :, :num_blocks].index_copy_(0, self.text, scores)
+        self.weights[layer, :, :, : scores.shape[2]].index_copy_(0, self.text, scores)
         return attended
+
+
+def attend_and_watch(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    seqs: PagedSequences,
+    *,
+    scale: float,
+    select_block: int,
+) -> tuple[torch.Tensor, BlockMaxima]:
+    """Dense attention [T, Hq, D], and the largest scores in the selection blocks."""
+    num_tokens, num_heads, _ = query.shape
+    num_blocks = num_selection_blocks(seqs, select_block)
+    maxima = BlockMaxima(
+        scores=torch.empty(num_tokens, num_heads, num_blocks, device=query.device),
+        lse=torch.empty(num_tokens, num_heads, device=query.device),
+        select_block=select_block,
+    )
+    attended = paged_attention(
+        query, key_cache, value_cache, seqs, scale=scale, sliding_window=None, softcap=None, maxima=maxima
+    )
+    return attended, maxima

@@ -43,6 +43,17 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
             ["sparse.gate=GATES"],
             r"sparse\.gate='GATES': sparse\.selector=quest reads none; set '', or .*=gate",
         ),
+        (["sparse.learn=true"], r"sparse\.learn=True: sparse\.selector=quest has no gates; set false, or .*=gate"),
+        (
+            [
+                "sparse.selector=gate",
+                "sparse.gate=G",
+                "rollout.block_size=64",
+                "sparse.learn=true",
+                "compute.backend=ray",
+            ],
+            r"sparse\.learn=True: gates learn in a run of one process; set false, or compute\.backend=inline",
+        ),
         (["sparse.selector=duo"], r"sparse\.gate='': name DuoAttention's full_attention_heads\.tsv"),
         (["sparse.inner=eagle"], r"sparse\.inner='eagle': there is no head; set spec\.source=eagle"),
         (
@@ -79,6 +90,13 @@ def test_what_cannot_work_is_answered_with_the_remedy(overrides: list[str], answ
 )
 def test_one_mistake_is_answered_once(overrides: list[str]) -> None:
     assert len(complaint("sparse.mode=draft", *overrides)) == 1
+
+
+@pytest.mark.parametrize("mode", ["off", "plain", "rectified"])
+def test_gates_learn_where_they_change_no_sample(mode: str) -> None:
+    options = ["spec.source=off", "sparse.selector=gate", "sparse.gate=G", "rollout.block_size=64", "sparse.learn=true"]
+    (line,) = complaint(f"sparse.mode={mode}", *options)
+    assert re.search(rf"sparse\.learn=True: is of sparse\.mode=draft, not of {mode}; set false", line)
 
 
 def test_what_is_off_is_not_judged() -> None:

@@ -34,6 +34,7 @@ def cycle(make_sequence: MakeSequence) -> Launched:
         begun=1.0,
         done=1.5,
         capture_s=0.0,
+        is_watched=False,
     )
 
 
