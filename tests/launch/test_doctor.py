@@ -199,7 +199,8 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with subprocess.Popen([sys.executable, str(TWO_NODES)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as nodes:
+    command = [sys.executable, str(TWO_NODES), "1", "1"]  # CPUs of each
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as nodes:
         assert nodes.stdin is not None and nodes.stdout is not None
         monkeypatch.setenv("RAY_ADDRESS", nodes.stdout.readline().decode().strip())
         yield
