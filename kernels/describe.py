@@ -4,6 +4,7 @@ They lie beside the cache, addressed as it is: block of the cache, then part of 
 share is described once, and a descriptor is a pure function of the keys that are committed to its block.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -61,24 +62,62 @@ def describe_reference(
     max_tokens: int,
 ) -> None:
     """describe in torch."""
-    block_size, parts = storage.shape[3], out.shape[2]
-    select_block = block_size // parts
-    first = begins // select_block
-    touched = first[:, None] + torch.arange(most_touched(max_tokens, select_block), device=storage.device)
-    rows, column = ((touched * select_block < ends[:, None]) & (begins < ends)[:, None]).nonzero(as_tuple=True)
-    selected = touched[rows, column].long()
-    blocks = block_tables[rows, selected // parts].long()
-    index = selected[:, None] * select_block + torch.arange(select_block, device=storage.device)
-    slots = blocks[:, None] * block_size + index % block_size
-    keys = storage[:, 0].flatten(1, 2)[:, slots].float()  # [layers, N, select_block, Hkv, D]
-    is_key = (index < ends[rows, None])[:, :, None, None]
+    touched = touched_blocks(
+        storage, parts=out.shape[2], block_tables=block_tables, begins=begins, ends=ends, max_tokens=max_tokens
+    )
+    keys = touched.keys.float()
+    index = torch.arange(keys.shape[2], device=keys.device)
+    is_key = (index < touched.num_keys[:, None])[:, :, None, None]
     if kind == "minmax":
         low = torch.where(is_key, keys, torch.inf).amin(dim=2)
         high = torch.where(is_key, keys, -torch.inf).amax(dim=2)
         described = torch.cat([low, high], dim=3)
     else:
         described = torch.where(is_key, keys, 0).sum(dim=2) / is_key.sum(dim=1)
-    out[:, blocks, selected % parts] = described.to(out.dtype)
+    out[:, touched.blocks, touched.part] = described.to(out.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """N selection blocks that ranges of tokens touch: part [N] of blocks [N] of the cache, from token starts [N] on.
+
+    keys [layers, N, select_block, Hkv, D], of which the first num_keys [N] stand below the range's end.
+    """
+
+    blocks: torch.Tensor
+    part: torch.Tensor
+    starts: torch.Tensor
+    keys: torch.Tensor
+    num_keys: torch.Tensor
+
+
+def touched_blocks(
+    storage: torch.Tensor,
+    *,
+    parts: int,
+    block_tables: torch.Tensor,
+    begins: torch.Tensor,
+    ends: torch.Tensor,
+    max_tokens: int,
+) -> Touched:
+    """What describe describes, in torch. parts: selection blocks of a block of the cache."""
+    block_size = storage.shape[3]
+    select_block = block_size // parts
+    touched = begins[:, None] // select_block
+    touched = touched + torch.arange(most_touched(max_tokens, select_block), device=storage.device)
+    rows, column = ((touched * select_block < ends[:, None]) & (begins < ends)[:, None]).nonzero(as_tuple=True)
+    selected = touched[rows, column].long()
+    blocks = block_tables[rows, selected // parts].long()
+    starts = selected * select_block
+    index = starts[:, None] + torch.arange(select_block, device=storage.device)
+    slots = blocks[:, None] * block_size + index % block_size
+    return Touched(
+        blocks=blocks,
+        part=selected % parts,
+        starts=starts,
+        keys=storage[:, 0].flatten(1, 2)[:, slots],
+        num_keys=(ends[rows] - starts).clamp(max=select_block),
+    )
 
 
 def most_touched(max_tokens: int, select_block: int) -> int:

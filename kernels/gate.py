@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.attention import PagedSequences
-from kernels.describe import most_touched
+from kernels.describe import touched_blocks
 from kernels.select import BlockLists, Choice, choose_blocks, num_selection_blocks
 
 
@@ -187,22 +187,13 @@ def compress_reference(
     max_tokens: int,
 ) -> None:
     """compress in torch."""
-    block_size, parts = storage.shape[3], out.shape[2]
-    select_block = block_size // parts
-    first = begins // select_block
-    touched = first[:, None] + torch.arange(most_touched(max_tokens, select_block), device=storage.device)
-    rows, column = ((touched * select_block < ends[:, None]) & (begins < ends)[:, None]).nonzero(as_tuple=True)
-    selected = touched[rows, column].long()
-    blocks = block_tables[rows, selected // parts].long()
-    starts = selected * select_block
-    index = starts[:, None] + torch.arange(select_block, device=storage.device)
-    slots = blocks[:, None] * block_size + index % block_size
-    keys = storage[:, 0].flatten(1, 2)[:, slots]  # [L, N, select_block, Hkv, D]
-    num_valid = (ends[rows] - starts).clamp(max=select_block)
-    pooled = pool_keys(keys, starts, num_valid, weights.rotation).to(weights.key_weight.dtype)
+    touched = touched_blocks(
+        storage, parts=out.shape[2], block_tables=block_tables, begins=begins, ends=ends, max_tokens=max_tokens
+    )
+    pooled = pool_keys(touched.keys, touched.starts, touched.num_keys, weights.rotation).to(weights.key_weight.dtype)
     merged = torch.einsum("lnhi,lhio->lnho", pooled, weights.key_weight)
-    compressed = finish(merged, weights.key_norm[:, None, None], starts, weights.gate_rotation, weights.eps)
-    out[:, blocks, selected % parts] = compressed.to(out.dtype)
+    compressed = finish(merged, weights.key_norm[:, None, None], touched.starts, weights.gate_rotation, weights.eps)
+    out[:, touched.blocks, touched.part] = compressed.to(out.dtype)
 
 
 def gate_queries(weights: GateWeights, layer: int, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -90,11 +90,7 @@ def _launch(
     assert tile.slices == 1 or tile.block_m >= 8, tile
     out = x.new_empty(num_tokens, num_features)
     grid = (triton.cdiv(num_tokens, tile.block_m), triton.cdiv(num_features, tile.block_n), tile.split_k)
-    parts = arrivals = out  # not touched without a split
-    if tile.split_k > 1:
-        assert grid[0] * grid[1] <= MAX_SPLIT_TILES
-        parts = x.new_empty(grid[0] * grid[1] * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
-        arrivals = arrival_counters(x.device)
+    parts, arrivals = split_room(out, grid, tile)
     overlap = overlaps(x.device)
     _linear_kernel[grid](
         x,
@@ -136,8 +132,17 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def split_room(out: torch.Tensor, grid: tuple[int, int, int], tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where programs that share an output tile leave their parts, and count themselves; out where none does."""
+    if tile.split_k == 1:
+        return out, out  # not touched
+    assert grid[0] * grid[1] <= MAX_SPLIT_TILES
+    parts = out.new_empty(grid[0] * grid[1] * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
+    return parts, _arrival_counters(out.device)
+
+
 @cache
-def arrival_counters(device: torch.device) -> torch.Tensor:
+def _arrival_counters(device: torch.device) -> torch.Tensor:
     """Zeros, to which every kernel returns them."""
     assert device.type == "cpu" or not torch.cuda.is_current_stream_capturing(), "run once before capturing"
     return torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)

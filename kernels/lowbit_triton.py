@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.linear import Tile
-from kernels.linear_triton import MAX_SPLIT_TILES, arrival_counters, join, overlaps, silu_mul
+from kernels.linear_triton import join, overlaps, silu_mul, split_room
 from kernels.lowbit import LowBit
 
 
@@ -51,11 +51,7 @@ def _launch(
     assert tile.slices == 1 and tile.block_m >= 8, tile
     out = x.new_empty(num_tokens, num_features)
     grid = (triton.cdiv(num_tokens, tile.block_m), triton.cdiv(num_features, tile.block_n), tile.split_k)
-    parts = arrivals = out  # not touched without a split
-    if tile.split_k > 1:
-        assert grid[0] * grid[1] <= MAX_SPLIT_TILES
-        parts = x.new_empty(grid[0] * grid[1] * tile.split_k * tile.block_n * tile.block_m, dtype=torch.float32)
-        arrivals = arrival_counters(x.device)
+    parts, arrivals = split_room(out, grid, tile)
     overlap = overlaps(x.device)
     second = weight if up is None else up
     _lowbit_kernel[grid](

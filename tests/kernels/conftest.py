@@ -1,7 +1,11 @@
-"""Sequences in shuffled blocks of a paged cache, and who sees whom in them, one token at a time."""
+"""Sequences in shuffled blocks of a paged cache, and who sees whom in them, one token at a time; kernels looked at."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +116,45 @@ def make_paged() -> Callable[..., Paged]:
         )
 
     return make
+
+
+@pytest.fixture
+def poisoned_new_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a kernel leaves unwritten is NaN."""
+
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
+        tensor = new_empty(*args, **options)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture(scope="session")
+def run_compiling() -> Callable[[str], None]:
+    """Run code that compiles kernels: in a process of its own, without the interpreter, which takes anything."""
+
+    def run(code: str) -> None:
+        environment = os.environ | {"TRITON_INTERPRET": "0"}
+        folder = Path(__file__).parents[2]
+        done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return run
+
+
+class Counted:
+    """Stands for a kernel and notes its launches."""
+
+    def __init__(self, name: str, launched: list[str]) -> None:
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **options: self.launched.append(self.name)
+
+
+@pytest.fixture(scope="session")
+def counted() -> type[Counted]:
+    """What stands for a kernel: counted(name, launched)."""
+    return Counted

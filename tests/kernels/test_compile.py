@@ -2,9 +2,7 @@
 
 import ast
 import importlib
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import kernels
@@ -39,12 +37,8 @@ triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4
 """
 
 
-def test_the_step_of_a_head_compiles_for_a_single_row() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, cwd=FOLDER.parent, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+def test_the_step_of_a_head_compiles_for_a_single_row(run_compiling: Callable[[str], None]) -> None:
+    run_compiling(COMPILE)
 
 
 def test_no_kernel_calls_a_method_of_an_argument_that_may_be_a_constant() -> None:

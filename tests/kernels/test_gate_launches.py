@@ -1,16 +1,11 @@
 """A gate's scores and lists take two launches, its descriptors one, and all compile for the GPU they are meant for."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import kernels
 from kernels import gate_compress_triton, gate_queries_triton, gate_triton
 from kernels.attention import paged_sequences
 from kernels.gate import GateWeights, Rotation, empty_compressed
@@ -59,21 +54,8 @@ compiles(
 """
 
 
-def test_the_kernels_compile_for_an_h100() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    folder = Path(kernels.__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=folder, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-
-
-class Counted:
-    """Stands for a kernel and notes its launches."""
-
-    def __init__(self, name: str, launched: list[str]) -> None:
-        self.name, self.launched = name, launched
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **options: self.launched.append(self.name)
+def test_the_kernels_compile_for_an_h100(run_compiling: Callable[[str], None]) -> None:
+    run_compiling(COMPILE)
 
 
 def make_weights() -> GateWeights:
@@ -84,11 +66,13 @@ def make_weights() -> GateWeights:
 
 
 def test_scores_and_lists_are_two_launches(
-    monkeypatch: pytest.MonkeyPatch, launches: Callable[[Callable[[], object]], int]
+    monkeypatch: pytest.MonkeyPatch,
+    launches: Callable[[Callable[[], object]], int],
+    counted: Callable[[str, list[str]], object],
 ) -> None:
     launched: list[str] = []
-    monkeypatch.setattr(gate_queries_triton, "_merge_kernel", Counted("merge", launched))
-    monkeypatch.setattr(gate_triton, "_score_kernel", Counted("score", launched))
+    monkeypatch.setattr(gate_queries_triton, "_merge_kernel", counted("merge", launched))
+    monkeypatch.setattr(gate_triton, "_score_kernel", counted("score", launched))
     seqs = paged_sequences(
         cu_seqlens_q=torch.arange(3, dtype=torch.int32),
         max_seqlen_q=1,
@@ -110,10 +94,12 @@ def test_scores_and_lists_are_two_launches(
 
 
 def test_all_layers_are_compressed_in_one_launch(
-    monkeypatch: pytest.MonkeyPatch, launches: Callable[[Callable[[], object]], int]
+    monkeypatch: pytest.MonkeyPatch,
+    launches: Callable[[Callable[[], object]], int],
+    counted: Callable[[str, list[str]], object],
 ) -> None:
     launched: list[str] = []
-    monkeypatch.setattr(gate_compress_triton, "_compress_kernel", Counted("compress", launched))
+    monkeypatch.setattr(gate_compress_triton, "_compress_kernel", counted("compress", launched))
     weights, storage = make_weights(), torch.zeros(3, 2, 4, 64, 2, 8)
     out = empty_compressed(weights, storage, select_block=16)
     options: dict[str, Any] = {"block_tables": torch.zeros(2, 2, dtype=torch.int32), "max_tokens": 9}

@@ -9,6 +9,8 @@ from kernels import linear as definition
 from kernels.linear import Norm, Rule, Tile, fit, gated_linear, linear, rms_norm, silu_mul, tile_for
 from kernels.linear_triton import gated_linear_triton, linear_triton, rms_norm_triton, silu_mul_triton
 
+pytestmark = pytest.mark.usefixtures("poisoned_new_empty")
+
 ON_CPU = pytest.param(
     "cpu",
     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="triton interprets only where no CUDA device is seen"),
@@ -38,19 +40,6 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert got.dtype == wanted.dtype
     tolerance = TOLERANCE[got.device.type]
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel leaves unwritten is NaN."""
-
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
-        tensor = new_empty(*args, **options)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 @pytest.mark.parametrize("device", [ON_CPU, ON_GPU])

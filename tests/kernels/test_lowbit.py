@@ -1,9 +1,6 @@
 """Products over eight-bit weights: reference against Triton, and what smoothing is worth."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -13,6 +10,8 @@ from kernels import lowbit as definition
 from kernels.linear import Norm, Tile, rms_norm, tile_for
 from kernels.lowbit import GATED, LARGEST, PLAIN, Kind, LowBit, empty_lowbit, gated_linear, linear, quantise, smoothing
 from kernels.lowbit_triton import gated_linear_triton, linear_triton
+
+pytestmark = pytest.mark.usefixtures("poisoned_new_empty")
 
 ON_CPU = pytest.param(
     "cpu",
@@ -45,19 +44,6 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor) -> None:
     assert got.dtype == wanted.dtype
     tolerance = TOLERANCE[got.device.type]
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a kernel leaves unwritten is NaN."""
-
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
-        tensor = new_empty(*args, **options)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 @pytest.mark.parametrize("device", [ON_CPU, ON_GPU])
@@ -205,12 +191,5 @@ for values, gated, tokens, split in (("i8", False, 8, 4), ("i8", True, 16, 1), (
 """
 
 
-def test_the_kernel_compiles_for_an_h100_and_loads_weights_ahead() -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+def test_the_kernel_compiles_for_an_h100_and_loads_weights_ahead(run_compiling: Callable[[str], None]) -> None:
+    run_compiling(COMPILE)

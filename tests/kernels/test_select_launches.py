@@ -1,16 +1,11 @@
 """Scoring and choosing are two launches, compile for the GPUs they are meant for, and replay in a captured graph."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import kernels
 from kernels import describe_triton, scores_triton, select_triton
 from kernels.attention import PagedSequences, paged_sequences
 from kernels.describe import describe, empty_descriptors
@@ -61,21 +56,8 @@ compiles(
 """
 
 
-def test_the_kernels_compile_for_an_h100() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
-    folder = Path(kernels.__file__).parent.parent
-    run = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=folder, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-
-
-class Counted:
-    """Stands for a kernel and notes its launches."""
-
-    def __init__(self, name: str, launched: list[str]) -> None:
-        self.name, self.launched = name, launched
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **options: self.launched.append(self.name)
+def test_the_kernels_compile_for_an_h100(run_compiling: Callable[[str], None]) -> None:
+    run_compiling(COMPILE)
 
 
 def sequences(contexts: list[int], device: str) -> PagedSequences:
@@ -92,11 +74,13 @@ def sequences(contexts: list[int], device: str) -> PagedSequences:
 
 
 def test_scores_and_lists_are_a_launch_each(
-    monkeypatch: pytest.MonkeyPatch, launches: Callable[[Callable[[], object]], int]
+    monkeypatch: pytest.MonkeyPatch,
+    launches: Callable[[Callable[[], object]], int],
+    counted: Callable[[str, list[str]], object],
 ) -> None:
     launched: list[str] = []
-    monkeypatch.setattr(scores_triton, "_score_kernel", Counted("score", launched))
-    monkeypatch.setattr(select_triton, "_choose_kernel", Counted("choose", launched))
+    monkeypatch.setattr(scores_triton, "_score_kernel", counted("score", launched))
+    monkeypatch.setattr(select_triton, "_choose_kernel", counted("choose", launched))
     query, minmax = torch.zeros(2, 4, 8), torch.zeros(2 * WIDTH, BLOCK_SIZE // SELECT_BLOCK, 2, 16)
     seqs = sequences([900, 5], "cpu")
 
@@ -109,10 +93,12 @@ def test_scores_and_lists_are_a_launch_each(
 
 
 def test_all_layers_are_described_in_one_launch(
-    monkeypatch: pytest.MonkeyPatch, launches: Callable[[Callable[[], object]], int]
+    monkeypatch: pytest.MonkeyPatch,
+    launches: Callable[[Callable[[], object]], int],
+    counted: Callable[[str, list[str]], object],
 ) -> None:
     launched: list[str] = []
-    monkeypatch.setattr(describe_triton, "_describe_kernel", Counted("describe", launched))
+    monkeypatch.setattr(describe_triton, "_describe_kernel", counted("describe", launched))
     storage = torch.zeros(7, 2, 4, BLOCK_SIZE, 2, 8)
     out = empty_descriptors("minmax", storage, select_block=SELECT_BLOCK)
     options: dict[str, Any] = {"block_tables": torch.zeros(2, 2, dtype=torch.int32), "max_tokens": 9}

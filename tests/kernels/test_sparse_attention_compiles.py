@@ -1,9 +1,6 @@
 """Sparse attention as an H100 would be given it, compiled without one."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 # in a process of its own, without the interpreter; no GPU takes part
 COMPILE = """
@@ -36,13 +33,6 @@ assert code.count("cp.async.cg") >= 16, "keys and values are not loaded ahead"
 """
 
 
-def test_the_kernel_compiles_for_an_h100_and_loads_keys_ahead() -> None:
+def test_the_kernel_compiles_for_an_h100_and_loads_keys_ahead(run_compiling: Callable[[str], None]) -> None:
     """Triton gives up on a loop that hands a value on through two iterations, without a word."""
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=os.environ | {"TRITON_INTERPRET": "0"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_compiling(COMPILE)
