@@ -1,7 +1,6 @@
 """Rows that have said a great deal, without its having been computed: what their cycles launch, to be timed."""
 
 from collections.abc import Callable
-from time import perf_counter
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +14,7 @@ from launch.bench_rollout import sampling
 from rollout.decoder import make_decoder
 from rollout.forward import RowForward
 from rollout.graphs import GraphPool
+from rollout.launched import seconds_between, stamp
 from rollout.model import PagedCache
 from rollout.residency import Residency
 from rollout.sparse import SparseAttention, SparsePolicy
@@ -164,28 +164,13 @@ class LongRows:
         return [self._mean_ms(name, launch) for _ in range(rounds)]
 
     def _mean_ms(self, name: str, launch: Callable[[], None]) -> float:
-        times = []
+        device, times = self.cache.storage.device, []
         for _ in range(REPEATS):
             self._set_back()
-            begun = self._now()
+            begun = stamp(device)
             self._graphs.run(name, launch)
-            times.append((begun, self._now()))
-        return sum(_between_ms(*each) for each in times) / REPEATS
-
-    def _now(self) -> torch.cuda.Event | float:
-        if self.cache.storage.device.type == "cpu":
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _between_ms(begun: torch.cuda.Event | float, ended: torch.cuda.Event | float) -> float:
-    if isinstance(begun, float) or isinstance(ended, float):
-        assert isinstance(begun, float) and isinstance(ended, float)
-        return (ended - begun) * 1e3
-    ended.synchronize()
-    return float(begun.elapsed_time(ended))
+            times.append((begun, stamp(device)))
+        return sum(seconds_between(*each) for each in times) / REPEATS * 1e3
 
 
 def rows_tokens(kv_bytes: float, token_bytes: int, num_rows: int) -> int:

@@ -35,10 +35,9 @@ from rl.rundir import RunDir
 from rl.sandbox import RewardPool
 from rl.types import Group, StepStats, Trainer
 from rl.warmstart import warm_start
-from rollout.types import Engine, Prompt, Rollout, SampledUnder, Sampling
+from rollout.lossy import UNDER
+from rollout.types import Engine, Prompt, Rollout, Sampling
 
-# What a mode of sparse attention makes rollouts: drafts are verified densely
-UNDER: dict[str, SampledUnder] = {"plain": "sparse", "rectified": "rectified"}
 # Evaluation noise is never drawn (temperature 0); the step only has to differ from training steps.
 EVAL_STEP = -1
 DRAFTER, GATES = "drafter", "gates"  # their folders in a checkpoint

@@ -83,6 +83,7 @@ class NativeEngine:
     ) -> None:
         self.version = 0
         self.weights = weights
+        self.sparse = sparse
         self.ranks = ranks_of(model)  # that share the policy
         # called before every cycle, and whether there is to be one: those ranks agree here
         self.agree: abc.Callable[[], bool] = lambda: True
@@ -94,7 +95,6 @@ class NativeEngine:
         self._resident = cycles == "resident" or (cycles == "auto" and on_device)
         assert self._resident or not (reader or sparse), "hosted cycles keep no hidden states, and attend to everything"
         self._reader = reader
-        self._sparse = sparse
         self._workspace = Workspace(
             model,
             rollout,
@@ -121,7 +121,7 @@ class NativeEngine:
         KV cache cannot hold it, or the policy is not whole (StaleWeightsError).
         """
         assert self._scheduler is None, "one generate at a time"
-        assert sampling.under == "dense" or self._sparse is not None, "there is no selector to sample under"
+        assert sampling.under == "dense" or self.sparse is not None, "there is no selector to sample under"
         if not prompts and not partials:
             return
         if self.weights is not None:
@@ -268,11 +268,6 @@ class NativeEngine:
         """The policy's."""
         return self._model.config
 
-    @property
-    def sparse(self) -> SparseAttention | None:
-        """The policy's sparse attention, if it has one."""
-        return self._sparse
-
     def gates_changed(self) -> None:
         """The selector's gates were updated in place, no sequence running: nothing that they described is found."""
         assert self._scheduler is None, "sequences are being sampled"
@@ -353,15 +348,15 @@ class NativeEngine:
             chooser=self._chooser,
             tally=self._tally,
             block_size=block_size,
-            sparse=self._sparse,
+            sparse=self.sparse,
         )
 
     def _refresh_copy(self) -> None:
         """Let the weights that drafts read, where they are a copy, be those of the present version."""
         scheduler = self._scheduler
-        if self._sparse is not None and self._sparse.lowbit is not None and scheduler is not None:
+        if self.sparse is not None and self.sparse.lowbit is not None and scheduler is not None:
             texts = (sequence.tokens for sequence in (*scheduler.running, *scheduler.waiting))
-            self._sparse.lowbit.refresh(self.version, texts)
+            self.sparse.lowbit.refresh(self.version, texts)
 
     def _sequence(self, prompt: Prompt, sample: int, sampling: Sampling) -> Sequence:
         return Sequence(

@@ -4,8 +4,8 @@ import torch
 
 from drafter.gate import Gates
 from kernels.attention import PagedSequences
-from kernels.gate import compress, empty_compressed, gate_choose, gate_scores
-from kernels.select import BlockLists, Choice, choose_blocks
+from kernels.gate import compress, empty_compressed, gate_choose
+from kernels.select import BlockLists, Choice
 from rollout.model import PagedCache
 
 
@@ -51,12 +51,4 @@ class GateSelector:
         self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
     ) -> BlockLists:
         """The blocks that the layer's gate wants most."""
-        descriptors = self.descriptors[layer]
-        if self._choice.threshold is None:
-            return gate_choose(self._weights, layer, query, positions, descriptors, seqs, self._choice)
-        scores = gate_scores(self._weights, layer, query, positions, descriptors, seqs)
-        complete = (
-            torch.arange(scores.shape[2], device=scores.device) < (seqs.context_lens // self.select_block)[:, None]
-        )
-        scores = scores.masked_fill(~complete[:, None], -torch.inf).softmax(dim=2).nan_to_num(0.0)
-        return choose_blocks(scores, seqs, self._choice, select_block=self.select_block)
+        return gate_choose(self._weights, layer, query, positions, self.descriptors[layer], seqs, self._choice)

@@ -1,5 +1,6 @@
 """A cycle that is under way on the device, and what the host reads of it when it is over."""
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from rollout.sequence import Sequence
 from rollout.strategy import CycleReport
 
 COUNT, FINISH, ACCEPTED, TOKENS = 0, 1, 2, 3  # columns of CycleResult.host
+Stamp = torch.cuda.Event | float  # a moment on a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +52,14 @@ class Launched:
     results: torch.Tensor
     dense_logprobs: torch.Tensor | None
     version: int
-    begun: torch.cuda.Event | float
-    done: torch.cuda.Event | float
+    begun: Stamp
+    done: Stamp
     capture_s: float
     is_watched: bool
 
     def wait(self) -> float:
         """Block until the results are there; the seconds the cycle took."""
-        if isinstance(self.done, float):
-            assert isinstance(self.begun, float)
-            return self.done - self.begun
-        self.done.synchronize()
-        assert not isinstance(self.begun, float)
-        return float(self.begun.elapsed_time(self.done)) / 1e3
+        return seconds_between(self.begun, self.done)
 
     def read(self) -> Read:
         """The results, once they are there. Raises DivergedError where the policy's log-probs are not finite."""
@@ -109,3 +106,22 @@ class Launched:
             rows_with_draft=int((read.proposed[:, :1] > 0).sum()) if strategy.num_verify else 0,
             capture_s=self.capture_s,
         )
+
+
+def stamp(device: torch.device) -> Stamp:
+    """Now, in the order of what is launched there."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begun: Stamp, done: Stamp) -> float:
+    """Of two moments on one device; blocks until the second has come."""
+    if isinstance(done, float):
+        assert isinstance(begun, float)
+        return done - begun
+    done.synchronize()
+    assert not isinstance(begun, float)
+    return float(begun.elapsed_time(done)) / 1e3

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from drafter.types import OFF, Drafts, Strategy
 from kernels.cycle import CycleInputs
 from kernels.logprob import selected_logprobs
+from rollout.types import SampledUnder
+
+# Sampling.under by sparse.mode; the others' rollouts are dense, for drafts are verified densely
+UNDER: dict[str, SampledUnder] = {"plain": "sparse", "rectified": "rectified"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ A cycle is two launch sequences, each a CUDA graph: the drafter's proposal, and 
 sample, walk, commit, compact - which strategies that verify equally many tokens share (DESIGN.md, one cycle).
 """
 
-import time
 from collections import abc
 
 import torch
@@ -18,7 +17,7 @@ from rollout.decoder import Decoder
 from rollout.forward import Drawn, RowForward
 from rollout.fused import LayerAttention
 from rollout.graphs import GraphPool, bucket
-from rollout.launched import Launched
+from rollout.launched import Launched, Stamp, stamp
 from rollout.lossy import let_stand
 from rollout.model import PagedCache
 from rollout.residency import Residency
@@ -72,7 +71,7 @@ class ResidentCycles:
                 drafting = RowForward(reads, cache, sampling, residency=residency, block_size=block_size)
             residency.drafter.lend(SparsePolicy(drafting, sparse, logprobs=kept))
         self._launched: Launched | None = None
-        self._last_done: torch.cuda.Event | float | None = None  # None where something else ran since
+        self._last_done: Stamp | None = None  # None where something else ran since
 
     @property
     def in_flight(self) -> bool:
@@ -147,7 +146,7 @@ class ResidentCycles:
         num_rows = min(bucket(len(residency.sequences)), residency.num_rows)
         num_nodes = strategy.num_verify
         context = _mean_tokens(residency.sequences)
-        begun = self._last_done or self._now()
+        begun = self._last_done or stamp(self._device)
         capture_s = 0.0
         residency.refresh(strategy)
         if num_nodes:
@@ -173,7 +172,7 @@ class ResidentCycles:
             assert strategy.source in ("off", "sparse"), "what is not the policy's own would stand"
             dense_logprobs = residency.host_dense_logprobs(num_rows, num_nodes)
             dense_logprobs.copy_(residency.dense_logprobs(num_rows, num_nodes), non_blocking=True)
-        self._last_done = self._now()
+        self._last_done = stamp(self._device)
         return Launched(
             sequences=list(residency.sequences),
             texts=residency.row_texts(),
@@ -318,13 +317,6 @@ class ResidentCycles:
             self._chooser.observe(launched.report(read, seconds))
         self._residency.leave(finished)
         return finished
-
-    def _now(self) -> torch.cuda.Event | float:
-        if self._device.type == "cpu":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 def _mean_tokens(sequences: abc.Sequence[Sequence]) -> float:

@@ -25,7 +25,7 @@ from kernels.select import (
 from rollout.gate_sampler import GateSampler
 from rollout.gate_selector import GateSelector
 from rollout.lowbit import LowBitPolicy
-from rollout.model import PagedCache
+from rollout.model import PagedCache, kv_shape
 from rollout.sparse import Selector, SparseAttention
 from rollout.verified import VerifiedSelector
 
@@ -241,8 +241,7 @@ def retrieval_heads(path: Path, model_config: PretrainedConfig, *, above: float)
 
     Lines of layers, values of heads between tabs. Raises PreflightError for another file.
     """
-    text = model_config.get_text_config()
-    shape = (text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    shape = kv_shape(model_config)[:2]
     try:
         values = [
             [float(value) for value in line.split("\t")] for line in path.read_text().splitlines() if line.strip()

@@ -83,4 +83,4 @@ def test_samples_are_those_without_it(tiny: PreTrainedModel, overrides: list[str
 def test_nobody_drafts_who_is_not_asked_to(tiny: PreTrainedModel, overrides: list[str], kind: type[Any]) -> None:
     config, engine = engine_of(tiny, *overrides)
     assert type(engine._drafter) is kind
-    assert (engine._sparse is None) == (config.sparse.mode == "off")
+    assert (engine.sparse is None) == (config.sparse.mode == "off")

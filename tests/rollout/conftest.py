@@ -19,6 +19,7 @@ from drafter.eagle_serving import EagleDrafter
 from drafter.ngram import NgramDrafter
 from drafter.rings import FeatureRings
 from drafter.types import OFF, Begun, Draft, Drafter, Drafts, DraftState, ResidentDrafter, Rows, Strategy, Texts
+from kernels.attention import PagedSequences, paged_sequences
 from rollout.engine import NativeEngine
 from rollout.model import load_policy
 from rollout.sequence import Sequence as RolloutSequence
@@ -310,3 +311,19 @@ def collect() -> Callable[..., dict[Key, Rollout]]:
         return asyncio.run(all_rollouts())
 
     return run
+
+
+@pytest.fixture
+def checked_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cycle, a drafting one neither, reads past a row's block table; rows and texts are soon outgrown."""
+
+    def checked(**inputs: Any) -> PagedSequences:
+        table, queries = inputs["block_tables"], inputs["max_seqlen_q"]
+        last = inputs["context_lens"] + queries - 1
+        assert int(last.max()) // inputs["block_size"] < table.shape[1], "a padded node's key lies past the table"
+        return paged_sequences(**inputs)
+
+    monkeypatch.setattr("rollout.forward.paged_sequences", checked)
+    # rows that begin short and few spare texts, so that both are outgrown
+    monkeypatch.setattr("rollout.workspace.LENGTH_STEP", 16)
+    monkeypatch.setattr("rollout.workspace.TEXT_BYTES", 300)

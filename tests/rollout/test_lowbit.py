@@ -73,8 +73,8 @@ def plain(model: PreTrainedModel) -> NativeEngine:
 
 
 def copy_of(engine: NativeEngine) -> LowBitPolicy:
-    assert engine._sparse is not None and engine._sparse.lowbit is not None
-    return engine._sparse.lowbit
+    assert engine.sparse is not None and engine.sparse.lowbit is not None
+    return engine.sparse.lowbit
 
 
 def acceptance(rollouts: dict[Key, Rollout]) -> float:

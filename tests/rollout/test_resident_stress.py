@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from configs.schema import RolloutConfig
 from drafter.ngram import NgramDrafter
 from drafter.types import OFF, Strategy
-from kernels.attention import PagedSequences, paged_sequences
 from rollout.engine import NativeEngine
 from rollout.strategy import CycleReport, FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
@@ -78,22 +77,6 @@ def random_sampling(choices: random.Random) -> Sampling:
         step=choices.randrange(100),
         temperature=choices.choice([0.0, 0.3, 1.0]),  # no filters: two tokens may be as good as equal at their border
     )
-
-
-@pytest.fixture
-def checked_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cycle reads past a row's block table."""
-
-    def checked(**inputs: Any) -> PagedSequences:
-        table, queries = inputs["block_tables"], inputs["max_seqlen_q"]
-        last = inputs["context_lens"] + queries - 1
-        assert int(last.max()) // inputs["block_size"] < table.shape[1], "a padded node's key lies past the table"
-        return paged_sequences(**inputs)
-
-    monkeypatch.setattr("rollout.forward.paged_sequences", checked)
-    # rows that begin short and few spare texts, so that both are outgrown
-    monkeypatch.setattr("rollout.workspace.LENGTH_STEP", 16)
-    monkeypatch.setattr("rollout.workspace.TEXT_BYTES", 300)
 
 
 async def some_rollouts(

@@ -169,8 +169,8 @@ def test_layers_that_stay_dense_are_dense(
     assert make_sparse(replace(SPARSE, dense_layers=1), policy).dense == {0}
     assert make_sparse(replace(SPARSE, dense=(1,)), policy).dense == {1}
     engine = make()
-    assert engine._sparse is not None
-    engine._sparse.dense = frozenset({0, 1})
+    assert engine.sparse is not None
+    engine.sparse.dense = frozenset({0, 1})
     hits, proposed = accepted(collect(engine, long_prompts, SAMPLING))
     assert hits == proposed > 0
 

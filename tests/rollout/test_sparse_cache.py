@@ -60,8 +60,8 @@ def test_weights_that_change_and_caches_that_go_leave_nothing_behind(
 ) -> None:
     model = load_policy(tiny_model_dir, device="cpu", dtype="float32")
     engine = drafting(model, "quest")
-    assert engine._sparse is not None
-    selector = engine._sparse.selector
+    assert engine.sparse is not None
+    selector = engine.sparse.selector
     for version in range(2):
         plain = NativeEngine(model, drafter=None, chooser=FixedChooser(OFF), rollout=OPTIONS)
         assert_same(collect(engine, long_prompts, SAMPLING), collect(plain, long_prompts, SAMPLING))
@@ -143,9 +143,9 @@ def test_after_rejections_cache_and_descriptors_are_those_of_a_fresh_dense_prefi
         rollouts = engine.generate(long_prompts, sampling)
         async for _ in rollouts:
             running, scheduler = engine._running, engine._scheduler
-            assert running is not None and scheduler is not None and engine._sparse is not None
+            assert running is not None and scheduler is not None and engine.sparse is not None
             engine._finished += running.drain()
-            chosen = engine._sparse.selector
+            chosen = engine.sparse.selector
             assert isinstance(chosen, DescribedSelector) and engine._workspace.cache is not None
             for sequence in scheduler.running:
                 if sequence.num_uncached > 1 or not sequence.logprobs:
@@ -211,10 +211,10 @@ def test_what_a_selector_keeps_is_counted_with_the_cache(
     config = replace(SPARSE, selector=selector)
     engine = drafting(policy, selector)
     collect(engine, long_prompts[:1], replace(SAMPLING, max_new_tokens=1))
-    assert engine._sparse is not None and engine._workspace.cache is not None
-    kept = getattr(engine._sparse.selector, "descriptors", torch.empty(0)).nbytes
+    assert engine.sparse is not None and engine._workspace.cache is not None
+    kept = getattr(engine.sparse.selector, "descriptors", torch.empty(0)).nbytes
     assert kept == share_of_cache(config) * engine._workspace.cache.storage.nbytes
-    assert engine._sparse.selector.share_of_cache == share_of_cache(config)
+    assert engine.sparse.selector.share_of_cache == share_of_cache(config)
 
 
 def test_what_is_kept_of_texts_is_what_the_plan_counts(
@@ -222,8 +222,8 @@ def test_what_is_kept_of_texts_is_what_the_plan_counts(
 ) -> None:
     engine = drafting(policy, "verified")
     collect(engine, long_prompts[:1], replace(SAMPLING, max_new_tokens=1))
-    assert engine._sparse is not None and isinstance(engine._sparse.selector, VerifiedSelector)
+    assert engine.sparse is not None and isinstance(engine.sparse.selector, VerifiedSelector)
     room = room_for(len(long_prompts[0].token_ids) + 1, OPTIONS, max_nodes=STRATEGY.num_verify)
     num_blocks = room.table_width * OPTIONS.block_size // SPARSE.select_block
     kept = weight_bytes(policy.config, num_texts=room.num_texts + 1, num_blocks=num_blocks)
-    assert engine._sparse.selector.weights.nbytes == kept > 0
+    assert engine.sparse.selector.weights.nbytes == kept > 0

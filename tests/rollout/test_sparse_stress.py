@@ -12,7 +12,6 @@ from configs.schema import RolloutConfig, SparseConfig
 from drafter.combined import CombinedDrafter
 from drafter.selfdraft import SelfDrafter
 from drafter.types import OFF, Strategy
-from kernels.attention import PagedSequences, paged_sequences
 from rollout.engine import NativeEngine
 from rollout.selectors import make_sparse
 from rollout.strategy import FixedChooser
@@ -21,21 +20,6 @@ from rollout.types import Prompt, Rollout, Sampling
 Key = tuple[str, int]
 SELECTORS: tuple[Literal["quest", "mean", "streaming", "verified"], ...] = ("quest", "mean", "streaming", "verified")
 INNER: tuple[Literal["suffix", "eagle"] | None, ...] = (None, "suffix", "eagle")
-
-
-@pytest.fixture
-def checked_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cycle, a drafting one neither, reads past a row's block table."""
-
-    def checked(**inputs: Any) -> PagedSequences:
-        last = inputs["context_lens"] + inputs["max_seqlen_q"] - 1
-        assert int(last.max()) // inputs["block_size"] < inputs["block_tables"].shape[1]
-        return paged_sequences(**inputs)
-
-    monkeypatch.setattr("rollout.forward.paged_sequences", checked)
-    # rows that begin short and few spare texts, so that both are outgrown
-    monkeypatch.setattr("rollout.workspace.LENGTH_STEP", 16)
-    monkeypatch.setattr("rollout.workspace.TEXT_BYTES", 300)
 
 
 async def disturbed(
