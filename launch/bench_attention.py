@@ -46,12 +46,7 @@ class Operands:
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in order, [B, Hkv, L, D] each, contiguous: what SDPA is given."""
-        batch = len(self.tables)
-        keys, values = (
-            cache[self.tables.long()].view(batch, -1, *cache.shape[2:])[:, : self.length].transpose(1, 2).contiguous()
-            for cache in (self.key_cache, self.value_cache)
-        )
-        return keys, values
+        return in_order(self.key_cache, self.tables, self.length), in_order(self.value_cache, self.tables, self.length)
 
 
 def rows(
@@ -111,6 +106,12 @@ def operands(
         torch.randn(num_blocks, BLOCK_SIZE, heads.key, heads.dim, dtype=dtype, device=device) for _ in range(2)
     )
     return Operands(length, query, keys, values, tables, seqs)
+
+
+def in_order(cache: torch.Tensor, tables: torch.Tensor, length: int) -> torch.Tensor:
+    """The first tokens of rows of blocks [B, W] of a cache [num_blocks, block_size, Hkv, D]: [B, Hkv, L, D]."""
+    rows = cache[tables.long()].view(len(tables), -1, *cache.shape[2:])
+    return rows[:, :length].transpose(1, 2).contiguous()
 
 
 def two_chains(num_nodes: int, *, depth: int) -> list[int]:

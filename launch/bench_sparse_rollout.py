@@ -26,7 +26,7 @@ from launch.geometry import Subject
 from launch.natural_text import overlapping_pieces
 from rollout.engine import NativeEngine
 from rollout.graphs import BUCKETS
-from rollout.lossy import window
+from rollout.lossy import UNDER, window
 from rollout.memory import available_bytes
 from rollout.model import bytes_per_block, context_length
 from rollout.selectors import make_sparse
@@ -39,7 +39,6 @@ COMPARED = 8  # rollouts of a mode whose first difference from "off" is looked i
 ALL_BUT = 0.9  # of the rollouts: what comes after so many have finished is the tail
 LIMIT = 2.0  # tokens a second of the best drafting mode over "off", at least (issue 6)
 MODES = ("off", "draft", "rectified", "plain")
-UNDER: dict[str, SampledUnder] = {"plain": "sparse", "rectified": "rectified"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,21 +67,19 @@ def make_drafting(config: Config, policy: PreTrainedModel, chooser: Chooser) -> 
     on_cpu = policy.device.type == "cpu" and ranks_of(policy) is None
     if on_cpu and config.sparse.mode == "off":
         return Drafting(SuffixDrafter(min_match=config.spec.min_match))
-    quoting = config.spec.source == "suffix" or (drafts_itself and config.sparse.inner == "suffix")
-    suffix = NgramDrafter(min_match=config.spec.min_match) if quoting else None
-    return Drafting(_combined(config, suffix, eagle=None, rings=None))
+    return Drafting(_combined(config, eagle=None, rings=None))
 
 
-def _combined(
-    config: Config, suffix: NgramDrafter | None, eagle: EagleDrafter | None, rings: FeatureRings | None
-) -> ResidentDrafter:
+def _combined(config: Config, eagle: EagleDrafter | None, rings: FeatureRings | None) -> ResidentDrafter:
     """Those there are, and the policy itself where it drafts, sped up by one of them where it is."""
+    drafts_itself = config.sparse.mode in ("draft", "rectified")
     drafters: dict[str, ResidentDrafter] = {}
-    if suffix is not None:
-        drafters["suffix"] = suffix
+    suffix = None
+    if config.spec.source in ("suffix", "auto") or (drafts_itself and config.sparse.inner == "suffix"):
+        suffix = drafters["suffix"] = NgramDrafter(min_match=config.spec.min_match)
     if eagle is not None:
         drafters["eagle"] = eagle
-    if config.sparse.mode in ("draft", "rectified"):
+    if drafts_itself:
         match config.sparse.inner:
             case "off":
                 drafters["sparse"] = SelfDrafter()
@@ -141,9 +139,7 @@ def _learned(config: Config, policy: PreTrainedModel, chooser: Chooser, head: Ea
         config=options,
         dtype=policy.dtype,
     )
-    quoting = config.spec.source == "auto" or (config.sparse.mode == "draft" and config.sparse.inner == "suffix")
-    suffix = NgramDrafter(min_match=config.spec.min_match) if quoting else None
-    return Drafting(_combined(config, suffix, eagle, rings), rings, learner)
+    return Drafting(_combined(config, eagle, rings), rings, learner)
 
 
 def starting_head(config: Config, model_config: PretrainedConfig) -> EagleHead:

@@ -12,7 +12,7 @@ from kernels.describe import describe, empty_descriptors
 from kernels.gate import GateWeights, Rotation, gate_choose
 from kernels.select import BlockLists, Choice, bound_scores, choose_blocks, mean_scores
 from kernels.sparse_attention import sparse_attention
-from launch.bench_attention import Heads
+from launch.bench_attention import Heads, in_order
 
 BLOCK_SIZE = 64
 SELECT_BLOCK = {"gate": 64, "quest": 16, "mean": 64}
@@ -37,11 +37,7 @@ class Operands:
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values in order, [B, Hkv, L, D] each, contiguous: what SDPA is given."""
-        batch = len(self.tables)
-        keys, values = (
-            cache[self.tables.long()].view(batch, -1, *cache.shape[2:])[:, : self.length].transpose(1, 2).contiguous()
-            for cache in self.storage[0]
-        )
+        keys, values = (in_order(cache, self.tables, self.length) for cache in self.storage[0])
         return keys, values
 
     def lists(self, choice: Choice, select_block: int) -> BlockLists:
