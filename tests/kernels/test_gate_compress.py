@@ -145,7 +145,7 @@ def test_heads_of_128_and_blocks_of_64_are_compressed(kernel: Kernel) -> None:
 @pytest.mark.gpu
 def test_compressing_is_captured_and_follows_its_inputs() -> None:
     kernel = Kernel(compress, "cuda", torch.bfloat16, 5e-2)
-    cached = Cached(kernel, [90, 50], block_size=16, select_block=16, head_dim=32, gate_dim=32)
+    cached = Cached(kernel, [80, 50], block_size=16, select_block=16, head_dim=32, gate_dim=32)
     out, weights = cached.empty(), cached.gates.weights()
     begins, ends = (torch.zeros(2, dtype=torch.int32, device="cuda") for _ in range(2))
     options: dict[str, Any] = {"block_tables": cached.tables, "begins": begins, "ends": ends, "max_tokens": 40}

@@ -97,7 +97,8 @@ def train(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            parameter += 0.3 * parameter.std() * noise
 
 
 @pytest.mark.parametrize("config", [SPARSE, EVERYTHING], ids=["few blocks", "all blocks"])
