@@ -11,6 +11,9 @@ from drafter.publish import NUM_HEADS
 from drafter.rings import ring_bytes
 
 FLOAT32_BYTES = 4
+# What the graphs of a training step keep for each number of a position that a level's forward leaves, and for each of
+# its logits: measured on one H100 with SmolLM2's head and vocabularies of 1024 and 8192 (tests/drafter/test_memory.py).
+KEPT_BYTES, LOGIT_BYTES = 6.4, 10.4
 MAPS = ("d2t", "t2d")  # int64 and bool, of no gradient
 
 
@@ -21,6 +24,7 @@ class DrafterBytes:
     weights: of the trained copy, in float32, and of the heads served, served before, judged and drafted with, in the
     policy's dtype. training: gradients, the optimiser's moments and the weights that failures go back to. rings:
     hidden states of the texts that run. cache: the head's keys and values of them. buffer: windows to learn from.
+    graphs: what a training step computes with, kept from the first on.
     """
 
     weights: int
@@ -28,16 +32,23 @@ class DrafterBytes:
     rings: int
     cache: int
     buffer: int
+    graphs: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.training + self.rings + self.cache + self.buffer
+        return self.weights + self.training + self.rings + self.cache + self.buffer + self.graphs
+
+
+NO_DRAFTER = DrafterBytes(0, 0, 0, 0, 0, 0)
 
 
 def drafter_bytes(
-    shape: EagleConfig, config: DrafterConfig, *, num_rows: int, max_nodes: int, itemsize: int
+    shape: EagleConfig, config: DrafterConfig, *, num_rows: int, max_nodes: int, itemsize: int, graphs: bool
 ) -> DrafterBytes:
-    """A drafter's of this shape. num_rows: texts that run at a time, at most; itemsize: of the policy's dtype."""
+    """A drafter's of this shape.
+
+    num_rows: texts that run at a time, at most; itemsize: of the policy's dtype; graphs: whether the device has them.
+    """
     shapes = exported_shapes(shape, layout="eagle3")
     parameters = sum(prod(sizes) for name, sizes in shapes.items() if name not in MAPS)
     maps = 8 * shape.draft_vocab + shape.vocab_size
@@ -53,4 +64,13 @@ def drafter_bytes(
         ),
         cache=cache_bytes(shape, num_slots=num_rows, itemsize=itemsize),
         buffer=config.buffer_mb << 20 if config.train else 0,
+        graphs=_graph_bytes(shape, config) if config.train and graphs else 0,
     )
+
+
+def _graph_bytes(shape: EagleConfig, config: DrafterConfig) -> int:
+    """Of a training step's graphs, whose batches have config.batch_tokens positions and config.unroll levels."""
+    left = 7 * shape.hidden_size + 3 * shape.intermediate_size
+    left += (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    numbers = KEPT_BYTES * left + LOGIT_BYTES * shape.draft_vocab
+    return round(config.batch_tokens * config.unroll * numbers)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from math import isfinite
 from time import perf_counter
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from configs.faults import hit
 from configs.schema import DrafterConfig
 from drafter.eagle import EagleHead
 from drafter.features import FeatureBatch
+from drafter.graphed import GraphedStep
 from drafter.losses import Loss, Targets, row_chunks, targets_of, token_losses
 from drafter.unroll import Chains, Step, unroll
 
@@ -29,7 +30,7 @@ class DrafterStats:
 
     acceptance: by depth, the mean chance of a draft whose predecessors were right. accept_length: tokens committed a
     cycle by chains as deep, the target's own among them. applied: False for an update that was not finite and an
-    evaluation. grad_norm: before clipping. num_tokens: positions of the batch.
+    evaluation. grad_norm: before clipping. num_tokens: positions of the batch. seconds: without the capture of a graph.
     """
 
     loss: float
@@ -42,7 +43,7 @@ class DrafterStats:
 
 
 class DrafterTrainer:
-    """AdamW on the head's float32 weights; bfloat16 forwards on a GPU.
+    """AdamW on the head's float32 weights; on a GPU bfloat16 forwards, and CUDA graphs for what a FeatureBuffer gives.
 
     embedding [V, H] and lm_head [V, H] are the policy's own, as they are at each step: read, never written.
     """
@@ -60,24 +61,34 @@ class DrafterTrainer:
         self.embedding = embedding
         self.lm_head = lm_head
         self.config = config
-        self.adam = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=BETAS, weight_decay=0.0, fused=True)
         self.steps = 0  # updates applied
+        device = head.fc.weight.device
+        self._rate = torch.tensor(config.lr, device=device)  # a tensor, for a graph reads it anew each time
+        self.adam = torch.optim.AdamW(head.parameters(), lr=self._rate, betas=BETAS, weight_decay=0.0, fused=True)
+        for parameter in head.parameters():  # here and not at the first update, so that their storage never changes
+            self.adam.state[parameter] = {
+                "step": torch.zeros((), device=device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        self._graphs = self._graphed() if device.type == "cuda" else None
 
     def step(self, batch: FeatureBatch) -> DrafterStats:
         """One update; a loss or gradient that is not finite leaves weights and optimiser as they were."""
+        graphs = self._graphs if self._graphs is not None and self._graphs.takes(batch) else None
         begun = perf_counter()
-        self.adam.zero_grad()
-        record = _measure(self.head, batch, self.embedding, self.lm_head, self.config)
+        figures = graphs.measure(batch) if graphs else self._gradients(batch, **_shape(batch))
         if hit("drafter.step") == "nan":
-            record *= torch.nan
-        norm = nn.utils.clip_grad_norm_(self.head.parameters(), MAX_GRAD_NORM)
-        loss, grad_norm, accept_length, *acceptance = torch.cat([record[:1], norm[None], record[1:]]).tolist()
+            figures = figures * torch.nan
+        loss, grad_norm, accept_length, *acceptance = figures.tolist()
         applied = isfinite(loss) and isfinite(grad_norm)
         if applied:
             self.steps += 1
-            for group in self.adam.param_groups:
-                group["lr"] = self.config.lr * min(1.0, self.steps / WARMUP_STEPS)
-            self.adam.step()
+            self._rate.fill_(self.config.lr * min(1.0, self.steps / WARMUP_STEPS))
+            if graphs:
+                graphs.update()
+            else:
+                self._update(figures)
         return DrafterStats(
             loss=loss,
             acceptance=tuple(acceptance),
@@ -115,13 +126,50 @@ class DrafterTrainer:
             {name.removeprefix("head."): tensor for name, tensor in state.items() if name.startswith("head.")}
         )
         self.steps = int(state["steps"])
-        self.adam.state.clear()
-        for name, parameter in self.head.named_parameters() if self.steps else ():
-            self.adam.state[parameter] = {
-                "step": torch.tensor(float(self.steps), device=parameter.device),
-                "exp_avg": parameter.new_empty(parameter.shape).copy_(state[f"exp_avg.{name}"]),
-                "exp_avg_sq": parameter.new_empty(parameter.shape).copy_(state[f"exp_avg_sq.{name}"]),
-            }
+        for name, parameter in self.head.named_parameters():
+            own = self.adam.state[parameter]
+            own["step"].fill_(self.steps)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if self.steps:
+                    own[moment].copy_(state[f"{moment}.{name}"])
+                else:
+                    own[moment].zero_()
+
+    def _graphed(self) -> GraphedStep:
+        """The step of what a FeatureBuffer gives."""
+        longest = self.config.feature_window
+        return GraphedStep(
+            measure=lambda batch: self._gradients(batch, longest=longest, rejected=True),
+            update=self._update,
+            places=self._places,
+            num_tokens=self.config.batch_tokens,
+            longest=longest,
+            device=self._rate.device,
+        )
+
+    def _gradients(self, batch: FeatureBatch, *, longest: int, rejected: bool) -> torch.Tensor:
+        """The batch's gradients, in the head; its loss, their norm, accept length and acceptance by depth."""
+        # to zero and not to None, for a graph adds to them where they are
+        self.adam.zero_grad(set_to_none=False)
+        record = _measure(
+            self.head, batch, self.embedding, self.lm_head, self.config, longest=longest, rejected=rejected
+        )
+        gradients = [parameter.grad for parameter in self.head.parameters() if parameter.grad is not None]
+        return torch.cat([record[:1], nn.utils.get_total_norm(gradients)[None], record[1:]])
+
+    def _update(self, figures: torch.Tensor, capturable: bool = False) -> None:
+        """One of Adam's, by the gradients in the head, clipped. capturable: as Adam wants it said, or not said."""
+        nn.utils.clip_grads_with_norm_(self.head.parameters(), MAX_GRAD_NORM, figures[1])
+        for group in self.adam.param_groups:
+            group["capturable"] = capturable
+        self.adam.step()
+
+    def _places(self) -> tuple[int, ...]:
+        """Where that lies which a step reads or writes and others may have moved."""
+        parameters = list(self.head.parameters())
+        gradients = [parameter.grad for parameter in parameters]
+        tensors = [self.embedding, self.lm_head, *self.head.buffers(), *parameters, *gradients]
+        return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
 @torch.no_grad()
@@ -130,7 +178,7 @@ def evaluate(
 ) -> DrafterStats:
     """What a head makes of a batch; of equal batches, the same figures on every call."""
     begun = perf_counter()
-    loss, accept_length, *acceptance = _measure(head, batch, embedding, lm_head, config).tolist()
+    loss, accept_length, *acceptance = _measure(head, batch, embedding, lm_head, config, **_shape(batch)).tolist()
     return DrafterStats(
         loss=loss,
         acceptance=tuple(acceptance),
@@ -166,32 +214,51 @@ def on_device(batch: FeatureBatch, device: torch.device) -> FeatureBatch:
     return replace(batch, **moved)
 
 
+class _Shape(TypedDict):
+    """longest: positions of the longest window. rejected: whether tokens that were rejected are looked at."""
+
+    longest: int
+    rejected: bool
+
+
+def _shape(batch: FeatureBatch) -> _Shape:
+    """What a step of this batch launches, for which the host waits."""
+    return {"longest": int(batch.cu_seqlens.diff().max()), "rejected": bool((batch.alt_ids >= 0).any())}
+
+
 def _measure(
-    head: EagleHead, batch: FeatureBatch, embedding: torch.Tensor, lm_head: torch.Tensor, config: DrafterConfig
+    head: EagleHead,
+    batch: FeatureBatch,
+    embedding: torch.Tensor,
+    lm_head: torch.Tensor,
+    config: DrafterConfig,
+    *,
+    longest: int,
+    rejected: bool,
 ) -> torch.Tensor:
     """Loss, accept length and acceptance by depth, [2 + unroll]; where gradients are enabled, they add up in the head.
 
-    The loss is a mean over the known positions of each step, weighted by depth.
+    The loss is a mean over the known positions of each step, weighted by depth. longest may be more than the longest
+    window has, and rejected true where nothing was rejected. May be captured in a CUDA graph: nothing waits.
     """
     device = head.fc.weight.device
-    longest = int(batch.cu_seqlens.diff().max())
-    rejected = bool((batch.alt_ids >= 0).any())
     batch = on_device(batch, device)
     chains, depth = Chains(batch), config.unroll
-    decays = [DEPTH_DECAY**level for level in range(depth)] + [1.0] * rejected
+    decays = [DEPTH_DECAY**level for level in range(depth)]
+    share = 1 / (sum(decays) + (batch.alt_ids >= 0).any())  # of a weight of 1; what was rejected has one, where it is
     targets = _targets(head, batch.hidden, batch.next_ids, lm_head, batch.temperature)
     unrolled = unroll(head, chains, embedding, depth=depth, longest=longest, rejected=rejected)
     total, accept_length = torch.zeros(2, device=device)
     survival = torch.ones(len(batch.next_ids), device=device)  # chance that all drafts of a chain so far are accepted
     acceptance, outputs, gradients = [], [], []
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-        for step, decay in zip(unrolled, decays, strict=True):
+        for step, decay in zip(unrolled, [*decays, 1.0] if rejected else decays, strict=True):
             if step.depth < 0:
                 targets = _targets(
                     head, batch.alt_hidden, torch.full_like(batch.alt_ids, -1), lm_head, batch.temperature
                 )
             count = step.known.sum().clamp(min=1)
-            weights = step.known * (decay / sum(decays) / count)
+            weights = step.known * (decay * share / count)
             loss, accepted, gradient = _score(head, step, targets, weights, config.loss, batch.temperature)
             total += loss
             outputs.append(step.outputs)

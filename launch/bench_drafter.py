@@ -56,6 +56,7 @@ def run(job: Job) -> dict[str, Any]:
         trainer = _trainer(job)
         rates: dict[str, list[float]] = {name: [] for name in sides}
         step_ms: list[float] = []
+        windows = _window_steps(job, draw)
         for number, name in in_turns(list(sides), job.rounds):
             begun = perf_counter()
             stats = [trainer.step(batch) for batch in sides[name]]
@@ -86,8 +87,25 @@ def run(job: Job) -> dict[str, Any]:
         "lengths": {"tokens": sum(lengths), "mean": sum(lengths) / len(lengths), "max": max(lengths)},
         "verified": verified,
         "packed_step_ms": spread(step_ms),
+        "window_step_ms": windows,
         "cells": cells,
     }
+
+
+def _window_steps(job: Job, draw: torch.Generator) -> dict[str, dict[str, Any]]:
+    """Milliseconds of a step on windows as long as a run's, in turns: as runs take it, on a GPU as CUDA graphs, and
+    launched by the host."""
+    window = job.config.feature_window
+    batch = _features(job, [window] * (job.config.batch_tokens // window), draw)
+    # a trainer that expects shorter windows captures none of these
+    eager = replace(job, config=replace(job.config, feature_window=window - 1))
+    trainers = {"as trained": _trainer(job), "launched by the host": _trainer(eager)}
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    for number, name in in_turns(list(trainers), job.rounds):
+        steps = [1e3 * trainers[name].step(batch).seconds for _ in range(job.num_batches)]
+        if number:
+            times[name] += steps
+    return {name: spread(steps) for name, steps in times.items()}
 
 
 def long_tail(job: Job, draw: torch.Generator) -> list[int]:
@@ -178,9 +196,10 @@ def _verify(job: Job, packed: FeatureBatch, padded: FeatureBatch) -> dict[str, f
 
 def table(result: dict[str, Any]) -> Table:
     """Samples a second of every side, and what packing gains over it."""
+    steps = ", ".join(f"{spread['median']:.1f} ms {name}" for name, spread in result["window_step_ms"].items())
     shown = plain_table(
         f"{result['what']}, {result['model']}, {result['lengths']['mean']:.0f} tokens on average, "
-        f"{result['lengths']['max']} at most; asked {WANTED}",
+        f"{result['lengths']['max']} at most; asked {WANTED}; a step on windows: {steps}",
         ["side", "samples/s", "min", "max", "positions", "packed gains", "min", "max"],
     )
     for cell in result["cells"]:

@@ -69,7 +69,7 @@ def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> d
         "CUDA graphs": 0 if sizes.device == "cpu" else graph_bytes(config, sizes.share.config, sizes),
     }
     drafter = {
-        "drafter": sizes.drafter.weights + sizes.drafter.training,
+        "drafter": sizes.drafter.weights + sizes.drafter.training + sizes.drafter.graphs,
         "drafter's cache": sizes.drafter.cache,
         "8-bit copy": sizes.lowbit,
         "features": sizes.drafter.rings + sizes.drafter.buffer,

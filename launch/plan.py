@@ -9,7 +9,7 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from configs.schema import Config, SparseConfig
-from drafter.memory import DrafterBytes, drafter_bytes
+from drafter.memory import NO_DRAFTER, DrafterBytes, drafter_bytes
 from drafter.types import OFF
 from launch.drafting import starting_shape
 from launch.memory import Memory, Sizes, memory_of
@@ -157,7 +157,7 @@ def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, 
     """What a learned drafter takes. One that cannot be read is found out before anything is written."""
     apart = config.rollout.backend == "vllm"  # which has a copy and a cache of its own
     if config.spec.source not in ("eagle", "auto") or (apart and not config.drafter.train):
-        return DrafterBytes(0, 0, 0, 0, 0)
+        return NO_DRAFTER
     chooser = make_chooser(config.spec, device=device, seed=config.run.seed, sparse=config.sparse)
     needed = drafter_bytes(
         starting_shape(config, model_config),
@@ -165,6 +165,7 @@ def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, 
         num_rows=config.rollout.max_running,
         max_nodes=max(1, chooser.max_num_verify),
         itemsize=itemsize,
+        graphs=device == "cuda",
     )
     return replace(needed, rings=0, cache=0) if apart else needed
 

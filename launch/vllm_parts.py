@@ -135,7 +135,14 @@ def make_vllm(config: Config, policy: PreTrainedModel, path: Path) -> "tuple[Vll
         return make_engine(config, policy, path), None
     folder = Path(options.init).expanduser()
     start = starting_head(config, policy.config)
-    needed = drafter_bytes(start.config, options, num_rows=0, max_nodes=0, itemsize=policy.dtype.itemsize)
+    needed = drafter_bytes(
+        start.config,
+        options,
+        num_rows=0,
+        max_nodes=0,
+        itemsize=policy.dtype.itemsize,
+        graphs=policy.device.type == "cuda",
+    )
     buffer = FeatureBuffer(
         max_bytes=options.buffer_mb << 20, temperature=config.rollout.temperature, seed=config.run.seed
     )

@@ -57,7 +57,7 @@ class Parts:
 
 
 def planned() -> DrafterBytes:
-    return drafter_bytes(SHAPE, CONFIG, num_rows=ROWS, max_nodes=NODES, itemsize=2)
+    return drafter_bytes(SHAPE, CONFIG, num_rows=ROWS, max_nodes=NODES, itemsize=2, graphs=False)
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:
@@ -101,8 +101,24 @@ def test_what_is_planned_is_what_the_parts_take() -> None:
     assert plan.total == plan.weights + plan.training + plan.rings + plan.cache + plan.buffer
 
 
+@pytest.mark.parametrize(("draft_vocab", "measured_mib"), [(1024, 1122), (8192, 2282)])
+def test_a_gpus_training_graphs_are_counted_as_they_were_measured(draft_vocab: int, measured_mib: int) -> None:
+    """SmolLM2's head on an H100, 4096 positions and 4 levels: what graphed steps kept beyond eager ones."""
+    shape = replace(
+        SHAPE, hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64,
+        vocab_size=49152, draft_vocab=draft_vocab,
+    )  # fmt: skip
+    config = DrafterConfig(unroll=4, batch_tokens=4096)
+    sizes = {"num_rows": ROWS, "max_nodes": NODES, "itemsize": 2}
+    with_graphs, without = (drafter_bytes(shape, config, **sizes, graphs=graphs) for graphs in (True, False))
+    assert with_graphs.total - without.total == with_graphs.graphs
+    assert with_graphs.graphs == pytest.approx(measured_mib << 20, rel=0.05)
+
+
 def test_a_drafter_that_does_not_learn_needs_neither_gradients_nor_features() -> None:
-    frozen = drafter_bytes(SHAPE, replace(CONFIG, train=False), num_rows=ROWS, max_nodes=NODES, itemsize=2)
+    frozen = drafter_bytes(
+        SHAPE, replace(CONFIG, train=False), num_rows=ROWS, max_nodes=NODES, itemsize=2, graphs=False
+    )
     assert frozen.buffer == 0 and frozen.training * 4 == planned().training
 
 

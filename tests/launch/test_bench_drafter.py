@@ -33,6 +33,7 @@ def test_every_side_trains_on_the_same_rollouts(tmp_path: Path) -> None:
     assert positions["packed"] < positions["sorted"] <= positions["padded"]
     assert written["verified"]["gradient_error"] < 1e-4
     assert written["packed_step_ms"]["median"] > 0
+    assert set(written["window_step_ms"]) == {"as trained", "launched by the host"}
 
 
 def test_lengths_have_a_long_tail_within_bounds() -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from configs.load import parse
-from drafter.memory import DrafterBytes
+from drafter.memory import NO_DRAFTER
 from kernels.attention import PackedSequences
 from launch.geometry import geometry
 from launch.memory import Memory, Sizes, graph_bytes, memory_of, saved_bytes
@@ -30,7 +30,6 @@ KINDS = [
     ("bfloat16", 2),
     ("bfloat16", 3),
 ]
-NO_DRAFTER = DrafterBytes(0, 0, 0, 0, 0)
 RESULTS = Path(__file__).parents[2] / "docs/results"
 
 
