@@ -3,7 +3,9 @@
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from math import sqrt
 from pathlib import Path
+from statistics import mean, stdev
 from time import perf_counter
 from typing import Any
 
@@ -98,8 +100,13 @@ def _figures(subject: Subject, heads: Mapping[str, EagleHead]) -> dict[str, Any]
 
 
 def early_and_late(cycles: Cycles) -> dict[str, float | None]:
-    """Accept length of drafts within a response's first EARLY tokens, and from its LATE-th on; None without any."""
+    """Accept length of drafts within a response's first EARLY tokens, and from its LATE-th on, each with its standard
+    error; None without as many as tell."""
     pairs = list(zip(cycles.places, cycles.accepted, strict=True))
-    early = [count for place, count in pairs if place < EARLY]
-    late = [count for place, count in pairs if place >= LATE]
-    return {name: 1 + sum(part) / len(part) if part else None for name, part in (("early", early), ("late", late))}
+    parts = {
+        "early": [1 + count for place, count in pairs if place < EARLY],
+        "late": [1 + count for place, count in pairs if place >= LATE],
+    }
+    means = {name: mean(part) if part else None for name, part in parts.items()}
+    errors = {f"{name}_se": stdev(part) / sqrt(len(part)) if len(part) > 1 else None for name, part in parts.items()}
+    return means | errors

@@ -149,15 +149,16 @@ def drafter_table(drafter: Record) -> Table:
     stages = [(when, name) for when in ("start", "end") for name in drafter.get(when, {})]
     depth = drafter["start"]["static"]["depth"]
     seconds = f", {drafter['seconds']['training']:.0f} s" if "seconds" in drafter else ""
-    title = (
-        f"the drafter, {drafter['steps']} updates{seconds}: accept length, early and late, accepted up to each token"
-    )
-    shown = plain_table(title, ["", "accept", "early", "late", *(f"+{place + 1}" for place in range(depth))])
+    title = f"the drafter, {drafter['steps']} updates{seconds}: accept length, early and late; accepted up to a token"
+    shown_depths = [place for place in range(1, depth + 1) if place == depth or place & (place - 1) == 0]
+    shown = plain_table(title, ["", "accept", "early", "late", *(f"+{place}" for place in shown_depths)])
     for when, name in stages:
         figures = drafter[when][name]
-        lengths = [figures[key] for key in ("accept_length", "early", "late")]
-        row = ["-" if length is None else f"{length:.2f}" for length in lengths]
-        shown.add_row(f"{name}, {when}", *row, *(f"{share:.0%}" for share in figures["by_depth"]))
+        row = [f"{figures['accept_length']:.2f}"]
+        for part in ("early", "late"):
+            length, error = figures[part], figures[f"{part}_se"]
+            row.append("-" if length is None else f"{length:.2f}" + ("" if error is None else f" ±{error:.2f}"))
+        shown.add_row(f"{name}, {when}", *row, *(f"{figures['by_depth'][place - 1]:.0%}" for place in shown_depths))
     return shown
 
 

@@ -65,5 +65,12 @@ def test_the_long_tail_is_as_measured() -> None:
 def test_what_drafts_cost_where_they_bring_nothing_is_as_measured() -> None:
     readme = (ROOT / "README.md").read_text()
     cells = json.loads((ROOT / "docs" / "results" / "gain_h100.json").read_text())["cells"]
+    cells.sort(key=lambda cell: cell["batch"])
     assert [cell["batch"] for cell in cells] == [1, 8, 32, 128, 256]
     assert ", ".join(f"{cell['chosen']['gain']['median']:.2f}" for cell in cells) in readme
+
+
+def test_idle_time_is_used_as_measured() -> None:
+    readme = (ROOT / "README.md").read_text()
+    learn = json.loads((ROOT / "docs" / "results" / "idle_h200.json").read_text())["arms"]["learn"]
+    assert f"spends {learn['used']['median']:.0%} of that time".replace("%", " %") in readme

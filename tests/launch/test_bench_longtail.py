@@ -228,5 +228,7 @@ def test_an_arm_without_counted_steps_has_no_figures(tmp_path: Path) -> None:
 
 def test_early_and_late_drafts_are_told_apart_by_where_they_begin() -> None:
     cycles = Cycles(depth=3, places=[0, 127, 128, 511, 512, 900], accepted=[1, 2, 0, 0, 3, 3])
-    assert longtail_drafter.early_and_late(cycles) == {"early": 2.5, "late": 4.0}
-    assert longtail_drafter.early_and_late(Cycles(3, [], [])) == {"early": None, "late": None}
+    found = longtail_drafter.early_and_late(cycles)
+    assert found == {"early": 2.5, "early_se": pytest.approx(0.5), "late": 4.0, "late_se": 0.0}
+    nothing = {"early": None, "early_se": None, "late": None, "late_se": None}
+    assert longtail_drafter.early_and_late(Cycles(3, [], [])) == nothing
