@@ -208,8 +208,13 @@ def sparse(
     contexts: Annotated[str, typer.Option(help="Keys of each.")] = "8192,32768,131072",
     left_out: Annotated[str, typer.Option(help="Blocks that are not read, in percent.")] = "50,60,70,80,90",
     selectors: Annotated[str, typer.Option(help="Who picks the blocks: gate,quest,mean.")] = "gate,quest",
-    fa3_python: Annotated[
-        Path | None, typer.Option(help="A Python that has vLLM: its FlashAttention-3 is timed beside.")
+    fa3: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Python with vLLM, or a wheel's vllm_flash_attn: FlashAttention-3 beside."),
+    ] = None,
+    tilelang: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TileLang's example of sparse GQA decode over indices: its kernel beside."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -231,7 +236,9 @@ def sparse(
     where, kind = placement(device, dtype)
     shares = tuple(share / 100 for share in percent)
     job = bench_sparse.Job(Heads(*shape), sizes, shares, tuple(selectors.split(",")), where, kind, seed)
-    result = bench_sparse.run(job, fa3_python=fa3_python)
+    if tilelang is not None and where == "cpu":
+        raise ConfigError(f"--tilelang {tilelang}: its kernel needs a GPU; leave it out with --device cpu")
+    result = bench_sparse.run(job, fa3_at=fa3, tilelang_file=tilelang)
     show(result, bench_sparse.table(result), out)
 
 

@@ -4,8 +4,6 @@ The grid of SeerAttention-R (arXiv 2506.08889, fig. 7): one new token a sequence
 share of blocks left out from 0.5 to 0.9. What is counted includes the selection, which the published figures leave out.
 """
 
-import json
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
-from configs.errors import ConfigError, PreflightError
+from configs.errors import ConfigError
 from kernels.select import BlockLists, Choice, num_selection_blocks
 from kernels.sparse_attention import sparse_attention
 from launch.bench_attention import Heads
-from launch.bench_clock import ROTATED_BYTES, ROUNDS, compare, copies_for, times_us
+from launch.bench_clock import compare, copies_for, times_us
 from launch.bench_report import plain_table, provenance, say, spread
 from launch.sparse_operands import BLOCK_SIZE, SELECT_BLOCK, Operands, masked, operands
+from launch.sparse_peers import TILE_BLOCK, TileLang, fa3, tile_cache, tilelang
 
 # Speed-ups over the fastest dense decode that issue 6 asks for at a sparsity of 0.9, by (batch, keys).
 ASKED = {
@@ -49,19 +48,21 @@ class Job:
     seed: int
 
 
-def run(job: Job, *, fa3_python: Path | None) -> dict[str, Any]:
+def run(job: Job, *, fa3_at: Path | None, tilelang_file: Path | None) -> dict[str, Any]:
     """Check every sparse result against masked SDPA, then time all sides; JSON-able. Raises WrongResultError.
 
-    fa3_python: a Python that has vLLM, for FlashAttention-3; None leaves it out.
+    fa3_at: a Python that has vLLM, or a folder with its FlashAttention-3; None leaves it out. tilelang_file: TileLang's
+    published kernel, timed over the lists of selectors of 64-token blocks; None leaves it out.
     """
     if unknown := sorted(set(job.selectors) - set(SELECT_BLOCK)):
         raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(SELECT_BLOCK)}")
+    peer = None if tilelang_file is None else _tilelang(job, tilelang_file)
     found = provenance(device=job.device, seed=job.seed)
-    theirs = {} if fa3_python is None else fa3(job, fa3_python)
+    theirs = {} if fa3_at is None else fa3(job.heads, job.sizes, fa3_at)
     torch.manual_seed(job.seed)
     cells = []
     for size in job.sizes:
-        for cell in _cells(job, *size, fa3_us=theirs.get(size)):
+        for cell in _cells(job, *size, fa3_us=theirs[size]["us"] if theirs else None, peer=peer):
             say(_line(cell))
             cells.append(cell)
     return {
@@ -69,12 +70,15 @@ def run(job: Job, *, fa3_python: Path | None) -> dict[str, Any]:
         **found,
         **asdict(job),
         "block_size": BLOCK_SIZE,
-        "fa3": fa3_python is not None,
+        "fa3": [{"batch": batch, "keys": keys, **said} for (batch, keys), said in theirs.items()] or None,
+        "tilelang": None if peer is None else peer.said,
         "cells": cells,
     }
 
 
-def _cells(job: Job, batch: int, length: int, *, fa3_us: list[float] | None) -> Iterator[dict[str, Any]]:
+def _cells(
+    job: Job, batch: int, length: int, *, fa3_us: list[float] | None, peer: TileLang | None
+) -> Iterator[dict[str, Any]]:
     """The grid of one batch and context. The dense sides are timed once for all of its lines."""
     device, dtype, heads = torch.device(job.device), getattr(torch, job.dtype), job.heads
     scale = heads.dim**-0.5
@@ -96,14 +100,19 @@ def _cells(job: Job, batch: int, length: int, *, fa3_us: list[float] | None) -> 
         # by what the sparsest reads: none of it may be in the cache from the call before
         read = round(kv_bytes * (1 - max(job.sparsities)))
         rotation = [(made(selector),) for _ in range(copies_for(read, device))]
+        beside = None
+        if peer is not None and block == TILE_BLOCK:
+            beside = partial(peer.timed, [tile_cache(o) for (o,) in rotation])
         for sparsity in job.sparsities:
+            where = f"{selector}, {batch} x {length}, sparsity {sparsity}"
             first = rotation[0][0]
             count = num_selection_blocks(first.seqs, block)
             kept = max(2, round(count * (1 - sparsity)))
             choice = Choice(max_blocks=kept, budget_blocks=kept)
             call = partial(Operands.sparse, choice=choice, select_block=block, scale=scale)
             lists = first.lists(choice, block)
-            compare(call(first), masked(first, lists, scale), f"{selector}, {batch} x {length}, sparsity {sparsity}")
+            expected = masked(first, lists, scale)
+            compare(call(first), expected, where)
             # what is picked does not change from call to call: attention alone is timed over the same lists
             picked = [(o, o.lists(choice, block)) for (o,) in rotation]
             us = spread(times_us(call, rotation, device))
@@ -119,12 +128,13 @@ def _cells(job: Job, batch: int, length: int, *, fa3_us: list[float] | None) -> 
                 "selection_us": spread(
                     times_us(partial(Operands.lists, choice=choice, select_block=block), rotation, device)
                 ),
+                "tilelang": beside(expected, where, [lists for _, lists in picked]) if beside else None,
                 "dense_us": spreads,
                 "fastest": fastest,
                 "speedup": spreads[fastest]["median"] / us["median"],
                 "asked": ASKED.get((batch, length)) if sparsity == 0.9 else None,
             }
-        del rotation
+        del rotation, beside
 
 
 def _attention(scale: float) -> Callable[[Operands, BlockLists], torch.Tensor]:
@@ -137,51 +147,51 @@ def _attention(scale: float) -> Callable[[Operands, BlockLists], torch.Tensor]:
     return attend
 
 
-def fa3(job: Job, python: Path) -> dict[tuple[int, int], list[float]]:
-    """FlashAttention-3's microseconds a round at every (batch, keys), from a process of its own.
-
-    Raises PreflightError where that fails.
-    """
-    orders = [
-        {
-            "batch": batch,
-            "keys": keys,
-            "query_heads": job.heads.query,
-            "key_heads": job.heads.key,
-            "head_dim": job.heads.dim,
-            "block_size": BLOCK_SIZE,
-            "rotated_bytes": ROTATED_BYTES,
-            "rounds": ROUNDS,
-        }
-        for batch, keys in job.sizes
-    ]
-    script = Path(__file__).with_name("bench_fa3.py")
-    told = "".join(json.dumps(order) + "\n" for order in orders)
-    done = subprocess.run([str(python), str(script)], input=told, capture_output=True, text=True)
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    if done.returncode or len(answers) < len(orders):
-        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise PreflightError(f"--fa3-python {python}: FlashAttention-3 ended with {done.returncode}: {last[0]}")
-    return {size: answer["us"] for size, answer in zip(job.sizes, answers, strict=True)}
+def _tilelang(job: Job, file: Path) -> TileLang:
+    """The peer, which has run over a few keys at every batch: what fails of it fails before anything is timed."""
+    if not any(SELECT_BLOCK[selector] == TILE_BLOCK for selector in job.selectors):
+        raise ConfigError(f"--tilelang reads blocks of {TILE_BLOCK} tokens: add gate or mean to --selectors")
+    peer = tilelang(file)
+    device, dtype, scale = torch.device(job.device), getattr(torch, job.dtype), job.heads.dim**-0.5
+    for batch in sorted({batch for batch, _ in job.sizes}):
+        given = operands(job.heads, batch, 8 * TILE_BLOCK, "mean", dtype=dtype, device=device)
+        lists = given.lists(Choice(max_blocks=4, budget_blocks=4), TILE_BLOCK)
+        peer.timed([tile_cache(given)], masked(given, lists, scale), f"{batch} x {8 * TILE_BLOCK}", [lists])
+    return peer
 
 
 def _line(cell: dict[str, Any]) -> str:
     asked = f", asked {cell['asked']}" if cell["asked"] else ""
+    if cell["tilelang"]:
+        asked += f"; attention alone {cell['attention_us']['median']:.1f}, TileLang's {_tile_us(cell)}"
     return (
         f"{cell['selector']} {cell['batch']} x {cell['keys']}, {cell['sparsity']:.0%} left out:"
         f" {cell['us']['median']:.1f} us, {cell['speedup']:.2f} of {cell['fastest']}{asked}"
     )
 
 
+def _tile_us(cell: dict[str, Any]) -> str:
+    """TileLang's time, an asterisk on what a graph did not hold; nothing where it was not asked."""
+    if not cell["tilelang"]:
+        return ""
+    return f"{cell['tilelang']['us']['median']:.1f}" + ("" if cell["tilelang"]["how"] == "graph" else "*")
+
+
 def table(result: dict[str, Any]) -> Table:
     """A line a cell: times of the sides, the speed-up over the fastest dense one, and what was asked."""
-    heads = result["heads"]
+    heads, beside = result["heads"], result["tilelang"] is not None
     title = (
         f"{result['what']}, {heads['query']} query and {heads['key']} key heads of {heads['dim']}, {result['dtype']}"
     )
     names = ["ours", "sdpa", *(["fa3"] if result["fa3"] else [])]
-    headings = ["selector", "batch", "keys", "left out", *names, "sparse", "min", "max", "attention", "picking"]
+    parts = ["attention", *(["TileLang"] if beside else []), "picking"]
+    headings = ["selector", "batch", "keys", "left out", *names, "sparse", "min", "max", *parts]
     shown = plain_table(title, [*headings, "asked", "got"])
+    if beside:
+        shown.caption = (
+            f"TileLang {result['tilelang']['tilelang']}: its kernel over our lists, float16, on a cache in order. It "
+            "picks nothing, as where it was published: compare it with attention. *: without a CUDA graph"
+        )
     for cell in result["cells"]:
         shown.add_row(
             cell["selector"],
@@ -190,7 +200,9 @@ def table(result: dict[str, Any]) -> Table:
             f"{cell['sparsity']:.0%}",
             *(f"{cell['dense_us'][name]['median']:.1f}" for name in names),
             *(f"{cell['us'][which]:.1f}" for which in ("median", "min", "max")),
-            *(f"{cell[which]['median']:.1f}" for which in ("attention_us", "selection_us")),
+            f"{cell['attention_us']['median']:.1f}",
+            *([_tile_us(cell)] if beside else []),
+            f"{cell['selection_us']['median']:.1f}",
             f"{cell['asked']}" if cell["asked"] else "",
             f"{cell['speedup']:.2f}",
         )

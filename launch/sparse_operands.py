@@ -124,5 +124,11 @@ def masked(given: Operands, lists: BlockLists, scale: float) -> torch.Tensor:
     sees = listed[:, :, :-1].repeat_interleave(lists.select_block, dim=2)[:, :, None, :length]
     sees = sees.repeat_interleave(num_heads // num_kv_heads, dim=1)
     query = given.query.view(batch, num_heads, 1, -1)
-    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=sees, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2)
+    # under a mask torch may widen grouped keys to every query head, in float32: that fits one sequence at a time
+    rows = [
+        F.scaled_dot_product_attention(
+            query[row], keys[row], values[row], attn_mask=sees[row], scale=scale, enable_gqa=True
+        )
+        for row in (slice(index, index + 1) for index in range(batch))
+    ]
+    return torch.cat(rows).transpose(1, 2)

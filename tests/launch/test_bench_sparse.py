@@ -1,14 +1,13 @@
-"""Sparse decoding under the clock: what is checked, what is told, and a Python without FlashAttention-3."""
+"""Sparse decoding under the clock: what is checked and what is told."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from configs.errors import ConfigError, PreflightError
+from configs.errors import ConfigError
 from kernels.select import BlockLists, Choice
 from launch import bench_sparse
 from launch.bench import app
@@ -55,23 +54,9 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(bench_sparse, "masked", forgetful)
     with pytest.raises(WrongResultError, match="quest, 2 x 300"):
-        bench_sparse.run(make_job(selectors=("quest",)), fa3_python=None)
-
-
-def test_flash_attentions_times_come_from_the_other_python(tmp_path: Path) -> None:
-    peer = tmp_path / "python"
-    peer.write_text("#!/bin/sh\nwhile read line; do echo '{\"us\": [3.0, 1.0, 2.0]}'; done\n")
-    peer.chmod(0o755)
-    result = bench_sparse.run(make_job(selectors=("mean",)), fa3_python=peer)
-    (cell,) = result["cells"]
-    assert cell["dense_us"]["fa3"]["median"] == 2.0 and cell["fastest"] == "fa3"
-
-
-def test_a_python_without_vllm_is_refused_by_name() -> None:
-    with pytest.raises(PreflightError, match=r"--fa3-python .* ended with 1: ModuleNotFoundError: .*vllm"):
-        bench_sparse.fa3(make_job(), Path(sys.executable))
+        bench_sparse.run(make_job(selectors=("quest",)), fa3_at=None, tilelang_file=None)
 
 
 def test_an_unknown_selector_is_refused() -> None:
     with pytest.raises(ConfigError, match="'guess' is none of gate, quest, mean"):
-        bench_sparse.run(make_job(selectors=("guess",)), fa3_python=None)
+        bench_sparse.run(make_job(selectors=("guess",)), fa3_at=None, tilelang_file=None)
