@@ -251,8 +251,6 @@ def _learned_gates(config: Config) -> Iterator[tuple[str, str]]:
         yield "sparse.learn", f"is of sparse.mode=draft, not of {sparse.mode}; set false"
     if sparse.selector != "gate":
         yield "sparse.learn", f"sparse.selector={sparse.selector} has no gates; set false, or sparse.selector=gate"
-    if config.compute.backend == "ray":
-        yield "sparse.learn", "gates learn in a run of one process; set false, or compute.backend=inline"
 
 
 def _lossy(config: Config) -> Iterator[tuple[str, str]]:

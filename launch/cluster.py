@@ -19,14 +19,13 @@ from launch.parts import build_worker
 from launch.recovery import with_recoveries
 from rl.checkpoint import CheckpointStore
 from rl.data import DataSet, load_data
-from rl.export_drafter import hub_name
 from rl.gate_lessons import GateLessons
 from rl.lessons import Lessons
 from rl.loop import Loop
 from rl.reward import check_rewards
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
-from rl.types import Learner, Trainer
+from rl.types import Learner, TeachesGates, Trainer
 from rl.warmstart import solver
 from rollout.engine import NativeEngine
 from rollout.model import context_length, load_config, resolve_compute
@@ -66,14 +65,18 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Phases) ->
         engine: Engine
         trainer: Trainer
         learner: Learner | None = None
-        gates: GateLessons | None = None
+        gates: TeachesGates | None = None
         with ExitStack() as stack:
             if config.compute.backend == "ray":
                 protect_local_ray()
-                from launch.start import start_workers  # Ray takes a second to import; one process does not need it
+                # Ray takes a second to import; one process does not need it
+                from launch.gate_learners import RayGateLessons
+                from launch.start import start_workers
 
                 workers = start_workers(config, path, device=device, dtype=dtype, recovery=recovery)
-                engine, trainer, learner = stack.enter_context(workers)
+                sampling, trainer, learner = stack.enter_context(workers)
+                engine = sampling
+                gates = RayGateLessons(sampling.workers, sampling.fleet) if config.sparse.learn else None
             else:
                 engine, trainer, learner = build_worker(config, path, device=device, dtype=dtype)
                 gates = make_gate_lessons(config, engine)
@@ -128,7 +131,7 @@ def make_gate_lessons(config: Config, engine: Engine) -> GateLessons | None:
     if not config.sparse.learn:
         return None
     assert isinstance(engine, NativeEngine)  # configs.check lets no other engine attend sparsely
-    return GateLessons(engine, base_model=hub_name(config.model))
+    return GateLessons(engine)
 
 
 def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
