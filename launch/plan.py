@@ -32,7 +32,7 @@ NOTES = {
     "uncut": "the largest parameter, of which a rank keeps a share",
     "whole copy": "that rollouts are sampled from",
     "CUDA graphs": "at most",
-    "block weights": "of the texts, that sparse.selector=verified goes by",
+    "block weights": "of sequences that run, that sparse.selector=verified goes by",
     "drafter": "its copies, gradients and optimiser",
     "drafter's cache": "of sequences that run",
     "gates": "that pick blocks, and the copy that learns, if one does",
@@ -196,14 +196,13 @@ def gate_bytes(sparse: SparseConfig, model_config: PretrainedConfig, *, itemsize
 
 
 def watched_bytes(config: Config, model_config: PretrainedConfig, *, device: str, longest: int) -> int:
-    """Of what a selector keeps of the texts rather than of the cache's blocks: the verified one alone does."""
+    """Of what a selector keeps of the rows rather than of the cache's blocks: the verified one alone does."""
     if config.sparse.mode == "off" or config.sparse.selector != "verified":
         return 0
     chooser = make_chooser(config.spec, device=device, seed=config.run.seed, sparse=config.sparse)
     room = room_for(longest, config.rollout, max_nodes=max(1, chooser.max_num_verify))
     num_blocks = room.table_width * (config.rollout.block_size // config.sparse.block_tokens)
-    # and one text more, for rows that are nobody's
-    return weight_bytes(model_config, num_texts=room.num_texts + 1, num_blocks=num_blocks)
+    return weight_bytes(model_config, num_rows=config.rollout.max_running, num_blocks=num_blocks)
 
 
 def table(plan: Plan) -> Table:
