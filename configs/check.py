@@ -217,7 +217,7 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
     if longest > block * MOST_BLOCKS:
         wanted = block << (-(-longest // (block * MOST_BLOCKS)) - 1).bit_length()
         yield "sparse.select_block", f"{longest} tokens are more than {MOST_BLOCKS} blocks of {block}; set {wanted}"
-    always = (sparse.sinks + -(-sparse.window // block) + 1) * block
+    always = sparse.always_tokens
     if always > sparse.budget_tokens > 0:
         yield (
             "sparse.budget_tokens",

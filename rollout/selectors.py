@@ -208,6 +208,11 @@ def choice_of(config: SparseConfig) -> Choice:
     )
 
 
+def least_read(config: SparseConfig) -> int:
+    """Tokens of a long context that are read under any budget."""
+    return max(config.always_tokens, choice_of(replace(config, budget_tokens=1)).budget_blocks * config.block_tokens)
+
+
 def share_of_cache(config: SparseConfig) -> float:
     """What the selector that is configured keeps of each block, relative to its keys and values; 0 where all are read.
 
