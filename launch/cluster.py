@@ -13,6 +13,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from configs.errors import ConfigError, PreemptedError, PreflightError
+from configs.load import changes, load
 from configs.schema import Config
 from launch.crash import Phases
 from launch.parts import build_worker
@@ -108,7 +109,8 @@ async def run_loop(config: Config, run: RunDir, checkpoint: Path | None, **parts
         if checkpoint is not None:
             loop.restore(checkpoint)
         run.truncate_after(None if checkpoint is None else loop.step)
-        run.write_config(config)  # once what it asks for has been taken up
+        if unused := take_up(config, run, step=loop.step):
+            parts["progress"].message(f"warning: {unused}")
         run.write_status(step=loop.step)
         if rewards.sandbox is not None:
             kind, detail = rewards.sandbox
@@ -116,6 +118,20 @@ async def run_loop(config: Config, run: RunDir, checkpoint: Path | None, **parts
             parts["progress"].message(f"model-written code runs under {kind}: {detail}")
         with on_sigterm(loop.stop_requested):
             await loop.train()
+
+
+def take_up(config: Config, run: RunDir, *, step: int) -> str:
+    """Make this the configuration of a run that has reached a step, now that what it asks for has been taken up.
+
+    Of a run that had done all of its steps it leaves the old one; what to say then of what is asked for in vain.
+    """
+    if step >= config.train.steps:
+        before = load(run.path / "config" / "resolved.yaml")
+        if step >= before.train.steps:
+            asked = ", ".join(changes(before, config))
+            return asked and f"{asked} had no effect: all {step} steps are done; raise train.steps as well to go on"
+    run.write_config(config)
+    return ""
 
 
 def make_lessons(config: Config, learner: Learner | None, path: Path) -> Lessons | None:
