@@ -217,7 +217,7 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
     if longest > block * MOST_BLOCKS:
         wanted = block << (-(-longest // (block * MOST_BLOCKS)) - 1).bit_length()
         yield "sparse.select_block", f"{longest} tokens are more than {MOST_BLOCKS} blocks of {block}; set {wanted}"
-    always = (sparse.sinks + -(-sparse.window // block) + 1) * block
+    always = sparse.always_tokens
     if always > sparse.budget_tokens > 0:
         yield (
             "sparse.budget_tokens",
@@ -251,8 +251,6 @@ def _learned_gates(config: Config) -> Iterator[tuple[str, str]]:
         yield "sparse.learn", f"is of sparse.mode=draft, not of {sparse.mode}; set false"
     if sparse.selector != "gate":
         yield "sparse.learn", f"sparse.selector={sparse.selector} has no gates; set false, or sparse.selector=gate"
-    if config.compute.backend == "ray":
-        yield "sparse.learn", "gates learn in a run of one process; set false, or compute.backend=inline"
 
 
 def _lossy(config: Config) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.check import Problem, check
+from configs.check import Problem, check, value_of
 from configs.errors import ConfigError
 from configs.schema import Config
 
@@ -64,6 +64,16 @@ def dump(config: Config) -> str:
     """The configuration as YAML that `load` reads back to an equal value."""
     text: str = yaml.dump(_escaped(_plain(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
+
+
+def changes(before: Config, after: Config) -> list[str]:
+    """The keys whose values differ, as overrides that make one configuration of the other: a.b=c."""
+    leaves = [key for key in _keys(Config, "") if not is_dataclass(value_of(after, key))]
+    return [
+        f"{key}={_show(_plain(value_of(after, key)))}"
+        for key in leaves
+        if value_of(before, key) != value_of(after, key)
+    ]
 
 
 def recipes() -> list[str]:

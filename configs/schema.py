@@ -134,6 +134,12 @@ class SparseConfig:
         """Tokens in a block that is picked or not."""
         return self.select_block or (64 if self.selector in ("gate", "mean") else 16)
 
+    @property
+    def always_tokens(self) -> int:
+        """Tokens that are read whatever is picked: sinks, window and the block that is being written."""
+        block = max(self.block_tokens, 1)
+        return (self.sinks + -(-self.window // block) + 1) * block
+
 
 @dataclass(frozen=True, slots=True)
 class DrafterConfig:

@@ -41,6 +41,12 @@ class GateConfig:
     rope: Rope
     gate_rope: Rope
 
+    @property
+    def num_parameters(self) -> int:
+        """Of all layers' gates."""
+        merged = (self.num_heads + 3 * self.num_kv_heads) * self.head_dim * self.gate_dim
+        return self.num_layers * (merged + 2 * self.gate_dim)
+
     @classmethod
     def of(cls, model_config: Any, *, select_block: int = 64, gate_dim: int | None = None) -> "GateConfig":
         """Gates for a policy with this transformers config, as wide as its heads unless told.

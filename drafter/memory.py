@@ -1,10 +1,11 @@
-"""How much memory a learned drafter takes on its policy's device, found out without allocating any."""
+"""How much memory a learned drafter, or gates, take on their policy's device, found out without allocating any."""
 
 from dataclasses import dataclass
 from math import prod
 
 from configs.schema import DrafterConfig
 from drafter.eagle import EagleConfig
+from drafter.gate import GateConfig
 from drafter.kv_rings import cache_bytes
 from drafter.layouts import exported_shapes
 from drafter.publish import NUM_HEADS
@@ -15,6 +16,19 @@ FLOAT32_BYTES = 4
 # its logits: measured on one H100 with SmolLM2's head and vocabularies of 1024 and 8192 (tests/drafter/test_memory.py).
 KEPT_BYTES, LOGIT_BYTES = 6.4, 10.4
 MAPS = ("d2t", "t2d")  # int64 and bool, of no gradient
+
+
+@dataclass(frozen=True, slots=True)
+class GateBytes:
+    """One worker's gates.
+
+    weights: of those served, in the policy's dtype, and of the trained copy, in float32, if they learn. training:
+    gradients and the optimiser's moments, made by the first lesson. samples: what they learn from.
+    """
+
+    weights: int = 0
+    training: int = 0
+    samples: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,15 @@ class DrafterBytes:
 
 
 NO_DRAFTER = DrafterBytes(0, 0, 0, 0, 0, 0)
+
+
+def learned_gate_bytes(shape: GateConfig, *, itemsize: int, samples: int) -> GateBytes:
+    """Of gates of this shape that learn. itemsize: of the policy's dtype."""
+    return GateBytes(
+        weights=shape.num_parameters * (itemsize + FLOAT32_BYTES),
+        training=shape.num_parameters * FLOAT32_BYTES * 3,
+        samples=samples,
+    )
 
 
 def drafter_bytes(

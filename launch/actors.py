@@ -10,19 +10,21 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from configs import faults
+from drafter.gate_learner import GateJudgement, GateLearner
 from drafter.learner import Learner
 from drafter.publish import Judgement
 from drafter.report import DrafterReport, LearnStats, Replica, Standing
 from launch.noted import noting, one_line
 from launch.pace import Key
 from launch.pulse import GROUP, Life, life
+from rl.gate_lessons import GateLessons, Learned
 from rl.reference import by_rollout, responses
 from rl.trainer import DeepSpeedTrainer
 from rl.types import Batch, StepStats
@@ -36,6 +38,8 @@ from rollout.types import Activity, Engine, Partial, Prompt, Rollout, Sampling
 # What a worker is made of. Without a trainer it only samples, without an engine it only trains; without a learner there
 # is no drafter to train.
 Parts = tuple[Engine | None, DeepSpeedTrainer | None, Learner | None]
+
+Copied = Literal["drafter", "gates"]  # what each worker trains a copy of
 
 
 def own_host() -> str:
@@ -73,6 +77,7 @@ class Worker:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
         self.generating = asyncio.Lock()
         self.away_from = 0  # the last turn of learning that is over
+        self.copies: dict[Copied, Learner | GateLearner] = {}
         self.receiver: ReceivedWeights | None = None
         self.link: Link | None = None  # to those that weights are sent to, or come from
         self.failed = ""
@@ -97,10 +102,13 @@ class Worker:
             assert isinstance(engine, NativeEngine | Leader)  # configs.check lets no other engine run under Ray
             self.engine = engine
             self.receiver = engine.weights if isinstance(engine.weights, ReceivedWeights) else None
+            if isinstance(engine, NativeEngine) and engine.sparse is not None and engine.sparse.sampler is not None:
+                self.gates = GateLessons(engine)
+                self.copies["gates"] = self.gates.learner
         if trainer is not None:
             self.trainer = trainer
         if learner is not None:
-            self.learner = learner
+            self.learner = self.copies["drafter"] = learner
         return learner is not None
 
     async def generate(
@@ -220,14 +228,26 @@ class Worker:
         """End the learning of this turn and those before, begun or not, after the step it is at."""
         self.away_from = max(self.away_from, turn)
 
-    def delta(self) -> tuple[bool, dict[str, torch.Tensor]]:
-        """Learner.delta, and whether there is any."""
-        delta = self.learner.delta()
+    def delta(self, copied: Copied) -> tuple[bool, dict[str, torch.Tensor]]:
+        """What was learned since workers agreed last, as Learner.delta, and whether there is any."""
+        delta = self.copies[copied].delta()
         return bool(delta), delta
 
-    def apply_deltas(self, *deltas: dict[str, torch.Tensor]) -> None:
+    def apply_deltas(self, copied: Copied, *deltas: dict[str, torch.Tensor]) -> None:
         """Learner.apply."""
-        self.learner.apply(deltas)
+        self.copies[copied].apply(deltas)
+
+    def replica(self, copied: Copied) -> Replica:
+        """Learner.replica."""
+        return self.copies[copied].replica()
+
+    def become(self, copied: Copied, replica: Replica) -> Standing:
+        """Learner.become."""
+        return self.copies[copied].become(replica)
+
+    def give_up(self, copied: Copied, reason: str) -> Standing:
+        """Learner.give_up."""
+        return self.copies[copied].give_up(reason)
 
     def judge(self, version: int) -> Judgement | None:
         """Learner.judge."""
@@ -236,18 +256,6 @@ class Worker:
     def conclude(self, judgement: Judgement | None) -> DrafterReport:
         """Learner.conclude."""
         return self.learner.conclude(judgement)
-
-    def replica(self) -> Replica:
-        """Learner.replica."""
-        return self.learner.replica()
-
-    def become(self, replica: Replica) -> Standing:
-        """Learner.become."""
-        return self.learner.become(replica)
-
-    def give_up(self, reason: str) -> Standing:
-        """Learner.give_up."""
-        return self.learner.give_up(reason)
 
     def save_drafter(self, folder: Path) -> float:
         """Learner.save."""
@@ -260,3 +268,24 @@ class Worker:
     def load_drafter(self, folder: Path) -> None:
         """Learner.load."""
         self.learner.load(folder)
+
+    def learn_gates(self) -> Learned:
+        """GateLessons.learn."""
+        return self.gates.learn()
+
+    def judge_gates(self) -> GateJudgement | None:
+        """GateLearner.judge."""
+        return self.gates.learner.judge()
+
+    async def conclude_gates(self, judgement: GateJudgement | None) -> Standing:
+        """GateLearner.conclude, once no generate is under way."""
+        async with self.generating:
+            return self.gates.learner.conclude(judgement)
+
+    def save_gates(self, folder: Path, base_model: str) -> None:
+        """GateLessons.save."""
+        self.gates.save(folder, base_model=base_model)
+
+    def load_gates(self, folder: Path) -> None:
+        """GateLessons.load."""
+        self.gates.load(folder)

@@ -12,6 +12,7 @@ from rich.console import Console
 from configs.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
+    from configs.schema import SparseConfig
     from launch.bench_peer import PeerChoice
 
 Geometry = Annotated[str | None, typer.Option(metavar="NAME", help="A known shape, random weights: qwen3-8b, ...")]
@@ -41,6 +42,16 @@ def numbers(option: str, text: str) -> list[int]:
     if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
         raise ConfigError(f"{option} {text!r}: give different positive numbers with commas between, as in 1,8,32")
     return numbers
+
+
+def require_budget(option: str, sparse: "SparseConfig") -> None:
+    """Raise ConfigError for a budget that the selector does not keep to, as it always reads more."""
+    from rollout.selectors import least_read
+
+    if sparse.budget_tokens < (least := least_read(sparse)):
+        raise ConfigError(
+            f"{option} {sparse.budget_tokens}: {sparse.selector} reads {least} tokens in any case; give {least} or more"
+        )
 
 
 def prepare(

@@ -18,6 +18,7 @@ from configs.errors import ConfigError
 from configs.schema import SparseConfig
 from kernels.attention import PackedSequences
 from kernels.sample import noise_key, sample
+from launch.bench_options import require_budget
 from launch.bench_report import WrongResultError, plain_table, provenance, say, shape
 from launch.geometry import Subject
 from launch.natural_text import last_pieces
@@ -97,6 +98,7 @@ def make_side(job: Job, model: PreTrainedModel, selector: str, budget: int) -> S
     config = replace(job.sparse, selector=named, budget_tokens=budget, gate=job.sparse.gate if named == "gate" else "")
     if BLOCK_SIZE % config.block_tokens:
         raise ConfigError(f"blocks of {config.block_tokens} tokens do not divide {BLOCK_SIZE}; give another block")
+    require_budget("--budgets", config)
     return Side(selector, config, make_sparse(config, model))
 
 

@@ -118,7 +118,7 @@ class Walk:
         self._decoder = make_decoder(model)
         self._decoder.reach(length)
         self._sparse: SparseAttention = make_sparse(sparse, model)
-        self._sparse.attach(self._cache, num_texts=count, table_width=width)
+        self._sparse.attach(self._cache, num_texts=count, num_rows=count, table_width=width)
         self._graphs = GraphPool(device, max_bytes=GRAPH_BYTES)  # of steps, by how many tokens they forward densely
         self._at = torch.zeros(1, dtype=torch.int64, device=device)  # of the token forwarded last
         self._kl = torch.zeros(length, dtype=torch.float64, device=device)

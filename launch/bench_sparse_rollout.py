@@ -20,6 +20,7 @@ from drafter.selfdraft import SelfDrafter
 from drafter.types import OFF, Strategy
 from launch.agreement import verify
 from launch.bench_drift import Key, diverge, summary
+from launch.bench_options import require_budget
 from launch.bench_report import in_turns, plain_table, provenance, say, shape, spread
 from launch.bench_rollout import PREFILL_TOKENS, PROBE_TOKENS, generate, random_prompts, sampling, synchronize
 from launch.geometry import Subject
@@ -139,6 +140,8 @@ def make_sides(model: PreTrainedModel, job: Job) -> list[Side]:
             kind: Any = {"mode": mode, "selector": selector}
             kind["weights"] = job.sparse.weights if mode == "draft" else "policy"
             config = replace(job.sparse, **kind, gate=job.sparse.gate if selector in ("gate", "duo") else "")
+            if mode != "off":
+                require_budget("--budget", config)
             sides.append(_side("off" if mode == "off" else f"{mode} {selector}", config, model, job))
     return sides
 

@@ -15,6 +15,7 @@ from launch import bench, doctor, drafter, gate, launching, look
 from launch.exits import recorded, run_command, stoppable
 from launch.monitor.command import monitor
 from launch.monitor.sinks import require_sinks
+from launch.room import num_workers, require_room
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -69,6 +70,7 @@ def train(
     parsed = parse(text, given, origin=config)
     require_sinks(parsed.monitor.sinks)
     plan = _plan(parsed)  # a model that is not there is found out before anything is written
+    require_room(parsed, device=plan.device)
 
     from rl.rundir import RunDir
 
@@ -174,6 +176,7 @@ def _resume(path: Path, recipe: str | None, overrides: list[str]) -> None:
     config = load(Path(recipe) if recipe else path / "config" / "resolved.yaml", overrides)
     require_sinks(config.monitor.sinks)
     plan = _plan(config)
+    require_room(config, device=plan.device)
     with RunDir.open(path) as run:
         post_mortem(run, before)
         _train(config, plan, run, resumed=True)
@@ -210,9 +213,7 @@ def _train(config: "Config", plan: "Plan", run: "RunDir", *, resumed: bool) -> N
 def _plan(config: "Config") -> "Plan":
     """Find the model and derive the plan. Raises PreflightError."""
     _prepare()
-    compute = config.compute
-    samplers = compute.rollout_workers if compute.placement == "separate" else 0
-    faults.require_processes(compute.workers + samplers if compute.backend == "ray" else 0)
+    faults.require_processes(num_workers(config) if config.compute.backend == "ray" else 0)
     from launch.plan import derive
     from rollout.model import load_config
     from rollout.pretrained import resolve

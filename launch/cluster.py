@@ -13,20 +13,20 @@ from typing import Any
 from transformers import GenerationConfig
 
 from configs.errors import ConfigError, PreemptedError, PreflightError
+from configs.load import changes, load
 from configs.schema import Config
 from launch.crash import Phases
 from launch.parts import build_worker
 from launch.recovery import with_recoveries
 from rl.checkpoint import CheckpointStore
 from rl.data import DataSet, load_data
-from rl.export_drafter import hub_name
 from rl.gate_lessons import GateLessons
 from rl.lessons import Lessons
 from rl.loop import Loop
 from rl.reward import check_rewards
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
-from rl.types import Learner, Trainer
+from rl.types import Learner, TeachesGates, Trainer
 from rl.warmstart import solver
 from rollout.engine import NativeEngine
 from rollout.model import context_length, load_config, resolve_compute
@@ -66,14 +66,18 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Phases) ->
         engine: Engine
         trainer: Trainer
         learner: Learner | None = None
-        gates: GateLessons | None = None
+        gates: TeachesGates | None = None
         with ExitStack() as stack:
             if config.compute.backend == "ray":
                 protect_local_ray()
-                from launch.start import start_workers  # Ray takes a second to import; one process does not need it
+                # Ray takes a second to import; one process does not need it
+                from launch.gate_learners import RayGateLessons
+                from launch.start import start_workers
 
                 workers = start_workers(config, path, device=device, dtype=dtype, recovery=recovery)
-                engine, trainer, learner = stack.enter_context(workers)
+                sampling, trainer, learner = stack.enter_context(workers)
+                engine = sampling
+                gates = RayGateLessons(sampling.workers, sampling.fleet) if config.sparse.learn else None
             else:
                 engine, trainer, learner = build_worker(config, path, device=device, dtype=dtype)
                 gates = make_gate_lessons(config, engine)
@@ -105,7 +109,8 @@ async def run_loop(config: Config, run: RunDir, checkpoint: Path | None, **parts
         if checkpoint is not None:
             loop.restore(checkpoint)
         run.truncate_after(None if checkpoint is None else loop.step)
-        run.write_config(config)  # once what it asks for has been taken up
+        if unused := take_up(config, run, step=loop.step):
+            parts["progress"].message(f"warning: {unused}")
         run.write_status(step=loop.step)
         if rewards.sandbox is not None:
             kind, detail = rewards.sandbox
@@ -113,6 +118,20 @@ async def run_loop(config: Config, run: RunDir, checkpoint: Path | None, **parts
             parts["progress"].message(f"model-written code runs under {kind}: {detail}")
         with on_sigterm(loop.stop_requested):
             await loop.train()
+
+
+def take_up(config: Config, run: RunDir, *, step: int) -> str:
+    """Make this the configuration of a run that has reached a step, now that what it asks for has been taken up.
+
+    Of a run that had done all of its steps it leaves the old one; what to say then of what is asked for in vain.
+    """
+    if step >= config.train.steps:
+        before = load(run.path / "config" / "resolved.yaml")
+        if step >= before.train.steps:
+            asked = ", ".join(changes(before, config))
+            return asked and f"{asked} had no effect: all {step} steps are done; raise train.steps as well to go on"
+    run.write_config(config)
+    return ""
 
 
 def make_lessons(config: Config, learner: Learner | None, path: Path) -> Lessons | None:
@@ -128,7 +147,7 @@ def make_gate_lessons(config: Config, engine: Engine) -> GateLessons | None:
     if not config.sparse.learn:
         return None
     assert isinstance(engine, NativeEngine)  # configs.check lets no other engine attend sparsely
-    return GateLessons(engine, base_model=hub_name(config.model))
+    return GateLessons(engine)
 
 
 def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -24,8 +24,8 @@ from launch.bench_report import provenance
 from launch.offline import split, texts_for
 from launch.subject import Subject
 from rl.export import staged
-from rl.export_drafter import hub_name
 from rollout.model import forward_packed
+from rollout.pretrained import hub_name
 
 HELDOUT = 8  # one sequence in so many of a file is kept from training
 MEASURED_TOKENS = 64  # of a held-out sequence, evenly from its later half: each costs a row of dense attention

@@ -1,8 +1,6 @@
 """A Learner over every worker's: what one learns all have, and all draft with the same head or with none."""
 
-import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +10,13 @@ import ray
 import torch
 
 from drafter.publish import pooled
-from drafter.report import DrafterReport, LearnStats, Replica, Standing
+from drafter.report import DrafterReport, LearnStats, Standing
 from launch.adapters import LESSON_S, TRAIN_S, gather, on_alive, on_all, survivors
 from launch.fleet import Fleet
+from launch.replicas import Replicas
 from launch.shift import DISMISS_S
 
 POLL_S = 0.02  # how soon learning ends after it was told to
-
-log = logging.getLogger(__name__)
 
 
 class RayLearner:
@@ -30,6 +27,7 @@ class RayLearner:
     def __init__(self, workers: Sequence[Any], fleet: Fleet) -> None:
         self.workers = workers
         self.fleet = fleet
+        self._replicas = Replicas("drafter", workers, fleet)
         self._keeper = 0  # the worker whose learner is saved: one that learns, while any does
 
     def begin(self, counts: torch.Tensor) -> None:
@@ -63,8 +61,8 @@ class RayLearner:
         judgements = [each for each in judged.values() if each is not None]
         judgement = pooled(judgements) if judgements else None
         reports: dict[int, DrafterReport] = on_alive(self.workers, self.fleet, "conclude", judgement, limit_s=LESSON_S)
-        if len({report.standing for report in reports.values()}) > 1:
-            reports = self.reconcile(reports)
+        standings, off = self._replicas.reconcile({number: report.standing for number, report in reports.items()})
+        reports = {number: standing_at(reports[number], each, off) for number, each in standings.items()}
         if not reports:
             raise self.fleet.nobody()
         self._keeper = next((number for number, report in reports.items() if not report.off), next(iter(reports)))
@@ -72,44 +70,7 @@ class RayLearner:
 
     def agree(self) -> None:
         """Put the mean of what workers learned since the last time into all of them."""
-        deltas = {}
-        learned = {}
-        for number in self.fleet.alive:
-            # what was learned stays in the object store: the driver only hears whether there is anything
-            learned[number], deltas[number] = self.workers[number].delta.options(num_returns=2).remote()
-        told = survivors(learned, self.fleet, "delta", limit_s=LESSON_S)
-        given = [deltas[number] for number, any_ in told.items() if any_]
-        if given:
-            on_alive(self.workers, self.fleet, "apply_deltas", *given, limit_s=LESSON_S)
-
-    def reconcile(self, reports: dict[int, DrafterReport]) -> dict[int, DrafterReport]:
-        """Workers serve different heads: have all serve what most of them do, the first one's of equals.
-
-        Where they do not afterwards, none drafts any more: what is sampled would be the same, but what is measured of
-        drafts would be of no one head. Returns their reports as they stand then, of those that are left.
-        """
-        counts = Counter(report.standing for report in reports.values())
-        (wanted, _), *_ = counts.most_common(1)
-        source = next(number for number, report in reports.items() if report.standing == wanted)
-        given_by = f"worker {self.fleet.number(source)}'s"
-        log.warning("workers serve different drafters, and are given %s: %s", given_by, self.told(reports))
-        asked = {source: self.workers[source].replica.remote()}
-        given: dict[int, Replica] = survivors(asked, self.fleet, "replica", limit_s=LESSON_S)
-        standings: dict[int, Standing] = {}
-        if given:
-            standings = on_alive(self.workers, self.fleet, "become", given[source], limit_s=LESSON_S)
-            reports = {number: standing_at(reports[number], each) for number, each in standings.items()}
-        if len(set(standings.values())) == 1:
-            return reports
-        reason = f"workers serve different drafters ({self.told(reports)}), also after they were given {given_by}"
-        log.warning("no worker drafts with a learned head any more: %s", reason)
-        withdrawn = on_alive(self.workers, self.fleet, "give_up", reason, limit_s=LESSON_S)
-        return {number: replace(standing_at(reports[number], each), off=reason) for number, each in withdrawn.items()}
-
-    def told(self, reports: dict[int, DrafterReport]) -> str:
-        """Who serves what, in words."""
-        heads = {self.fleet.number(member): f"v{each.version} {each.checksum}" for member, each in reports.items()}
-        return ", ".join(f"worker {number}: {head}" for number, head in heads.items())
+        self._replicas.agree()
 
     def save(self, folder: Path) -> float:
         """Learner.save of one worker, on storage that its node shares with the driver."""
@@ -147,7 +108,7 @@ def merged(reports: Sequence[DrafterReport]) -> DrafterReport:
     )
 
 
-def standing_at(report: DrafterReport, standing: Standing) -> DrafterReport:
-    """The report, of a worker that now serves this."""
+def standing_at(report: DrafterReport, standing: Standing, off: str) -> DrafterReport:
+    """The report, of a worker that now serves this. off: why it gave up, "" if it did not."""
     version, checksum = standing
-    return replace(report, version=version, checksum=checksum)
+    return replace(report, version=version, checksum=checksum, off=off or report.off)

@@ -77,7 +77,8 @@ class LongRows:
             drafting = RowForward(reads, self.cache, how, residency=self._residency, block_size=BLOCK_SIZE)
         self._drafter.lend(SparsePolicy(drafting, sparse))
         # what a watching selector goes by is nothing until a verification: the newest blocks are as many
-        sparse.attach(self.cache, num_texts=num_rows, table_width=width)
+        sparse.attach(self.cache, num_texts=num_rows, num_rows=num_rows, table_width=width)
+        sparse.begin(range(num_rows))
         begins = torch.zeros(num_rows, dtype=torch.int32, device=device)
         sparse.selector.describe(
             self.cache.storage,

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from configs.schema import Config
-from drafter.memory import DrafterBytes
+from drafter.memory import DrafterBytes, GateBytes
 from kernels.logprob import CHUNK_ELEMENTS
 from launch.shares import Share
 from rl.zero import BUCKET_ELEMENTS, LIVE_ELEMENTS
@@ -56,6 +56,7 @@ class Sizes:
     drafter: DrafterBytes
     share: Share
     lowbit: int = 0
+    gates: GateBytes = GateBytes()
     watched: int = 0
 
 
@@ -71,6 +72,9 @@ def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> d
     drafter = {
         "drafter": sizes.drafter.weights + sizes.drafter.training + sizes.drafter.graphs,
         "drafter's cache": sizes.drafter.cache,
+        "gates": sizes.gates.weights,
+        "gates' lessons": sizes.gates.training,
+        "gate samples": sizes.gates.samples,
         "8-bit copy": sizes.lowbit,
         "features": sizes.drafter.rings + sizes.drafter.buffer,
     }

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from math import ceil
+from pathlib import Path
 
 import torch
 from rich import box
@@ -9,12 +10,14 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from configs.schema import Config, SparseConfig
-from drafter.memory import NO_DRAFTER, DrafterBytes, drafter_bytes
+from drafter.gate_checkpoint import read_gate_config
+from drafter.memory import NO_DRAFTER, DrafterBytes, GateBytes, drafter_bytes, learned_gate_bytes
 from drafter.types import OFF
 from launch.drafting import starting_shape
 from launch.memory import Memory, Sizes, memory_of
 from launch.shares import count_parameters, empty_model, share_of
 from rl.ulysses import require_heads
+from rollout.gate_sampler import sample_bytes
 from rollout.lowbit import LowBitPolicy
 from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, resolve_compute
@@ -29,9 +32,12 @@ NOTES = {
     "uncut": "the largest parameter, of which a rank keeps a share",
     "whole copy": "that rollouts are sampled from",
     "CUDA graphs": "at most",
-    "block weights": "of the texts, that sparse.selector=verified goes by",
+    "block weights": "of sequences that run, that sparse.selector=verified goes by",
     "drafter": "its copies, gradients and optimiser",
     "drafter's cache": "of sequences that run",
+    "gates": "that pick blocks, and the copy that learns, if one does",
+    "gates' lessons": "gradients and optimiser",
+    "gate samples": "keys and queries of verifications, at most",
     "8-bit copy": "of the policy, that drafts read",
     "features": "hidden states to draft from and learn from",
 }
@@ -92,6 +98,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         drafter=_drafter_bytes(config, model_config, device, itemsize),
         share=share_of(model_config, rollout.tensor_parallel),
         lowbit=lowbit_bytes(config.sparse, model_config),
+        gates=gate_bytes(config.sparse, model_config, itemsize=itemsize, longest=longest),
         watched=watched_bytes(config, model_config, device=device, longest=longest),
     )
     kv_blocks = _kv_blocks(config, model_config, sizes, longest=longest)
@@ -141,7 +148,7 @@ def _kv_blocks(config: Config, model_config: PretrainedConfig, sizes: Sizes, *, 
     if config.rollout.kv_tokens:
         return config.rollout.kv_tokens // block_size
     sampler = list(memory_of(config, model_config, sizes).values())[-1]  # without a cache
-    after = ("CUDA graphs", "block weights")  # the cache, in memory left free
+    after = ("CUDA graphs", "block weights", "gates' lessons", "gate samples")  # the cache, in memory left free
     reserved = sum(sampler.always.values()) - sum(sampler.always.get(name, 0) for name in after)
     affordable = cache_budget(sizes.device, reserved=reserved) // _block_bytes(config, sizes.share.config, sizes.dtype)
     return min(sizes.rows * ceil(longest / block_size), affordable)
@@ -177,15 +184,25 @@ def lowbit_bytes(sparse: SparseConfig, model_config: PretrainedConfig) -> int:
     return LowBitPolicy(empty_model(model_config), sparse.weights).num_bytes
 
 
+def gate_bytes(sparse: SparseConfig, model_config: PretrainedConfig, *, itemsize: int, longest: int) -> GateBytes:
+    """Of the gates that pick blocks, where there are any. Raises PreflightError."""
+    if sparse.mode == "off" or sparse.selector != "gate":
+        return GateBytes()
+    shape = read_gate_config(Path(sparse.gate).expanduser(), model_config)
+    if not sparse.learn:
+        return GateBytes(weights=shape.num_parameters * itemsize)
+    samples = sample_bytes(model_config, longest=longest, itemsize=itemsize)
+    return learned_gate_bytes(shape, itemsize=itemsize, samples=samples)
+
+
 def watched_bytes(config: Config, model_config: PretrainedConfig, *, device: str, longest: int) -> int:
-    """Of what a selector keeps of the texts rather than of the cache's blocks: the verified one alone does."""
+    """Of what a selector keeps of the rows rather than of the cache's blocks: the verified one alone does."""
     if config.sparse.mode == "off" or config.sparse.selector != "verified":
         return 0
     chooser = make_chooser(config.spec, device=device, seed=config.run.seed, sparse=config.sparse)
     room = room_for(longest, config.rollout, max_nodes=max(1, chooser.max_num_verify))
     num_blocks = room.table_width * (config.rollout.block_size // config.sparse.block_tokens)
-    # and one text more, for rows that are nobody's
-    return weight_bytes(model_config, num_texts=room.num_texts + 1, num_blocks=num_blocks)
+    return weight_bytes(model_config, num_rows=config.rollout.max_running, num_blocks=num_blocks)
 
 
 def table(plan: Plan) -> Table:

@@ -1,7 +1,7 @@
 """The workers of a run on a Ray cluster: where they are, what each is, and the loop's objects over them."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from launch.joined import join
 from launch.learners import RayLearner
 from launch.parts import build_engine, build_share, build_trainer, build_worker
 from launch.pulse import GROUP, Pulse
+from launch.room import asked_sizes, bundle, shortage, too_little
 from rl.trainer import DeepSpeedTrainer
 from rollout.team import Seat
 
@@ -86,9 +87,9 @@ def _start_separate(config: Config, path: Path, *, device: str, dtype: str, reco
     sample on."""
     compute, team = config.compute, config.rollout.tensor_parallel
     counts = [compute.workers, compute.rollout_workers]
-    asked = f"compute.workers={counts[0]} and compute.rollout_workers={counts[1]}"
     train, sample = (partial(each, config, path, device=device, dtype=dtype) for each in (build_trainer, build_engine))
-    placed = _placed(counts, asked, device=device, silence_s=config.run.silence_s, recovery=recovery, team=team)
+    asked, silence_s = asked_sizes(config), config.run.silence_s
+    placed = _placed(counts, asked, device=device, silence_s=silence_s, recovery=recovery, team=team)
     with placed as (trainers, engines):
         making: list[tuple[Any, Callable[[], Parts]]] = [(each, train) for each in trainers]
         if team == 1:
@@ -117,20 +118,20 @@ def _placed(
     outlive one another. Raises PreflightError and ResourceError.
     """
     join(os.environ.get("RAY_ADDRESS", "local"))  # not any other that this machine runs
-    bundle = {"CPU": 1.0} | ({"GPU": 1.0} if device == "cuda" else {})
+    each = bundle(device)
     pulse: Pulse | None = None
     planned = os.environ.get(faults.VARIABLE, "")
-    if "RAY_ADDRESS" not in os.environ and (short := shortage(ray.cluster_resources(), bundle, sum(counts))):
+    if "RAY_ADDRESS" not in os.environ and (short := shortage(ray.cluster_resources(), each, sum(counts))):
         ray.shutdown()
-        raise ResourceError(f"{asked} need {short} on this machine; ask for fewer")
+        raise too_little(asked, short)
     first = sum(counts[:-1])
     bundle_of = [*range(first), *(first + number // team for number in range(counts[-1]))]
-    together = {kind: team * size for kind, size in bundle.items()}
-    group = placement_group([bundle] * first + [together] * (counts[-1] // team), strategy="PACK")
+    together = {kind: team * size for kind, size in each.items()}
+    group = placement_group([each] * first + [together] * (counts[-1] // team), strategy="PACK")
     try:
         if not group.wait(PLACEMENT_TIMEOUT_S):  # nodes may still join
             lacking = f"nodes with room for {'one each' if team == 1 else f'each {team}'}"
-            free = shortage(ray.available_resources(), bundle, sum(counts)) or lacking
+            free = shortage(ray.available_resources(), each, sum(counts)) or lacking
             raise ResourceError(
                 f"{asked} need {free} free in the cluster after {PLACEMENT_TIMEOUT_S:g} s; ask for fewer, or add nodes"
             )
@@ -138,7 +139,7 @@ def _placed(
         actors = [
             kind.options(
                 num_cpus=1,
-                num_gpus=bundle.get("GPU", 0),
+                num_gpus=each.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place),
             ).remote(number, counts[0], planned, recovery)
             for number, place in enumerate(bundle_of)
@@ -152,12 +153,6 @@ def _placed(
             pulse.stop()
         remove_placement_group(group)
         ray.shutdown()
-
-
-def shortage(has: Mapping[str, float], each: Mapping[str, float], count: int) -> str:
-    """Of what there is too little for so many workers, in words; "" where there is enough of everything."""
-    lacking = {kind: count * size for kind, size in each.items() if has.get(kind, 0.0) < count * size}
-    return ", ".join(f"{wanted:g} {kind}s and there are {has.get(kind, 0.0):g}" for kind, wanted in lacking.items())
 
 
 def _seated(

@@ -70,7 +70,7 @@ class Forced:
         self._decoder = make_decoder(model)
         self._decoder.reach(length)
         for each in sparse:
-            each.attach(self.cache, num_texts=num_rows, table_width=self._width)
+            each.attach(self.cache, num_texts=num_rows, num_rows=num_rows, table_width=self._width)
         for text in range(count):
             self._compute(text)
 
@@ -120,10 +120,10 @@ class Forced:
         """Verify densely what lies before the windows that begin there, and drop what comes of it."""
         num_tokens = self._window + 1
         rows = _rows(torch.arange(len(begins), device=begins.device), self._tables[text].repeat(len(begins), 1))
+        sparse.begin(range(len(begins)))
         attention = sparse.watch(rows, len(begins))
         if attention is None:
             return
-        sparse.begin(range(len(begins)))
         index = begins[:, None] + torch.arange(-num_tokens, 0, device=begins.device)
         # the keys are there already: what this forward computes of them is nobody's
         nobodys = torch.full_like(index, self.cache.dummy_slot).flatten()

@@ -56,7 +56,9 @@ class Weighed:
         if self._side.selector == BEST:
             lists = choose_blocks(shares.mean(dim=2), seqs, choice_of(config), select_block=selector.select_block)
         else:
-            lists = selector.select(layer, query, positions, seqs, self._places.rows.text.long())
+            rows = self._places.rows
+            kept = self._side.sparse.kept(rows, len(rows.text))
+            lists = selector.select(layer, query, positions, seqs, kept)
         self.mass[layer] = float((shares * listed(lists, shares.shape[3])[:, :, None]).sum(dim=3).mean())
         return sparse_attention(query, key_cache, value_cache, seqs, lists, scale=scale)
 

@@ -18,7 +18,7 @@ from rl.export import last_recorded, newest_intact, read_params, require_free, s
 from rl.loop import DRAFTER
 from rl.rundir import require_run
 from rollout.model import load_config
-from rollout.pretrained import SHIPPED, resolve
+from rollout.pretrained import hub_name, resolve
 
 ACCEPT_LENGTH = "drafter_served_accept_length"  # of the steps' metrics
 
@@ -178,12 +178,6 @@ def served_head(saved: Path) -> EagleHead:
 def architectures(base: Path) -> list[str]:
     """The class names that a model folder's config.json gives."""
     return list(load_config(base).architectures or [])
-
-
-def hub_name(model: str) -> str:
-    """What others call a model: the hub id of a shipped one, else the name as it is."""
-    shipped = SHIPPED.get(model.lower())
-    return shipped.hub_id if shipped else model
 
 
 def card(head: EagleHead, layout: Layout, origin: Origin, *, name: str, vllm: str | None) -> str:

@@ -26,16 +26,16 @@ from rl.batch import pack
 from rl.checkpoint import CheckpointStore, step_of
 from rl.data import DataSet
 from rl.drift import DriftAlarm
-from rl.gate_lessons import GateLessons
 from rl.invariants import check_step
 from rl.lessons import Lessons
 from rl.metrics import Progress, Stopwatch, rollout_record, sample_rows, step_record
 from rl.recorder import Recorder
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
-from rl.types import Group, StepStats, Trainer
+from rl.types import Group, StepStats, TeachesGates, Trainer
 from rl.warmstart import warm_start
 from rollout.lossy import UNDER
+from rollout.pretrained import hub_name
 from rollout.types import Engine, Prompt, Rollout, Sampling
 
 # Evaluation noise is never drawn (temperature 0); the step only has to differ from training steps.
@@ -60,7 +60,7 @@ class Loop:
     progress: Progress
     stop_requested: threading.Event  # set by a signal handler, also in the middle of synchronous work
     lessons: Lessons | None = None  # of a drafter that learns
-    gates: GateLessons | None = None  # of gates that do
+    gates: TeachesGates | None = None  # who teaches gates that do
     step: int = 0
     prepared: bool = False  # the warm start, if any, is in the weights
     recorder: Recorder = field(init=False)
@@ -300,7 +300,7 @@ class Loop:
                 stalls["drafter_stall_s"] = self.lessons.learner.save(folder / DRAFTER)
             self.trainer.save(folder / "trainer")
             if self.gates is not None:
-                self.gates.save(folder / GATES)
+                self.gates.save(folder / GATES, base_model=hub_name(self.config.model))
             if self.lessons is not None:
                 self.lessons.learner.saved()
             lessons = {} if self.lessons is None else self.lessons.state_dict()

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -112,6 +112,19 @@ class Learner(Protocol):
 
     def saved(self) -> None:
         """Wait for it. Raises StorageError where it could not be written."""
+
+    def load(self, folder: Path) -> None:
+        """Take up what save wrote, bit for bit, and serve what it served."""
+
+
+class TeachesGates(Protocol):
+    """Improves the gates that drafts are made by. rl.gate_lessons.GateLessons, or one over several workers'."""
+
+    def take(self) -> dict[str, Any]:
+        """A step's lesson, no sequence running; its figures. What is served afterwards is better, or as before."""
+
+    def save(self, folder: Path, *, base_model: str) -> None:
+        """Make this folder. base_model: what others call the policy. Raises OSError."""
 
     def load(self, folder: Path) -> None:
         """Take up what save wrote, bit for bit, and serve what it served."""

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
 
 from drafter.gate_learner import verified_samples
 from drafter.gate_training import LayerSample
 from kernels.attention import PagedSequences
+from rollout.model import kv_shape
 from rollout.sequence import Sequence as Writing
 from rollout.verified import attend_and_watch
 
@@ -63,6 +65,12 @@ class GateSampler:
         self._num_bytes += sample.keys.nbytes
         while len(self._samples) > 1 and (len(self._samples) > MAX_SAMPLES or self._num_bytes > MAX_BYTES):
             self._num_bytes -= self._samples.popleft()[1].keys.nbytes
+
+
+def sample_bytes(model_config: PretrainedConfig, *, longest: int, itemsize: int) -> int:
+    """What samples of sequences of up to so many tokens take at most: their keys, beside which the rest is little."""
+    _, num_kv_heads, head_dim = kv_shape(model_config)
+    return min(MAX_BYTES, MAX_SAMPLES * longest * num_kv_heads * head_dim * itemsize)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ class GateSelector:
         self._weights = gates.weights()
         self._choice = choice
 
-    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
+    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
         """Room for compressed keys of this cache."""
         self.descriptors = empty_compressed(self._weights, cache.storage, select_block=self.select_block)
 
@@ -48,7 +48,7 @@ class GateSelector:
         )
 
     def select(
-        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, kept: torch.Tensor
     ) -> BlockLists:
         """The blocks that the layer's gate wants most."""
         return gate_choose(self._weights, layer, query, positions, self.descriptors[layer], seqs, self._choice)

@@ -79,6 +79,12 @@ def resolve(name: str) -> Path:
     )
 
 
+def hub_name(name: str) -> str:
+    """What others call a model: the hub id of a shipped one, else the name as it is."""
+    shipped = SHIPPED.get(name.lower())
+    return shipped.hub_id if shipped else name
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer in a model folder, which must have a chat template. Raises PreflightError."""
     from transformers import AutoTokenizer  # seconds to import; resolving a name needs none of it

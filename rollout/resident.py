@@ -101,7 +101,8 @@ class ResidentCycles:
         ]
         self._residency.enter(ready)
         if self._sparse is not None and ready:
-            self._sparse.begin(self._residency.row_texts()[-len(ready) :].tolist())
+            texts = self._residency.row_texts().tolist()
+            self._sparse.begin(texts[-len(ready) :], beside=texts[: -len(ready)])
         self._residency.upload_blocks()
         self._launched = self._launch(strategy, version) if self._residency.sequences else None
         prefilling = [work for work in coming if work.sequence.num_uncached > 1]

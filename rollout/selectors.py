@@ -47,7 +47,7 @@ class DescribedSelector:
         self.share_of_cache = PLANES[kind] / (2 * select_block)
         self.descriptors = torch.empty(0)
 
-    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
+    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
         """Room for descriptors of this cache."""
         self.descriptors = empty_descriptors(self.kind, cache.storage, select_block=self.select_block)
 
@@ -75,7 +75,7 @@ class DescribedSelector:
         return score(query, self.descriptors[layer], seqs)
 
     def select(
-        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, kept: torch.Tensor
     ) -> BlockLists:
         """The blocks of the highest scores."""
         return choose_blocks(self.scores(layer, query, seqs), seqs, self.choice, select_block=self.select_block)
@@ -91,7 +91,7 @@ class NewestSelector:
         self._choice = choice
         self._num_kv_heads = 0
 
-    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
+    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
         """Nothing is kept of what is cached."""
         self._num_kv_heads = cache.storage.shape[4]
 
@@ -104,7 +104,7 @@ class NewestSelector:
         """Places are known."""
 
     def select(
-        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, kept: torch.Tensor
     ) -> BlockLists:
         """The newest blocks."""
         return newest_blocks(seqs, self._choice, num_kv_heads=self._num_kv_heads, select_block=self.select_block)
@@ -127,7 +127,7 @@ class HeadsSelector:
         # a retrieval head's blocks pass the threshold, the others' only where they are always read
         self._scores = retrieval.float()[:, None, :, None]
 
-    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
+    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
         """Nothing is kept."""
         self._scores = self._scores.to(cache.storage.device)
 
@@ -140,11 +140,11 @@ class HeadsSelector:
         """Places are known."""
 
     def select(
-        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, kept: torch.Tensor
     ) -> BlockLists:
         """All blocks, or the newest, by head."""
         num_blocks = num_selection_blocks(seqs, self.select_block)
-        scores = self._scores[layer].expand(len(text), -1, num_blocks)
+        scores = self._scores[layer].expand(len(kept), -1, num_blocks)
         return choose_blocks(scores, seqs, self._choice, select_block=self.select_block)
 
 
@@ -206,6 +206,11 @@ def choice_of(config: SparseConfig) -> Choice:
         sinks=config.sinks,
         recent=recent,
     )
+
+
+def least_read(config: SparseConfig) -> int:
+    """Tokens of a long context that are read under any budget."""
+    return max(config.always_tokens, choice_of(replace(config, budget_tokens=1)).budget_blocks * config.block_tokens)
 
 
 def share_of_cache(config: SparseConfig) -> float:

@@ -32,8 +32,9 @@ class Selector(Protocol):
     select_block: int
     share_of_cache: float
 
-    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
-        """Select from this cache from now on, for so many texts of at most table_width blocks: nothing is cached."""
+    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
+        """Select from this cache from now on, for so many texts of at most table_width blocks, num_rows of which are
+        written at a time: nothing is cached."""
 
     def release(self) -> None:
         """The cache is gone: keep nothing beside it."""
@@ -47,11 +48,12 @@ class Selector(Protocol):
         """
 
     def select(
-        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, kept: torch.Tensor
     ) -> BlockLists:
-        """The blocks to read. query [T, Hq, D] after rotary embedding; positions [T] int64; text [B] int64.
+        """The blocks to read. query [T, Hq, D] after rotary embedding; positions [T] int64.
 
-        Captured in CUDA graphs: no host synchronisation.
+        kept [B]: where a WatchingSelector keeps what it knows of the rows' texts; nothing to another one. Captured in
+        CUDA graphs: no host synchronisation.
         """
 
 
@@ -59,11 +61,15 @@ class Selector(Protocol):
 class WatchingSelector(Protocol):
     """A selector that goes by what dense forwards attend to."""
 
-    def begin(self, texts: Sequence[int]) -> None:
-        """Sequences start to write these texts: nothing is known of what they attend to."""
+    def begin(self, texts: Sequence[int], *, beside: Sequence[int]) -> None:
+        """Sequences start to write these texts: nothing is known of what they attend to. beside: the other texts that
+        are written now; of all further ones nothing is kept."""
 
-    def watch(self, text: torch.Tensor) -> LayerAttention:
-        """Dense attention of the rows that write these texts, [B] int64, which keeps what the selector goes by."""
+    def kept(self, text: torch.Tensor) -> torch.Tensor:
+        """Where it keeps what it knows of the texts that rows write, [B] int32: [B] int64."""
+
+    def watch(self, kept: torch.Tensor) -> LayerAttention:
+        """Dense attention of these rows, which keeps there what the selector goes by."""
 
 
 class SparseAttention:
@@ -86,20 +92,20 @@ class SparseAttention:
         self.sampler = sampler
         self.dense = frozenset(dense)
         self.lowbit = lowbit
-        self._attached: tuple[PagedCache, int, int] | None = None
+        self._attached: tuple[PagedCache, int, int, int] | None = None
 
-    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> bool:
+    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> bool:
         """Attend to this cache from now on.
 
         Returns whether all that is cached stays known: where False, nobody may find what was cached before.
         """
-        attached = (cache, num_texts, table_width)
+        attached = (cache, num_texts, num_rows, table_width)
         if self._attached is not None and self._attached[0] is cache and self._attached[1:] == attached[1:]:
             return True
         self.release()  # before more is allocated
         # written in inference mode and outside of it
         with torch.inference_mode(False):
-            self.selector.attach(cache, num_texts=num_texts, table_width=table_width)
+            self.selector.attach(cache, num_texts=num_texts, num_rows=num_rows, table_width=table_width)
         self._attached = attached
         return False
 
@@ -108,20 +114,25 @@ class SparseAttention:
         self._attached = None
         self.selector.release()
 
-    def begin(self, texts: Sequence[int]) -> None:
-        """Sequences start to write these texts."""
+    def begin(self, texts: Sequence[int], *, beside: Sequence[int] = ()) -> None:
+        """Sequences start to write these texts, and others write those beside."""
         if texts and isinstance(self.selector, WatchingSelector):
-            self.selector.begin(texts)
+            self.selector.begin(texts, beside=beside)
+
+    def kept(self, rows: Rows, num_rows: int) -> torch.Tensor:
+        """What the selector is given of the first rows in Selector.select."""
+        text = rows.text[:num_rows]
+        return self.selector.kept(text) if isinstance(self.selector, WatchingSelector) else text
 
     def forward(self, rows: Rows, num_rows: int) -> LayerAttention:
         """The attention of a forward of the first rows."""
-        return _Selected(self.selector, self.dense, rows.text[:num_rows].long())
+        return _Selected(self.selector, self.dense, self.kept(rows, num_rows))
 
     def watch(self, rows: Rows, num_rows: int) -> LayerAttention | None:
         """What a dense forward of the first rows attends with for the selector's sake; None: as it does anyway."""
         if not isinstance(self.selector, WatchingSelector):
             return None
-        return self.selector.watch(rows.text[:num_rows].long())
+        return self.selector.watch(self.kept(rows, num_rows))
 
     def commit(self, rows: Rows, inputs: CycleInputs, counts: torch.Tensor, *, most: int) -> None:
         """Each row committed so many tokens of a dense cycle, whose keys are at their places: they are known now.
@@ -154,7 +165,7 @@ class _Selected:
 
     selector: Selector
     dense: frozenset[int]
-    text: torch.Tensor
+    kept: torch.Tensor
 
     def takes(self, layer: int) -> bool:
         """Whether a layer attends so."""
@@ -172,7 +183,7 @@ class _Selected:
         scale: float,
     ) -> torch.Tensor:
         """Over the blocks that are picked."""
-        lists = self.selector.select(layer, query, positions, seqs, self.text)
+        lists = self.selector.select(layer, query, positions, seqs, self.kept)
         return sparse_attention(query, key_cache, value_cache, seqs, lists, scale=scale)
 
 

@@ -18,7 +18,8 @@ class VerifiedSelector:
     """Picks what the last dense forward of a text attended to most, the same for all that is drafted until the next.
 
     A block scores the logarithm of its largest weight. Source: PillarAttn (arXiv 2512.01278).
-    weights [layers, texts, Hkv, blocks] float32: those logarithms, of the attached texts.
+    weights [layers, rows + 1, Hkv, blocks] float32: those logarithms, in a slot for each text that is being written and
+    one for rows that are nobody's. A text that is written no more has lost its own.
     """
 
     share_of_cache = 0.0
@@ -26,51 +27,65 @@ class VerifiedSelector:
     def __init__(self, choice: Choice, *, select_block: int) -> None:
         self.select_block = select_block
         self.weights = torch.empty(0)
+        self._slot_of = torch.empty(0)  # [texts] int64
+        self._slots: dict[int, int] = {}  # of the texts that are being written
         self._choice = replace(choice, threshold=log(choice.threshold) if choice.threshold else None)
 
-    def attach(self, cache: PagedCache, *, num_texts: int, table_width: int) -> None:
-        """Room for what these texts attend to."""
+    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
+        """Room for what a text on each row attends to."""
         layers, _, _, block_size, num_kv_heads, _ = cache.storage.shape
         blocks = table_width * (block_size // self.select_block)
-        self.weights = torch.zeros(layers, num_texts, num_kv_heads, blocks, device=cache.storage.device)
+        device = cache.storage.device
+        self.weights = torch.zeros(layers, num_rows + 1, num_kv_heads, blocks, device=device)
+        self._slot_of = torch.full((num_texts,), num_rows, dtype=torch.int64, device=device)
+        self._slots.clear()
 
     def release(self) -> None:
         """Keep no weights."""
-        self.weights = torch.empty(0)
+        self.weights = self._slot_of = torch.empty(0)
 
     def describe(
         self, storage: torch.Tensor, *, block_tables: torch.Tensor, begins: torch.Tensor, ends: torch.Tensor, most: int
     ) -> None:
         """The keys say nothing."""
 
-    def begin(self, texts: Sequence[int]) -> None:
+    def begin(self, texts: Sequence[int], *, beside: Sequence[int]) -> None:
         """All blocks are as good until the first verification."""
-        (at,) = upload(self.weights.device, np.array(texts, dtype=np.int64))
+        self._slots = {text: self._slots[text] for text in beside}
+        free = sorted({*range(self.weights.shape[1] - 1)}.difference(self._slots.values()))
+        slots = free[: len(texts)]
+        self._slots.update(zip(texts, slots, strict=True))
+        of_texts, at = upload(self.weights.device, np.array(texts, dtype=np.int64), np.array(slots, dtype=np.int64))
+        self._slot_of.index_copy_(0, of_texts, at)
         self.weights.index_fill_(1, at, 0.0)
 
-    def watch(self, text: torch.Tensor) -> "Watched":
+    def kept(self, text: torch.Tensor) -> torch.Tensor:
+        """The slots of these texts."""
+        return self._slot_of.index_select(0, text)
+
+    def watch(self, kept: torch.Tensor) -> "Watched":
         """Dense attention that leaves its largest weights here."""
-        return Watched(self.weights, text, self.select_block)
+        return Watched(self.weights, kept, self.select_block)
 
     def select(
-        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, kept: torch.Tensor
     ) -> BlockLists:
         """The blocks of the largest weights."""
-        return choose_blocks(self.weights[layer, text], seqs, self._choice, select_block=self.select_block)
+        return choose_blocks(self.weights[layer, kept], seqs, self._choice, select_block=self.select_block)
 
 
-def weight_bytes(model_config: PretrainedConfig, *, num_texts: int, num_blocks: int) -> int:
-    """What is kept of so many texts, of so many selection blocks each."""
+def weight_bytes(model_config: PretrainedConfig, *, num_rows: int, num_blocks: int) -> int:
+    """What is kept of the texts of so many rows, and of nobody's, of so many selection blocks each."""
     layers, num_kv_heads, _ = kv_shape(model_config)
-    return layers * num_texts * num_kv_heads * num_blocks * torch.float32.itemsize
+    return layers * (num_rows + 1) * num_kv_heads * num_blocks * torch.float32.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """Dense attention of the rows that write these texts, whose largest weights are kept: LayerAttention."""
+    """Dense attention of rows, whose largest weights are kept in these slots: LayerAttention."""
 
     weights: torch.Tensor
-    text: torch.Tensor
+    kept: torch.Tensor
     select_block: int
 
     def takes(self, layer: int) -> bool:
@@ -93,7 +108,7 @@ class Watched:
             query, key_cache, value_cache, seqs, scale=scale, select_block=self.select_block
         )
         scores = verified_scores(maxima, seqs, num_kv_heads=key_cache.shape[2])
-        self.weights[layer, :, :, : scores.shape[2]].index_copy_(0, self.text, scores)
+        self.weights[layer, :, :, : scores.shape[2]].index_copy_(0, self.kept, scores)
         return attended
 
 

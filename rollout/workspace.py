@@ -130,8 +130,8 @@ class Workspace:
                     f"{type(self._model).__name__} decodes through its own module, which attends to everything; set"
                     " sparse.mode=off"
                 )
-            num_texts, table_width = len(residency.texts.lengths), residency.rows.block_tables.shape[1]
-            if not self._sparse.attach(self.cache, num_texts=num_texts, table_width=table_width):
+            num_texts, (num_rows, table_width) = len(residency.texts.lengths), residency.rows.block_tables.shape
+            if not self._sparse.attach(self.cache, num_texts=num_texts, num_rows=num_rows, table_width=table_width):
                 self.pool.forget()  # a prefix that were found would have no descriptors
         return decoder, residency
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from configs.errors import ConfigError
-from configs.load import dump, find_recipe, load, parse, recipes
+from configs.load import changes, dump, find_recipe, load, parse, recipes
 from configs.schema import Config
 
 BASE = "data: {name: chain_sum}\n"
@@ -225,6 +225,15 @@ def test_dumped_config_loads_back_equal(system: str, options: dict[str, object],
         config, data=replace(config.data, system=system, options=options), train=replace(config.train, lr=lr)
     )
     assert parse(dump(config)) == config
+
+
+def test_changes_are_the_overrides_that_make_one_config_of_the_other() -> None:
+    before = parse("data: {name: chain_sum}")
+    overrides = ["train.betas=[0.8,0.9]", "reward.functions.format=0.1", "spec.source=off"]
+    assert changes(before, before) == []
+    asked = changes(before, parse("data: {name: chain_sum}", overrides))
+    assert sorted(each.partition("=")[0] for each in asked) == ["reward.functions", "spec.source", "train.betas"]
+    assert parse("data: {name: chain_sum}", asked) == parse("data: {name: chain_sum}", overrides)
 
 
 def test_configs_import_neither_torch_nor_numpy() -> None:

@@ -44,16 +44,6 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
             r"sparse\.gate='GATES': sparse\.selector=quest reads none; set '', or .*=gate",
         ),
         (["sparse.learn=true"], r"sparse\.learn=True: sparse\.selector=quest has no gates; set false, or .*=gate"),
-        (
-            [
-                "sparse.selector=gate",
-                "sparse.gate=G",
-                "rollout.block_size=64",
-                "sparse.learn=true",
-                "compute.backend=ray",
-            ],
-            r"sparse\.learn=True: gates learn in a run of one process; set false, or compute\.backend=inline",
-        ),
         (["sparse.selector=duo"], r"sparse\.gate='': name DuoAttention's full_attention_heads\.tsv"),
         (["sparse.inner=eagle"], r"sparse\.inner='eagle': there is no head; set spec\.source=eagle"),
         (

@@ -9,7 +9,7 @@ from transformers import Qwen3Config
 
 from drafter.buffer import is_heldout
 from drafter.gate import GateConfig, Gates
-from drafter.gate_learner import GateLearner, found_blocks, verified_samples
+from drafter.gate_learner import GateJudgement, GateLearner, GateStanding, found_blocks, pooled, verified_samples
 from drafter.gate_training import LayerSample
 from kernels.attention import BlockMaxima, PackedSequences, paged_sequences
 from kernels.pooled_attention import block_weights, pooled_attention
@@ -89,10 +89,15 @@ def copied(gates: Gates) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in gates.state_dict().items()}
 
 
+def poor_gates() -> Gates:
+    """Gates that pick badly: there is something to learn."""
+    gates = Gates(CONFIG).requires_grad_(False)
+    gates.key_weight += 0.3 * torch.randn(gates.key_weight.shape, generator=torch.Generator().manual_seed(0))
+    return gates.to(torch.bfloat16)
+
+
 def test_what_was_learned_is_served_in_the_same_storage_once_held_out_prompts_say_it_finds_more() -> None:
-    served = Gates(CONFIG).requires_grad_(False)
-    served.key_weight += 0.3 * torch.randn(served.key_weight.shape, generator=torch.Generator().manual_seed(0))
-    served = served.to(torch.bfloat16)
+    served = poor_gates()
     addresses = [parameter.data_ptr() for parameter in served.parameters()]
     before = copied(served)
     learner = GateLearner(served, lr=1e-2, budget_blocks=2)
@@ -170,3 +175,71 @@ def test_a_saved_learner_goes_on_bit_for_bit() -> None:
     for each in (learner, other):
         each.learn(shown)
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in learner.state_dict().items())
+
+
+def trained(learner: GateLearner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.state_dict().items() if name.startswith("gates.")}
+
+
+def test_workers_go_on_from_the_mean_of_what_they_learned_and_serve_the_same() -> None:
+    announced: list[int] = []
+    workers = [
+        GateLearner(
+            poor_gates(),
+            lr=1e-2,
+            budget_blocks=2,
+            announce=lambda number=number: announced.append(number),
+        )
+        for number in range(3)
+    ]
+    shown = samples(TAUGHT + HELD)  # two samples a prompt
+    for worker, mine in zip(workers, (shown[:4] + shown[8:10], shown[4:8] + shown[10:], []), strict=True):
+        for _ in range(30):
+            worker.learn(mine)
+    own = [trained(worker) for worker in workers]
+    deltas = [worker.delta() for worker in workers]
+    assert deltas[2] == {}, "it has learned nothing"
+    for worker in workers:
+        worker.apply(deltas[:2])
+    assert workers[2].delta() == {}, "what was taken over is nothing learned"
+    for name, tensor in trained(workers[0]).items():
+        torch.testing.assert_close(tensor, (own[0][name] + own[1][name]) / 2)
+        assert all(torch.equal(trained(worker)[name], tensor) for worker in workers[1:])
+    judged = [worker.judge() for worker in workers]
+    assert judged[2] is None, "it has held nothing out"
+    judgement = pooled([each for each in judged if each is not None])
+    before = {worker.checksum for worker in workers}
+    standings = {worker.conclude(judgement) for worker in workers}
+    assert len(standings) == len(before) == 1 and judgement.outcome == "published"
+    ((version, digest),) = standings
+    assert version == 1 and {digest} != before
+    assert announced == [0, 1, 2]
+    assert all(worker.delta() == {} and worker.judge() is None for worker in workers), "all of it is agreed and judged"
+
+
+def test_judgements_weigh_by_their_choices_and_are_open_while_these_are_few() -> None:
+    def judgement(recall: float, served: float, count: int) -> GateJudgement:
+        return GateJudgement(GateStanding(recall, 1.0), GateStanding(served, 2.0), count)
+
+    few = [judgement(0.9, 0.5, 40), judgement(0.3, 0.6, 20)]
+    assert [each.outcome for each in (*few, pooled(few))] == ["open"] * 3
+    many = pooled([judgement(0.9, 0.5, 30), judgement(0.3, 0.5, 90)])
+    assert many.num_choices == 120 and many.outcome == "kept"
+    assert many.trained.recall == pytest.approx(0.45) and many.trained.loss == pytest.approx(1.0)
+    assert replace(many, trained=GateStanding(0.6, 1.0)).outcome == "published"
+    assert replace(many, trained=GateStanding(0.6, float("nan"))).outcome == "kept"
+
+
+def test_a_worker_becomes_another_or_gives_up_with_what_it_serves() -> None:
+    one, other = (
+        GateLearner(Gates(CONFIG, seed=seed).requires_grad_(False), lr=1e-2, budget_blocks=2) for seed in (1, 2)
+    )
+    one.learn(samples(TAUGHT))
+    one.conclude(GateJudgement(GateStanding(0.6, 1.0), GateStanding(0.5, 1.0), 100))
+    one.learn(samples(TAUGHT))
+    assert one.checksum != other.checksum
+    assert other.become(one.replica()) == (1, one.checksum)
+    assert all(torch.equal(tensor, trained(other)[name]) for name, tensor in trained(one).items())
+    assert all(torch.equal(one.served.state_dict()[name], each) for name, each in other.served.state_dict().items())
+    assert other.give_up("they differ") == (1, one.checksum)
+    assert other.learn(samples(TAUGHT + HELD)) == [] and other.judge() is None and other.off == "they differ"

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import ray
 
+from drafter.gate_learner import GateJudgement, GateStanding
 from drafter.report import DrafterReport, LearnStats, Replica
 from launch import learners
 from launch.adapters import on_all
 from launch.fleet import Fleet, WorkerLostError
+from launch.gate_learners import RayGateLessons
 from launch.learners import RayLearner, merged
+from rl.gate_lessons import Learned
 
 REPORT = DrafterReport(
     num_steps=2,
@@ -153,8 +156,8 @@ def serving(checksum: str, *, becomes: str | None = None, version: int = 3) -> H
         judge="judged",
         conclude=report,
         replica=REPLICA,
-        become=lambda replica: (3, becomes or checksum),
-        give_up=lambda reason: (0, ""),
+        become=lambda copied, replica: (3, becomes or checksum),
+        give_up=lambda copied, reason: (0, ""),
         save_drafter=0.001,
     )
 
@@ -189,3 +192,57 @@ def test_a_worker_that_still_learns_is_the_one_saved(tmp_path: Path, monkeypatch
     assert both.settle(0).off == ""
     both.save(tmp_path)
     assert both.workers[1].called[-1] == "save_drafter" and "save_drafter" not in off.called
+
+
+def gate_worker(**answers: Any) -> Handle:
+    """A worker that learned twice, and serves the gates of version 1 then."""
+    judgement = GateJudgement(GateStanding(0.6, 1.0), GateStanding(0.5, 1.0), 100)
+    taught = {"learn_gates": Learned(5, (1.0, 0.5)), "delta": True, "apply_deltas": True, "judge_gates": judgement}
+    return Handle(**(taught | {"conclude_gates": (1, "same"), "replica": REPLICA} | answers))
+
+
+def gate_lessons(*handles: Handle) -> RayGateLessons:
+    return RayGateLessons(handles, Fleet([None for _ in handles], slots=1, learns=False))  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("silent", ["learn_gates", "delta", "apply_deltas", "judge_gates", "conclude_gates"])
+def test_gates_are_taught_without_a_worker_that_hangs(silent: str) -> None:
+    well, hung = gate_worker(), gate_worker(**{silent: None})
+    both = gate_lessons(well, hung)
+    record = both.take()
+    assert list(both.fleet.lost) == [1] and f"has not answered {silent} for 600 s" in str(both.fleet.lost[1])
+    assert hung.called[-1] == silent
+    share = 1 if silent == "learn_gates" else 2
+    assert (record["gate_samples"], record["gate_updates"]) == (5 * share, 2 * share)
+    assert (record["gate_version"], record["gate_loss"], record["gate_outcome"]) == (1, 0.75, "published")
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_with_other_gates_is_given_those_of_most_or_all_stop_learning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    odd = gate_worker(conclude_gates=(1, "odd"), become=lambda copied, replica: (1, "same"))
+    usual = [gate_worker(become=lambda copied, replica: (1, "same")) for _ in range(2)]
+    assert gate_lessons(odd, *usual).take()["gate_version"] == 1
+    assert odd.called[-1] == "become" and "replica" in usual[0].called
+    answers = {"give_up": lambda copied, reason: (1, "own")}
+    differ = [
+        gate_worker(conclude_gates=(1, name), become=lambda copied, replica, name=name: (1, name), **answers)
+        for name in ("one", "other")
+    ]
+    gate_lessons(*differ).take()
+    assert all(worker.called[-1] == "give_up" for worker in differ)
+    assert "gates learn no more, and each worker drafts by its own: workers serve different gates" in caplog.text
+
+
+@pytest.mark.usefixtures("cluster")
+def test_gates_are_saved_by_a_worker_that_is_left(tmp_path: Path) -> None:
+    workers = [gate_worker(), gate_worker(save_gates=True)]
+    both = gate_lessons(*workers)
+    both.fleet.lose(0, WorkerLostError("it died"))
+    both.save(tmp_path, base_model="tiny")
+    assert workers[1].called == ["save_gates"] and workers[0].called == []
+    both.fleet.lose(1, WorkerLostError("it died too"))
+    with pytest.raises(WorkerLostError, match="no worker is left that samples; the first to be lost: it died"):
+        both.save(tmp_path, base_model="tiny")

@@ -52,13 +52,13 @@ def test_the_command_writes_a_line_for_every_selector_and_budget(tiny_model_dir:
         "--texts",
         "1",
         "--tokens",
-        "200",
+        "400",
         "--places",
         "4",
         "--draws",
         "2",
         "--budgets",
-        "64,128",
+        "256,320",
     ]
     done = CliRunner().invoke(
         app, ["selection", "--model", str(tiny_model_dir), *options, "--device", "cpu", "--json", str(out)]
@@ -67,7 +67,7 @@ def test_the_command_writes_a_line_for_every_selector_and_budget(tiny_model_dir:
     result = json.loads(out.read_text())
     names = ["quest", "resa", "mean", "streaming", "verified", "best"]
     assert [(cell["budget"], cell["selector"]) for cell in result["cells"]] == [
-        (budget, name) for budget in (64, 128) for name in names
+        (budget, name) for budget in (256, 320) for name in names
     ]
     assert all(0 < cell["mass_of_worst_layer"] <= cell["mass"] <= 1 for cell in result["cells"])
     assert all(0 <= cell["accept"] <= 1 and cell["places"] == 4 for cell in result["cells"])
@@ -75,7 +75,8 @@ def test_the_command_writes_a_line_for_every_selector_and_budget(tiny_model_dir:
 
 def test_a_budget_of_everything_keeps_everything_and_draws_what_dense_draws(subject: Subject) -> None:
     names = ("quest", "mean", "streaming", "verified", "best")
-    cells = measured(subject, make_job(selectors=names, budgets=(64, 512)))
+    in_blocks = SparseConfig(window=16, select_block=16)
+    cells = measured(subject, make_job(selectors=names, budgets=(64, 512), sparse=in_blocks))
     for name in names:
         whole = cells[name, 512]
         assert whole["mass_of_worst_layer"] == pytest.approx(1, abs=1e-5) and whole["kl"] < 1e-6, name
@@ -148,6 +149,9 @@ def test_what_does_not_say_what_training_says_is_not_measured(
         ({"selectors": ("guess",)}, "'guess' is none of quest, resa, mean"),
         ({"selectors": ("gate",)}, "--selectors gate needs --gate FOLDER"),
         ({"sparse": SparseConfig(select_block=48)}, "blocks of 48 tokens do not divide 64"),
+        ({"budgets": (256, 95), "sparse": SparseConfig()}, "--budgets 95: quest reads 96 tokens .*; give 96 or more"),
+        ({"selectors": ("quest", "mean"), "budgets": (128,)}, "--budgets 128: mean reads 192 tokens in any case"),
+        ({"selectors": ("resa",), "budgets": (128,)}, "--budgets 128: resa reads 256 tokens in any case"),
         ({"batch": 9}, "9 texts of 300 tokens are 2700, and the text has"),
     ],
 )

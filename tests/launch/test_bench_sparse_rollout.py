@@ -68,12 +68,12 @@ def test_engines_that_do_not_fit_together_take_turns_in_memory(
 
 def test_drafts_alone_read_a_copy_of_the_weights(subject: Subject) -> None:
     sparse = SparseConfig(budget_tokens=BUDGET, weights="int8")
-    sides = bench_sparse_rollout.make_sides(subject.model, make_job(sparse=sparse, selectors=("mean",)))
+    sides = bench_sparse_rollout.make_sides(subject.model, make_job(sparse=sparse, selectors=("streaming",)))
     assert [side.config.weights for side in sides] == ["policy", "int8", "policy", "policy"]
 
 
 def test_a_timed_run_finds_all_its_rows_made(subject: Subject) -> None:
-    job = make_job(modes=("draft",), selectors=("mean",))
+    job = make_job(modes=("draft",), selectors=("streaming",))
     (side,) = bench_sparse_rollout.make_sides(subject.model, job)
     prompts = [Prompt(f"p{index}", [5 + index] * 200, "") for index in range(3)]
     bench_sparse_rollout.make_ready(side, subject.model, prompts, job)

@@ -276,6 +276,18 @@ def test_missing_model_leaves_no_run_directory(
     assert os.listdir() == ["tiny.yaml"]
 
 
+def test_workers_that_this_machine_cannot_hold_leave_no_run_directory_and_a_run_as_it_was(
+    paceline: Callable[..., int], training: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = ["compute.backend=ray", "compute.placement=separate", "compute.rollout_workers=4000"]
+    assert paceline("train", "tiny.yaml", *many) == 4
+    assert "compute.workers=1 and compute.rollout_workers=4000 need 4001 CPUs" in capsys.readouterr().err
+    assert os.listdir() == ["tiny.yaml"]
+    assert paceline("train", "tiny.yaml") == 0
+    assert paceline("resume", "run", *many) == 4
+    assert not Path("run/logs/attempt_2").exists() and exit_record()["code"] == 0
+
+
 def test_libraries_write_to_the_log_and_our_warnings_are_shown_too(
     paceline: Callable[..., int], training: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

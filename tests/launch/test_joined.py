@@ -10,7 +10,6 @@ import ray
 
 from configs.errors import PreflightError
 from launch.joined import join
-from launch.start import shortage
 
 
 def test_a_cluster_that_is_not_there_is_named_before_ray_tries_again_and_again() -> None:
@@ -48,9 +47,3 @@ def test_sigterm_does_what_it_did_before_ray(comes: str, monkeypatch: pytest.Mon
         assert ended.value.code == 75
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def test_what_a_cluster_has_too_little_of_is_counted() -> None:
-    each = {"CPU": 1.0, "GPU": 1.0}
-    assert shortage({"CPU": 16.0, "GPU": 2.0, "memory": 1e9}, each, 2) == ""
-    assert shortage({"CPU": 2.0}, each, 3) == "3 CPUs and there are 2, 3 GPUs and there are 0"

@@ -10,6 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from configs.load import parse
+from drafter.buffer import is_heldout
+from drafter.gate import GateConfig, Gates
+from drafter.gate_checkpoint import write_gates
+from drafter.gate_learner import GateLearner
+from drafter.gate_training import LayerSample
 from drafter.memory import NO_DRAFTER
 from kernels.attention import PackedSequences
 from launch.geometry import geometry
@@ -18,6 +23,7 @@ from launch.plan import derive, lowbit_bytes
 from launch.shares import share_of
 from rl.batch import supervised_batch
 from rl.trainer import DeepSpeedTrainer
+from rollout import gate_sampler
 from rollout.model import ATTENTION, forward_packed, load_policy
 from rollout.selectors import make_sparse
 
@@ -149,3 +155,39 @@ def test_a_copy_in_eight_bits_is_counted_as_it_is_held(tiny_model_dir: Path) -> 
     assert plan.memory["worker"].always["8-bit copy"] == copy.num_bytes
     read = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) + policy.lm_head.weight.numel()
     assert read < copy.num_bytes < 1.2 * read
+
+
+def test_gates_are_counted_as_they_are_held_and_what_they_learn_from_at_most(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    policy = load_policy(tiny_model_dir, device="cpu", dtype="bfloat16")
+    gates = Gates(GateConfig.of(policy.config, select_block=16))
+    write_gates(tmp_path, gates, model_config=policy.config, base_model="tiny", dtype=torch.bfloat16)
+    options = ["sparse.mode=draft", "sparse.selector=gate", f"sparse.gate={tmp_path}", "sparse.select_block=16"]
+    options += ["sparse.sinks=0", "sparse.window=16", "compute.dtype=bfloat16", "compute.device=cpu"]
+    names = ("gates", "gates' lessons", "gate samples")
+
+    def planned_for(*more: str) -> list[int]:
+        always = derive(parse("data: {name: chain_sum}", [*options, *more]), policy.config).memory["worker"].always
+        return [always[name] for name in names]
+
+    own = sum(parameter.nbytes for parameter in gates.to(torch.bfloat16).parameters())
+    assert planned_for() == [own, 0, 0]
+    learner = GateLearner(gates, lr=1e-3, budget_blocks=1)
+    generator = torch.Generator().manual_seed(0)
+    sample = LayerSample(
+        0,
+        torch.randn(4, 4, 16, generator=generator),
+        torch.arange(60, 64),
+        torch.randn(48, 2, 16, generator=generator),
+        torch.rand(4, 2, 4, generator=generator),
+    )
+    taught = next(name for name in map(str, range(9)) if not is_heldout(name))
+    assert [each.applied for each in learner.learn([(taught, sample)])] == [True]
+    kept = sum(tensor.nbytes for name, tensor in learner.state_dict().items() if tensor.ndim)
+    weights, training, samples = planned_for("sparse.learn=true")
+    assert weights == 3 * own and training == 6 * own  # float32 is twice as wide
+    assert weights - own + training == kept + 2 * own, "moments and the copy stay, a gradient comes and goes"
+    longest = 1024 + 256
+    assert samples == 256 * longest * sample.keys[0].numel() * 2
+    assert planned_for("sparse.learn=true", "rollout.max_new_tokens=100000")[2] == gate_sampler.MAX_BYTES

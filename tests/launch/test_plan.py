@@ -173,11 +173,11 @@ def test_what_will_hurt_is_warned_about(model_config: PretrainedConfig, override
     assert any(said in warning for warning in plan_for(model_config, *overrides).warnings)
 
 
-def test_what_the_verified_selector_keeps_of_texts_is_counted(model_config: PretrainedConfig) -> None:
+def test_what_the_verified_selector_keeps_of_rows_is_counted(model_config: PretrainedConfig) -> None:
     options = ("sparse.mode=draft", "spec.source=off", "rollout.max_running=6")
     kept = plan_for(model_config, *options, "sparse.selector=verified").memory["worker"]
-    # 2 layers, four times 6 texts and one for nobody, 2 heads, 1024 tokens and 8 drafted ones in blocks of 16, float32
-    assert kept.always["block weights"] == 2 * (4 * 6 + 1) * 2 * 65 * 4
+    # 2 layers, 6 rows and one for nobody, 2 heads, 1024 tokens and 8 drafted ones in blocks of 16, float32
+    assert kept.always["block weights"] == 2 * (6 + 1) * 2 * 65 * 4
     other = plan_for(model_config, *options, "sparse.selector=quest").memory["worker"]
     assert other.always["block weights"] == 0
 

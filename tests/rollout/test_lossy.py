@@ -164,7 +164,7 @@ def sparse_scores(policy: PreTrainedModel, config: SparseConfig, prompt: Prompt,
     rows = Rows(text=0 * one, keys=one.long(), max_lengths=one, active=one, block_tables=table)
     decoder, sparse = make_decoder(policy), make_sparse(config, policy)
     decoder.reach(len(tokens))
-    sparse.attach(cache, num_texts=1, table_width=num_blocks)
+    sparse.attach(cache, num_texts=1, num_rows=1, table_width=num_blocks)
 
     def sequence(begin: int, end: int) -> PagedSequences:
         return paged_sequences(

@@ -42,7 +42,7 @@ class WorstSelector(DescribedSelector):
         super().__init__("minmax", choice_of(SPARSE), select_block=4)
 
     def select(
-        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, text: torch.Tensor
+        self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, kept: torch.Tensor
     ) -> BlockLists:
         scores = -self.scores(layer, query, seqs).nan_to_num()
         return choose_blocks(scores, seqs, self.choice, select_block=self.select_block)

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import random
 import weakref
+from collections import abc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from rollout.runner import pack
 from rollout.scheduler import Work
 from rollout.selectors import DescribedSelector, choice_of, make_sparse, share_of_cache
 from rollout.sequence import Sequence
+from rollout.sparse import SparseAttention
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 from rollout.verified import VerifiedSelector, weight_bytes
@@ -217,7 +219,7 @@ def test_what_a_selector_keeps_is_counted_with_the_cache(
     assert engine.sparse.selector.share_of_cache == share_of_cache(config)
 
 
-def test_what_is_kept_of_texts_is_what_the_plan_counts(
+def test_what_is_kept_of_rows_is_what_the_plan_counts(
     policy: PreTrainedModel, collect: Collect, long_prompts: list[Prompt]
 ) -> None:
     engine = drafting(policy, "verified")
@@ -225,5 +227,63 @@ def test_what_is_kept_of_texts_is_what_the_plan_counts(
     assert engine.sparse is not None and isinstance(engine.sparse.selector, VerifiedSelector)
     room = room_for(len(long_prompts[0].token_ids) + 1, OPTIONS, max_nodes=STRATEGY.num_verify)
     num_blocks = room.table_width * OPTIONS.block_size // SPARSE.select_block
-    kept = weight_bytes(policy.config, num_texts=room.num_texts + 1, num_blocks=num_blocks)
+    kept = weight_bytes(policy.config, num_rows=OPTIONS.max_running, num_blocks=num_blocks)
     assert engine.sparse.selector.weights.nbytes == kept > 0
+
+
+class KeptByText(VerifiedSelector):
+    """Keeps weights for every text there is, whoever writes it: room that rows do without."""
+
+    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
+        super().attach(cache, num_texts=num_texts, num_rows=num_texts, table_width=table_width)
+
+    def begin(self, texts: abc.Sequence[int], *, beside: abc.Sequence[int]) -> None:
+        self.weights[:, list(texts)] = 0.0
+
+    def kept(self, text: torch.Tensor) -> torch.Tensor:
+        return text.long()
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_tokens": 192}, {"max_running": 2}], ids=str)
+def test_rows_keep_what_every_text_would_as_long_as_it_is_written(
+    options: dict[str, int], policy: PreTrainedModel, collect: Collect, long_prompts: list[Prompt]
+) -> None:
+    rollout = replace(OPTIONS, **options)
+    choice = choice_of(replace(SPARSE, selector="verified"))
+    found = []
+    for kind in (VerifiedSelector, KeptByText):
+        selector = kind(choice, select_block=4)
+        sparse = SparseAttention(selector)
+        chooser = FixedChooser(STRATEGY)
+        engine = NativeEngine(policy, drafter=SelfDrafter(), chooser=chooser, rollout=rollout, sparse=sparse)
+        found.append([collect(engine, long_prompts, replace(SAMPLING, num_samples=4, step=step)) for step in range(2)])
+        assert bool(engine.activity()[0].preempted) == ("kv_tokens" in options)
+        residency = engine._workspace.residency
+        assert residency is not None
+        num_kept = len(residency.texts.lengths) if kind is KeptByText else rollout.max_running
+        assert selector.weights.shape[1] == num_kept + 1
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, given in ours.items():
+            assert given.token_ids == theirs[key].token_ids
+            assert given.spec == theirs[key].spec, "the very same drafts, not only the same samples"
+
+
+def test_a_text_that_is_written_no_more_leaves_its_place_to_one_that_knows_nothing(policy: PreTrainedModel) -> None:
+    selector = VerifiedSelector(choice_of(SPARSE), select_block=4)
+    cache = PagedCache(policy.config, num_blocks=4, block_size=16, device="cpu", dtype=policy.dtype)
+    selector.attach(cache, num_texts=9, num_rows=3, table_width=2)
+    selector.begin([5, 2, 7], beside=[])
+
+    def slots(*texts: int) -> list[int]:
+        return selector.kept(torch.tensor(texts, dtype=torch.int32)).tolist()
+
+    assert sorted(slots(5, 2, 7)) == [0, 1, 2] and slots(8) == [3], "nobody's"
+    for value, slot in enumerate(slots(5, 2, 7, 8), start=1):
+        selector.weights[:, slot] = value
+    before = slots(2, 7)
+    selector.begin([0], beside=[7, 2])
+    assert slots(2, 7) == before and slots(0) == slots(5)
+    assert [float(selector.weights[1, slot].mean()) for slot in slots(0, 2, 7, 8)] == [0, 2, 3, 4]
+    selector.begin([2, 4], beside=[0])  # a text that another sequence writes now
+    assert sorted(slots(0, 2, 4)) == [0, 1, 2] and not selector.weights[:, :3].any()

@@ -152,6 +152,10 @@ def test_a_resume_that_cannot_start_leaves_the_run_as_it_was(recipe: Path, tmp_p
     assert paceline("resume", run, "model=/no/such/model").returncode == 3
     assert paceline("resume", run, "compute.backend=ray", "compute.workers=2").returncode == 2
     assert (run / "config" / "resolved.yaml").read_bytes() == before
+    for_nothing = paceline("resume", run, "train.lr=0.5")
+    assert for_nothing.returncode == 0
+    assert "warning: train.lr=0.5 had no effect: all 2 steps are done; raise train.steps" in for_nothing.stdout
+    assert (run / "config" / "resolved.yaml").read_bytes() == before
     assert paceline("resume", run, "train.steps=3").returncode == 0
     assert [record["step"] for record in records(run)] == [1, 2, 3]
 

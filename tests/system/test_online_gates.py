@@ -3,6 +3,7 @@
 import asyncio
 import json
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -185,8 +186,46 @@ def test_a_resumed_run_goes_on_with_the_gates_it_learned(make: Callable[..., Run
 
 
 @pytest.mark.slow
+def test_two_workers_agree_on_gates_publish_them_together_and_lose_one_at_the_cost_of_what_it_learned(
+    tiny_model_dir: Path, gates: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    script = Path(__file__).with_name("gates_in_workers.py")
+    result = subprocess.run(
+        [sys.executable, script, tiny_model_dir, gates],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1000,
+    )
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout.splitlines()[-1])
+    steps, version = told["steps"], 0
+    for step in steps:
+        assert step["same"] and step["num_rollouts"] == 16 and step["proposed"] > 0
+        assert step["record"]["gate_samples"] and step["record"]["gate_updates"]
+        version += step["record"]["gate_outcome"] == "published"
+        assert step["record"]["gate_version"] == version
+        assert {served_version for served_version, _ in step["served"]} == {version}
+        assert len({digest for _, digest in step["served"]}) == 1
+    both, alone = steps[:3], steps[3:]
+    assert all(min(step["tokens_by_worker"]) > 0 and len(step["served"]) == 2 for step in both)
+    assert "published" in {step["record"]["gate_outcome"] for step in both}
+    assert told["lost"] == [1] and all(len(step["served"]) == 1 for step in alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "where",
+    [
+        [],
+        ["compute.backend=ray", "compute.workers=2"],
+        ["compute.backend=ray", "compute.placement=separate", "compute.bucket_mb=1"],
+    ],
+    ids=["inline", "colocated", "separate"],
+)
 def test_a_run_teaches_its_gates_saves_them_and_is_resumed(
-    recipe: Path, tiny_model_dir: Path, gates: Path, tmp_path: Path, paceline: Callable[..., Any]
+    recipe: Path, tiny_model_dir: Path, gates: Path, tmp_path: Path, paceline: Callable[..., Any], where: list[str]
 ) -> None:
     options = [
         "spec.source=off",
@@ -196,7 +235,7 @@ def test_a_run_teaches_its_gates_saves_them_and_is_resumed(
         "sparse.learn=true",
     ]
     done: subprocess.CompletedProcess[str] = paceline(
-        "train", recipe, *SPARSE, *options, f"sparse.gate={gates}", "train.steps=2"
+        "train", recipe, *SPARSE, *options, *where, f"sparse.gate={gates}", "train.steps=2"
     )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -206,5 +245,7 @@ def test_a_run_teaches_its_gates_saves_them_and_is_resumed(
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (run / "metrics" / "steps.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 2, 3]
+    published = [record["gate_outcome"] == "published" if "gate_outcome" in record else False for record in records]
+    assert [record["gate_version"] for record in records] == [sum(published[: step + 1]) for step in range(3)]
     assert sum(record["gate_samples"] for record in records) > 0
     assert (run / "checkpoints" / "step_3" / GATES / gate_lessons.TRAINING).is_file()
