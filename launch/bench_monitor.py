@@ -24,7 +24,7 @@ from rich.table import Table
 from configs.load import dump, load
 from configs.schema import Config
 from drafter.types import OFF
-from launch.bench_longtail import Ground, make_loop
+from launch.arms import Ground, make_loop
 from launch.bench_report import plain_table, provenance, say, spread
 from launch.bench_watch import TimedRecorder, Unrecorded, cpu_seconds, watchers
 from launch.cluster import check_counts
