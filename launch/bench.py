@@ -32,6 +32,7 @@ for command in (
     bench_long.sparse_cycle,
     bench_engines.tensor_parallel,
     bench_learning.drafter_training,
+    bench_learning.drafter_losses,
     bench_learning.drafter_checkpoint,
     bench_runs.idle,
     bench_runs.reward,

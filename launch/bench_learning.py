@@ -1,5 +1,6 @@
 """The commands of `paceline bench` that measure how a drafter learns."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,6 +32,26 @@ def drafter_training(
     )
     result = bench_drafter.run(job)
     show(result, bench_drafter.table(result), out)
+
+
+def drafter_losses(
+    source: Annotated[Path, typer.Argument(metavar="RECIPE", help="Whose model answers; or a run directory.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Keys to set.")] = None,
+    losses: Annotated[str, typer.Option(help="Values of drafter.loss.")] = "lk,kl,tv",
+    seeds: Annotated[int, typer.Option(min=1, help="Heads by each loss, of random weights.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Updates of a head.")] = 200,
+    texts: Annotated[int, typer.Option(min=1, help="Prompts whose answers are learned from.")] = 768,
+    heldout: Annotated[int, typer.Option(min=1, help="Prompts whose answers are measured by.")] = 96,
+    depth: Annotated[int, typer.Option(min=1, help="Tokens of a replayed draft, a chain.")] = 6,
+    out: Json = None,
+) -> None:
+    """Accept length of a drafter by its loss: the same answers and updates, expected and replayed, several seeds."""
+    prepare(out)
+    from launch import bench_losses
+
+    job = bench_losses.Job(bench_losses.chosen(losses), seeds, steps, texts, heldout, depth)
+    result = bench_losses.run(source, overrides or [], job)
+    show(result, bench_losses.table(result), out)
 
 
 def drafter_checkpoint(
