@@ -34,6 +34,7 @@ for command in (
     bench_learning.drafter_training,
     bench_learning.drafter_losses,
     bench_learning.drafter_checkpoint,
+    bench_learning.online,
     bench_runs.idle,
     bench_runs.reward,
     bench_runs.monitor,

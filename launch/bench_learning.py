@@ -1,11 +1,14 @@
 """The commands of `paceline bench` that measure how a drafter learns."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from launch.bench_options import Device, Geometries, Json, Rounds, Seed, names, prepare, show
+from launch.bench_options import Device, Geometries, Json, Rounds, Seed, names, prepare, show, write
 
 
 def drafter_training(
@@ -74,3 +77,26 @@ def drafter_checkpoint(
     job = bench_checkpoint.Job(names("--geometry", geometry), where, tokens, checkpoints, seconds, seed)
     result = bench_checkpoint.run(job)
     show(result, bench_checkpoint.table(result), out)
+
+
+def online(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Of the runs.")] = Path("smollm2_gpu"),
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Keys to set.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each arm; they take turns, a step each.")] = 24,
+    drafter_steps: Annotated[int, typer.Option(min=1, help="Updates of the drafter trained before.")] = 120,
+    texts: Annotated[int, typer.Option(min=2, help="Prompts whose answers it learns from.")] = 512,
+    minutes: Annotated[float, typer.Option(min=0, help="Begin no round of turns later than that; 0: no limit.")] = 2,
+    runs: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the runs and the drafter here.")] = None,
+    out: Json = None,
+) -> None:
+    """Accept length by step of a run: a drafter kept as it is, the same learning on, and one from random weights."""
+    prepare(out)
+    from launch import bench_online
+
+    job = bench_online.Job(steps, drafter_steps, texts, minutes)
+    with nullcontext(runs) if runs else TemporaryDirectory(prefix="paceline-online-") as folder:
+        result = bench_online.run(
+            recipe, overrides or [], job, folder=Path(folder), keep=lambda so_far: write(so_far, out)
+        )
+    Console().print(bench_online.end_table(result))
+    show(result, bench_online.table(result), out)
