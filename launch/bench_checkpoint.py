@@ -47,10 +47,11 @@ class Job:
     seed: int
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job, *, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Time the checkpoints, each proved to hold what stood when it was begun; JSON-able.
 
-    Raises ConfigError, ResourceError, StorageError; WrongResultError for a checkpoint that training got into.
+    keep is given the result so far after every geometry. Raises ConfigError, ResourceError, StorageError;
+    WrongResultError for a checkpoint that training got into.
     """
     begun = perf_counter()
     for name in job.geometries:
@@ -63,7 +64,7 @@ def run(job: Job) -> dict[str, Any]:
         **asdict(job),
         "limit_ms": LIMIT_MS,
     }
-    cells = []
+    cells: list[dict[str, Any]] = []
     for name in job.geometries:
         try:
             cells.append(_measure(name, job, begun))
@@ -72,6 +73,7 @@ def run(job: Job) -> dict[str, Any]:
                 f"--geometry {name}: {job.device} cannot hold its drafter, the optimiser and a copy of both; "
                 "take a smaller one, or lower --tokens"
             ) from error
+        keep(found | {"cells": cells})
         gc.collect()  # before the next one's weights
         if job.device == "cuda":
             torch.cuda.empty_cache()

@@ -75,7 +75,7 @@ def drafter_checkpoint(
 
     where, _ = placement(device, "auto")
     job = bench_checkpoint.Job(names("--geometry", geometry), where, tokens, checkpoints, seconds, seed)
-    result = bench_checkpoint.run(job)
+    result = bench_checkpoint.run(job, keep=lambda so_far: write(so_far, out))
     show(result, bench_checkpoint.table(result), out)
 
 

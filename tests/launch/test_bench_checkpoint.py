@@ -21,6 +21,10 @@ from launch.exits import outcome
 JOB = Job(("tiny",), "cpu", 300, checkpoints=2, seconds=0, seed=0)
 
 
+def no_one(result: dict[str, Any]) -> None:
+    """Keeps nothing."""
+
+
 def test_every_checkpoint_is_timed_proved_and_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     out = tmp_path / "results" / "out.json"
@@ -39,15 +43,27 @@ def test_every_checkpoint_is_timed_proved_and_taken_away(tmp_path: Path, monkeyp
 
 def test_the_state_of_a_run_is_what_is_written() -> None:
     """Weights and two moments in float32, the head served and the one before it."""
-    (cell,) = run(JOB)["cells"]
+    (cell,) = run(JOB, keep=no_one)["cells"]
     trainer = bench_checkpoint.random_trainer("tiny", DrafterConfig(), device="cpu", seed=0)
     weights = sum(parameter.nbytes for parameter in trainer.head.parameters())
     buffers = trainer.head.d2t.nbytes + trainer.head.t2d.nbytes
     assert cell["bytes"] == 5 * weights + buffers + 8  # and the number of updates
 
 
+def test_what_was_measured_is_kept_when_a_later_geometry_fails() -> None:
+    kept: list[dict[str, Any]] = []
+
+    def interrupt(result: dict[str, Any]) -> None:
+        kept.append(result)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(JOB, geometries=("tiny", "smollm2-135m")), keep=interrupt)
+    assert [cell["geometry"] for cell in kept[0]["cells"]] == ["tiny"]
+
+
 def test_no_checkpoint_is_begun_that_would_end_too_late() -> None:
-    (cell,) = run(replace(JOB, checkpoints=9, seconds=1e-6))["cells"]
+    (cell,) = run(replace(JOB, checkpoints=9, seconds=1e-6), keep=no_one)["cells"]
     assert len(cell["call_ms"]) == 2, "the first of each kind is always measured"
 
 
@@ -59,7 +75,7 @@ def test_a_checkpoint_of_other_values_is_not_timed(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(CheckpointWriter, "_copy", late)
     with pytest.raises(WrongResultError, match="a checkpoint of tiny holds another"):
-        run(JOB)
+        run(JOB, keep=no_one)
 
 
 def test_nothing_is_timed_beside_training_that_does_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +85,7 @@ def test_nothing_is_timed_beside_training_that_does_not_train(monkeypatch: pytes
 
     monkeypatch.setattr(bench_checkpoint, "random_features", broken)
     with pytest.raises(WrongResultError, match="not finite"):
-        run(JOB)
+        run(JOB, keep=no_one)
 
 
 @pytest.mark.parametrize(
