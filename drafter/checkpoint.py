@@ -60,6 +60,11 @@ class CheckpointWriter:
         self._thread.start()
         return perf_counter() - start
 
+    @property
+    def writing(self) -> bool:
+        """Whether what was begun is still on its way to the disk."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until what was begun is on the disk. Raises StorageError where it could not be written."""
         if self._thread is not None:

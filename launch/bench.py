@@ -2,7 +2,7 @@
 
 import typer
 
-from launch import bench_engines, bench_long, bench_runs
+from launch import bench_engines, bench_learning, bench_long, bench_runs
 
 app = typer.Typer(help="Measure Paceline against its peers.")
 
@@ -31,7 +31,10 @@ for command in (
     bench_long.sparse_rollout,
     bench_long.sparse_cycle,
     bench_engines.tensor_parallel,
-    bench_runs.drafter_training,
+    bench_learning.drafter_training,
+    bench_learning.drafter_losses,
+    bench_learning.drafter_checkpoint,
+    bench_learning.online,
     bench_runs.idle,
     bench_runs.reward,
     bench_runs.monitor,

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from configs.errors import ConfigError, ResourceError
 from configs.schema import DrafterConfig
-from drafter.eagle import EagleConfig, EagleHead
+from drafter.eagle import INIT_STD, EagleConfig, EagleHead
 from drafter.features import FeatureBatch
 from drafter.trainer import DrafterTrainer
 from launch.bench_report import WrongResultError, in_turns, plain_table, provenance, say, spread
@@ -20,6 +20,7 @@ from launch.bench_rollout import synchronize
 from launch.geometry import geometry
 
 WANTED = 2.5  # packed samples a second over padded ones, at least (issue 4)
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}  # of a gradient's norm; float32 and bfloat16
 PER_TOKEN = ("token_ids", "next_ids", "positions", "aux", "hidden", "alt_ids", "alt_hidden")
 
@@ -53,7 +54,7 @@ def run(job: Job) -> dict[str, Any]:
     try:
         sides = _sides(job, lengths, draw)
         verified = _verify(job, sides["packed"][0], sides["padded"][0])
-        trainer = _trainer(job)
+        trainer = random_trainer(job.geometry, job.config, device=job.device, seed=job.seed)
         rates: dict[str, list[float]] = {name: [] for name in sides}
         step_ms: list[float] = []
         windows = _window_steps(job, draw)
@@ -96,10 +97,13 @@ def _window_steps(job: Job, draw: torch.Generator) -> dict[str, dict[str, Any]]:
     """Milliseconds of a step on windows as long as a run's, in turns: as runs take it, on a GPU as CUDA graphs, and
     launched by the host."""
     window = job.config.feature_window
-    batch = _features(job, [window] * (job.config.batch_tokens // window), draw)
+    windows = [window] * (job.config.batch_tokens // window)
+    batch = random_features(job.geometry, windows, draw, device=job.device)
     # a trainer that expects shorter windows captures none of these
-    eager = replace(job, config=replace(job.config, feature_window=window - 1))
-    trainers = {"as trained": _trainer(job), "launched by the host": _trainer(eager)}
+    configs = {"as trained": job.config, "launched by the host": replace(job.config, feature_window=window - 1)}
+    trainers = {
+        name: random_trainer(job.geometry, config, device=job.device, seed=job.seed) for name, config in configs.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for number, name in in_turns(list(trainers), job.rounds):
         steps = [1e3 * trainers[name].step(batch).seconds for _ in range(job.num_batches)]
@@ -136,7 +140,7 @@ def _sides(job: Job, lengths: Sequence[int], draw: torch.Generator) -> dict[str,
 
     def batches(of: Sequence[int]) -> list[FeatureBatch]:
         groups = [of[first : first + job.num_samples] for first in range(0, len(of), job.num_samples)]
-        return [_features(job, group, draw) for group in groups]
+        return [random_features(job.geometry, group, draw, device=job.device) for group in groups]
 
     packed = batches(lengths)
     return {
@@ -146,43 +150,55 @@ def _sides(job: Job, lengths: Sequence[int], draw: torch.Generator) -> dict[str,
     }
 
 
-def _features(job: Job, lengths: Sequence[int], draw: torch.Generator) -> FeatureBatch:
-    """Random features of whole rollouts; their values decide no time."""
-    shape, total = geometry(job.geometry), sum(lengths)
-    dtype = torch.bfloat16 if job.device == "cuda" else torch.float32
+def random_features(name: str, lengths: Sequence[int], draw: torch.Generator, *, device: str) -> FeatureBatch:
+    """Features of whole rollouts of these lengths, of a policy of the named geometry; their values decide no time."""
+    shape, total = geometry(name), sum(lengths)
 
     def states(width: int) -> torch.Tensor:
-        return torch.randn(total, width, generator=draw).to(job.device, dtype)
+        return torch.randn(total, width, generator=draw).to(device, DTYPES[device])
 
-    token_ids = torch.randint(shape.vocab_size, (total + 1,), generator=draw).to(job.device)
+    token_ids = torch.randint(shape.vocab_size, (total + 1,), generator=draw).to(device)
     hidden = states(shape.hidden_size)
     return FeatureBatch(
         token_ids=token_ids[:-1],
         next_ids=token_ids[1:],
-        positions=torch.cat([torch.arange(length) for length in lengths]).to(job.device),
+        positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
         aux=states(3 * shape.hidden_size),
         hidden=hidden,
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int().to(job.device),
-        versions=torch.zeros(len(lengths), dtype=torch.int64, device=job.device),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int().to(device),
+        versions=torch.zeros(len(lengths), dtype=torch.int64, device=device),
         alt_ids=torch.full_like(token_ids[1:], -1),
         alt_hidden=hidden,
         temperature=1.0,
     )
 
 
-def _trainer(job: Job) -> DrafterTrainer:
-    """A head with random weights beside the embedding and output weights of a policy."""
-    shape = geometry(job.geometry)
-    dtype = torch.bfloat16 if job.device == "cuda" else torch.float32
-    draw = torch.Generator().manual_seed(job.seed)
-    weights = torch.randn(shape.vocab_size, shape.hidden_size, generator=draw).mul_(0.02).to(job.device, dtype)
-    head = EagleHead(EagleConfig.of(shape, draft_vocab=job.config.draft_vocab, window=job.config.window))
-    return DrafterTrainer(head.to(job.device), embedding=weights, lm_head=weights, config=job.config)
+def random_trainer(name: str, config: DrafterConfig, *, device: str, seed: int) -> DrafterTrainer:
+    """A head with random weights beside the embedding and output weights of a policy of the named geometry.
+
+    Made on the device: what a large policy has takes the host longer to draw than all that is measured.
+    """
+    shape = geometry(name)
+    draw = torch.Generator(device).manual_seed(seed)
+    weights = torch.randn(shape.vocab_size, shape.hidden_size, generator=draw, device=device).mul_(0.02)
+    with torch.device("meta"):
+        head = EagleHead(EagleConfig.of(shape, draft_vocab=config.draft_vocab, window=config.window))
+    head.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, INIT_STD, generator=draw)
+            else:
+                parameter.fill_(1)
+        weights = weights.to(DTYPES[device])
+        known = torch.arange(shape.vocab_size, device=device) < head.config.draft_vocab
+        head.set_vocabulary(torch.zeros_like(head.d2t), known, weights)  # the first tokens
+    return DrafterTrainer(head, embedding=weights, lm_head=weights, config=config)
 
 
 def _verify(job: Job, packed: FeatureBatch, padded: FeatureBatch) -> dict[str, float]:
     """Raise WrongResultError where an update with padding has other gradients; returns their difference."""
-    trainers = _trainer(job), _trainer(job)
+    trainers = [random_trainer(job.geometry, job.config, device=job.device, seed=job.seed) for _ in range(2)]
     losses = [trainer.step(batch).loss for trainer, batch in zip(trainers, (packed, padded), strict=True)]
     ours, theirs = (
         torch.cat([parameter.grad.flatten() for parameter in trainer.head.parameters() if parameter.grad is not None])

@@ -5,40 +5,28 @@ what differs is how long it takes. All of them live in this process and take tur
 """
 
 import asyncio
-import gc
 import os
-import threading
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
-
-from configs.errors import ConfigError, PreemptedError, PreflightError
+from configs.errors import ConfigError
 from configs.load import dump, load
 from configs.schema import Config
-from drafter import sealed
 from drafter.export import read_drafter
-from launch.bench_report import provenance, say
-from launch.cluster import check_counts, make_gate_lessons, make_lessons, on_sigterm, stop_token_ids
+from launch.arms import WARM, Arm, Ground, begin_arm, free, newest, standing, take_turns, warm_up
+from launch.bench_report import provenance
 from launch.longtail_drafter import begin_drafter, end_drafter, given_drafter
 from launch.longtail_report import WHAT, report, warmstart
 from launch.offline import drafter_shape
-from launch.parts import build_worker
-from rl.checkpoint import CheckpointStore, step_of
-from rl.data import DataSet, load_data
 from rl.export import require_free
 from rl.export_drafter import require_drafter_place
-from rl.loop import Loop
-from rl.reward import check_rewards
-from rl.rundir import RunDir, require_run
-from rl.sandbox import RewardPool
-from rl.warmstart import warm_start
-from rollout.model import context_length, load_config, resolve_compute
-from rollout.pretrained import load_tokenizer, resolve
+from rl.rundir import require_run
+from rollout.model import load_config
+from rollout.pretrained import resolve
 
 ARMS: dict[str, tuple[str, ...]] = {
     "off": ("spec.source=off",),
@@ -50,10 +38,9 @@ ARMS: dict[str, tuple[str, ...]] = {
 # Over the recipe and under the user's overrides: caches of so many tokens fit side by side, one for each arm.
 SHAPE = ("rollout.kv_tokens=262144",)
 LEARNER = "ours"  # whose drafter is measured at the end
-WARM, DRAFTER = "warm", "drafter"  # what the arms start from, in folders beside theirs
+DRAFTER = "drafter"  # what learned arms start from, in a folder beside theirs
 FIXED = ("compute.backend=inline", "checkpoint.every=1000000")
 
-Record = Mapping[str, Any]
 Keep = Callable[[dict[str, Any]], None]
 
 
@@ -70,57 +57,6 @@ class Job:
     skip: int
     drafter_steps: int
     minutes: float
-
-
-@dataclass(frozen=True, slots=True)
-class Ground:
-    """What all arms stand on."""
-
-    path: Path  # of the model
-    device: str
-    dtype: str
-    tokenizer: Any
-    data: DataSet
-    rewards: RewardPool
-    folder: Path
-    stop: threading.Event
-
-
-@dataclass(slots=True)
-class Arm:
-    """One contender, and what ended it early, if anything did."""
-
-    name: str
-    loop: Loop
-    error: Exception | None = None
-
-
-class Lines:
-    """rl.metrics.Progress in a line a step, on standard error."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def phase(self, name: str) -> None:
-        """Steps are short."""
-
-    def rollouts(self, done: int, total: int) -> None:
-        """Steps are short."""
-
-    def step(self, record: Record) -> None:
-        """Print what is compared."""
-        say(
-            f"{self._name:>8} step {record['step']}: rollout {record['seconds_rollout']:.2f} s, tail "
-            f"{record['seconds_tail']:.2f} s, step {record['seconds']:.2f} s, longest {record['response_len_max']}, "
-            f"accept {record['accept_length']:.2f}, reward {record['reward_mean']:.3f}"
-        )
-
-    def message(self, text: str) -> None:
-        """Print the text."""
-        say(f"{self._name:>8} {text}")
-
-    def close(self) -> None:
-        """Nothing to put back."""
 
 
 def run(
@@ -171,75 +107,40 @@ async def _run(
     keep: Keep,
 ) -> dict[str, Any]:
     begin = perf_counter()
-    device, dtype = resolve_compute(warm.compute)
-    path = resolve(warm.model).absolute()
-    tokenizer = load_tokenizer(path)
-    check_rewards(warm.reward)
-    data = load_data(
-        warm.data,
-        tokenizer,
-        seed=warm.run.seed,
-        context_length=context_length(load_config(path)),
-        max_new_tokens=warm.rollout.max_new_tokens,
-        num_heldout=warm.eval.num_prompts if warm.eval.every else 0,
-        quarantine=None,
-    )
-    check_counts(warm, data)
-    result: dict[str, Any] = {
-        "what": WHAT,
-        "model": warm.model,
-        **provenance(device=device, seed=warm.run.seed),
-        "load_average": os.getloadavg(),
-        "config": dump(warm),
-        **asdict(job),
-    }
-    async with RewardPool(warm.reward) as rewards:
-        stop = threading.Event()
-        ground = Ground(path, device, dtype, tokenizer, data, rewards, folder, stop)
-        with on_sigterm(stop):
-            result["seconds_setup"] = perf_counter() - begin
-            if checkpoint is None:
-                checkpoint = await warm_up(warm, ground)
-            result["warmstart"] = warmstart(checkpoint)
-            result["seconds_warmstart"] = perf_counter() - begin
-            drafter, result["drafter"] = await warm_drafter(offline, configs, job, checkpoint, drafter, ground)
-            result["seconds_before"] = perf_counter() - begin
-            start = newest(checkpoint)
-            arms = [Arm(name, begin_arm(name, config, drafter, ground, start)) for name, config in configs.items()]
-            for number in range(job.steps):
-                if stop.is_set():
-                    raise PreemptedError(f"asked to stop after {number} steps of each arm")
-                if job.minutes and perf_counter() - begin > 60 * job.minutes:
-                    say(f"--minutes {job.minutes:g} are over after {number} steps of each arm")
-                    break
-                turn = number % len(arms)
-                for arm in [*arms[turn:], *arms[:turn]]:
-                    if arm.error is None:
-                        await take_turn(arm)
-                        keep(result | figures(arms, job))
-            result |= figures(arms, job)
-            learner = next((arm for arm in arms if arm.name == LEARNER and arm.error is None), None)
-            if learner is not None and drafter is not None:
-                result["drafter"]["end"] = await measured_end(learner, offline, drafter)
+    heldout = warm.eval.num_prompts if warm.eval.every else 0
+    async with standing(warm, folder, num_heldout=heldout) as ground:
+        result: dict[str, Any] = {
+            "what": WHAT,
+            "model": warm.model,
+            **provenance(device=ground.device, seed=warm.run.seed),
+            "load_average": os.getloadavg(),
+            "config": dump(warm),
+            **asdict(job),
+            "seconds_setup": perf_counter() - begin,
+        }
+        if checkpoint is None:
+            checkpoint = await warm_up(warm, ground)
+        result["warmstart"] = warmstart(checkpoint)
+        result["seconds_warmstart"] = perf_counter() - begin
+        drafter, result["drafter"] = await warm_drafter(offline, configs, job, checkpoint, drafter, ground)
+        result["seconds_before"] = perf_counter() - begin
+        start = newest(checkpoint)
+        arms = [Arm(name, begin_arm(name, config, drafter, ground, start)) for name, config in configs.items()]
+        await take_turns(
+            arms,
+            steps=job.steps,
+            stop=ground.stop,
+            deadline=begin + 60 * job.minutes if job.minutes else inf,
+            after=lambda: keep(result | figures(arms, job)),
+        )
+        result |= figures(arms, job)
+        learner = next((arm for arm in arms if arm.name == LEARNER and arm.error is None), None)
+        if learner is not None and drafter is not None:
+            result["drafter"]["end"] = await measured_end(learner, offline, drafter)
     for arm in arms:
         if arm.error is not None:
             raise arm.error
     return result
-
-
-async def warm_up(config: Config, ground: Ground) -> Path:
-    """Take the supervised steps and measure what they made of the model: the run directory of that."""
-    loop = make_loop(WARM, config, ground)
-    if config.warmstart.steps:
-        warm_start(loop.trainer, loop.data, loop.tokenizer, config.warmstart, report=loop.report_warmstart)
-        loop.engine.update(0)
-        await loop.evaluate("warmstart")
-    loop.save(loop.engine.state_dict())
-    loop.run.close()
-    path = loop.run.path
-    del loop
-    free(ground.device)
-    return path
 
 
 def learned(arms: Mapping[str, Config]) -> bool:
@@ -276,57 +177,6 @@ async def measured_end(arm: Arm, config: Config, drafter: Path) -> dict[str, Any
     return await asyncio.to_thread(end_drafter, arm.loop.run.path, config, drafter)
 
 
-def free(device: str) -> None:
-    """Give back what nobody holds any more."""
-    gc.collect()  # policy, optimiser and cache refer to one another
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def newest(run: Path) -> Path:
-    """The newest intact checkpoint of a run. Raises PreflightError where it has none."""
-    found = sealed.newest(run / "checkpoints")
-    if found is None:
-        raise PreflightError(f"{run} has no intact checkpoint; leave --checkpoint out to make one")
-    return found
-
-
-def begin_arm(name: str, config: Config, drafter: Path | None, ground: Ground, start: Path) -> Loop:
-    """A run at the checkpoint's weights and optimiser, a learned drafter at those in its folder.
-
-    Its engine knows nothing yet, whatever the other run's knew.
-    """
-    if drafter is not None:
-        config = replace(config, drafter=replace(config.drafter, init=str(drafter)))
-    loop = make_loop(name, config, ground)
-    loop.trainer.load(start / "trainer")
-    loop.step, loop.prepared = step_of(start), True
-    loop.engine.update(loop.step)
-    return loop
-
-
-def make_loop(name: str, config: Config, ground: Ground) -> Loop:
-    """A run under the ground's folder, with a policy, a trainer and an engine of its own."""
-    config = replace(config, run=replace(config.run, name=name, dir=str(ground.folder / name)))
-    run = RunDir.create(config, dump(config))
-    engine, trainer, learner = build_worker(config, ground.path, device=ground.device, dtype=ground.dtype)
-    return Loop(
-        config=config,
-        run=run,
-        data=ground.data,
-        engine=engine,
-        trainer=trainer,
-        lessons=make_lessons(config, learner, ground.path),
-        gates=make_gate_lessons(config, engine),
-        rewards=ground.rewards,
-        tokenizer=ground.tokenizer,
-        stop_token_ids=stop_token_ids(ground.path, ground.tokenizer),
-        store=CheckpointStore(run.path / "checkpoints", keep=1),
-        progress=Lines(name),
-        stop_requested=ground.stop,
-    )
-
-
 def figures(arms: Sequence[Arm], job: Job) -> dict[str, Any]:
     """What the arms measured so far."""
     return {
@@ -334,15 +184,3 @@ def figures(arms: Sequence[Arm], job: Job) -> dict[str, Any]:
         "settings": {arm.name: asdict(arm.loop.config.spec) for arm in arms},
         "failed": {arm.name: f"{type(arm.error).__name__}: {arm.error}" for arm in arms if arm.error is not None},
     }
-
-
-async def take_turn(arm: Arm) -> None:
-    """One step of an arm. What it raises is kept, so that the others go on; a request to stop ends all."""
-    try:
-        await arm.loop.train_step()
-    except PreemptedError:
-        raise
-    # whatever one side does wrong is its own result
-    except Exception as error:
-        traceback.print_exc()
-        arm.error = error

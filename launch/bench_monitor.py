@@ -11,7 +11,6 @@ import os
 import signal
 import statistics
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,18 +23,12 @@ from rich.table import Table
 from configs.load import dump, load
 from configs.schema import Config
 from drafter.types import OFF
-from launch.bench_longtail import Ground, make_loop
+from launch.arms import make_loop, standing
 from launch.bench_report import plain_table, provenance, say, spread
 from launch.bench_watch import TimedRecorder, Unrecorded, cpu_seconds, watchers
-from launch.cluster import check_counts
-from rl.data import load_data
 from rl.loop import Loop
 from rl.metrics import histogram
-from rl.reward import check_rewards
-from rl.sandbox import RewardPool
 from rollout.activity import Tally
-from rollout.model import context_length, load_config, resolve_compute
-from rollout.pretrained import load_tokenizer, resolve
 
 LIMIT = 0.01  # of a step's time
 FIXED = ("compute.backend=inline", "eval.every=0", "warmstart.steps=0", "checkpoint.every=1000000")
@@ -67,23 +60,8 @@ def run(recipe: Path, overrides: Sequence[str], *, pairs: int, folder: Path) -> 
 
 
 async def _run(config: Config, *, pairs: int, folder: Path) -> dict[str, Any]:
-    device, dtype = resolve_compute(config.compute)
-    path = resolve(config.model).absolute()
-    tokenizer = load_tokenizer(path)
-    check_rewards(config.reward)
-    data = load_data(
-        config.data,
-        tokenizer,
-        seed=config.run.seed,
-        context_length=context_length(load_config(path)),
-        max_new_tokens=config.rollout.max_new_tokens,
-        num_heldout=0,
-        quarantine=None,
-    )
-    check_counts(config, data)
     load_before = os.getloadavg()  # before we add to it
-    async with RewardPool(config.reward) as rewards:
-        ground = Ground(path, device, dtype, tokenizer, data, rewards, folder, threading.Event())
+    async with standing(config, folder, num_heldout=0) as ground:
         loop = make_loop("monitor", config, ground)
         recorders: dict[str, Any] = {
             WATCHED: TimedRecorder(loop.run, loop.engine, config),
@@ -98,7 +76,7 @@ async def _run(config: Config, *, pairs: int, folder: Path) -> dict[str, Any]:
                         turn = await take(loop, arm, recorders[arm], processes)
                         turns += [turn] if number >= 0 else []
         aside = by_itself(loop)
-    return report(config, turns, aside, device=device, load_before=load_before)
+    return report(config, turns, aside, device=ground.device, load_before=load_before)
 
 
 async def take(loop: Loop, arm: str, recorder: Any, processes: Sequence[subprocess.Popen[bytes]]) -> Turn:

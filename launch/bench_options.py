@@ -54,6 +54,14 @@ def require_budget(option: str, sparse: "SparseConfig") -> None:
         )
 
 
+def names(option: str, text: str) -> tuple[str, ...]:
+    """The names of a comma-separated list, in order. Raises ConfigError."""
+    found = tuple(text.split(","))
+    if not all(found) or len(set(found)) < len(found):
+        raise ConfigError(f"{option} {text!r}: give different names with commas between")
+    return found
+
+
 def prepare(
     out: Path | None, peer: str | None = None, python: Path = PYTHON, memory: float = 0.0
 ) -> "PeerChoice | None":

@@ -1,4 +1,4 @@
-"""The commands of `paceline bench` that measure runs and what stands beside them: drafters, rewards, the page."""
+"""The commands of `paceline bench` that measure runs and what stands beside them: idle workers, rewards, the page."""
 
 import json
 from contextlib import nullcontext
@@ -131,32 +131,6 @@ def longtail_picture(
         raise ConfigError(f"JSON {result} is no long-tail result; give what `paceline bench longtail --json` wrote")
     longtail_report.draw(found, picture)
     print(f"wrote {picture}")
-
-
-def drafter_training(
-    geometry: Annotated[str, typer.Option(metavar="NAME", help="The policy's shape, random weights.")] = "smollm2-135m",
-    samples: Annotated[int, typer.Option(min=2, help="Rollouts of one update.")] = 32,
-    batches: Annotated[int, typer.Option(min=1, help="Updates a round.")] = 4,
-    median_tokens: Annotated[int, typer.Option(min=16, help="Median of the rollouts' log-normal lengths.")] = 200,
-    sigma: Annotated[float, typer.Option(min=0.0, help="Deviation of the lengths' logarithms.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(min=16, help="Longer rollouts are cut to this.")] = 2048,
-    rounds: Rounds = 5,
-    device: Device = "auto",
-    seed: Seed = 0,
-    out: Json = None,
-) -> None:
-    """Rollouts per second of drafter training: packed, padded, and padded after sorting by length; equal gradients."""
-    prepare(out)
-    from configs.schema import DrafterConfig
-    from launch import bench_drafter
-    from launch.geometry import placement
-
-    where, _ = placement(device, "auto")
-    job = bench_drafter.Job(
-        geometry, where, samples, batches, median_tokens, sigma, max_tokens, rounds, seed, DrafterConfig()
-    )
-    result = bench_drafter.run(job)
-    show(result, bench_drafter.table(result), out)
 
 
 def idle(

@@ -44,7 +44,7 @@ def train(
     """Warm a drafter up: on what a policy says, or on worked solutions."""
     subject = load_source(source, overrides)
     from launch import offline
-    from rl.export_drafter import export_trained, require_drafter_place
+    from rl.export_drafter import require_drafter_place
 
     require_drafter_place(out, offline.drafter_shape(subject.config, subject.policy.config))
     console = Console()
@@ -59,16 +59,7 @@ def train(
     trained = offline.train_drafter(subject, learned, steps=steps, report=report)
     figures = f"{trained.before:.2f} before, {trained.after:.2f} after"
     console.print(f"accept length on answers to prompts not learned from: {figures}", highlight=False)
-    version = export_trained(
-        out,
-        trained.head,
-        policy=subject.policy,
-        model=subject.config.model,
-        step=subject.step,
-        num_draft_tokens=subject.config.drafter.unroll,
-        accept_length=trained.after,
-        layout=layout,
-    )
+    version = offline.write_trained(out, trained, subject, layout=layout)
     console.print(f"wrote {out}" + (f"; vLLM {version} loads it" if version else ""), highlight=False)
 
 

@@ -16,9 +16,8 @@ from drafter.evaluate import Cycles
 from drafter.export import read_drafter
 from drafter.trainer import DrafterStats
 from launch.bench_report import say
-from launch.offline import drafter_for, problems, replay, texts_for, train_drafter
+from launch.offline import Report, drafter_for, problems, replay, texts_for, train_drafter, write_trained
 from launch.subject import Subject, load_subject, policy_answers
-from rl.export_drafter import export_trained
 
 NUM_TEXTS = 8192  # worked solutions at most: some 600 steps' worth of windows, each position about once
 EARLY, LATE = 128, 512  # response tokens: half of the answers are no longer than some 70
@@ -35,25 +34,9 @@ def begin_drafter(run: Path, config: Config, out: Path, *, steps: int, stop: thr
     subject = _subject(run, config)
     texts = texts_for(subject, NUM_TEXTS, answers="solutions")
     prepared = perf_counter()
-
-    def report(step: int, stats: DrafterStats) -> None:
-        if step % REPORT_EVERY == 0 or step == steps:
-            say(f" drafter step {step}: loss {stats.loss:.3f}, accept length {stats.accept_length:.2f}")
-        if stop.is_set():
-            raise PreemptedError(f"asked to stop after step {step} of the drafter")
-
-    trained = train_drafter(subject, texts, steps=steps, report=report, contexts=("rollout",))
+    trained = train_drafter(subject, texts, steps=steps, report=heard(steps, stop), contexts=("rollout",))
     learned = perf_counter()
-    export_trained(
-        out,
-        trained.head,
-        policy=subject.policy,
-        model=config.model,
-        step=subject.step,
-        num_draft_tokens=config.drafter.unroll,
-        accept_length=trained.after,
-        layout="eagle3",
-    )
+    write_trained(out, trained, subject)
     written = perf_counter()
     figures = _figures(subject, {"untrained": trained.start, "static": read_drafter(out)})
     return {
@@ -68,6 +51,18 @@ def begin_drafter(run: Path, config: Config, out: Path, *, steps: int, stop: thr
         "accept_length": {"before": trained.before, "after": trained.after},
         "start": figures,
     }
+
+
+def heard(steps: int, stop: threading.Event) -> Report:
+    """Says now and then how a drafter's updates go. Raises PreemptedError where asked to stop."""
+
+    def report(step: int, stats: DrafterStats) -> None:
+        if step % REPORT_EVERY == 0 or step == steps:
+            say(f" drafter step {step}: loss {stats.loss:.3f}, accept length {stats.accept_length:.2f}")
+        if stop.is_set():
+            raise PreemptedError(f"asked to stop after step {step} of the drafter")
+
+    return report
 
 
 def given_drafter(run: Path, config: Config, folder: Path) -> dict[str, Any]:
@@ -99,13 +94,13 @@ def _figures(subject: Subject, heads: Mapping[str, EagleHead]) -> dict[str, Any]
     return found
 
 
-def early_and_late(cycles: Cycles) -> dict[str, float | None]:
-    """Accept length of drafts within a response's first EARLY tokens, and from its LATE-th on, each with its standard
-    error; None without as many as tell."""
+def early_and_late(cycles: Cycles, *, early: int = EARLY, late: int = LATE) -> dict[str, float | None]:
+    """Accept length of drafts within a response's first `early` tokens, and from its `late`-th on, each with its
+    standard error; None without as many as tell."""
     pairs = list(zip(cycles.places, cycles.accepted, strict=True))
     parts = {
-        "early": [1 + count for place, count in pairs if place < EARLY],
-        "late": [1 + count for place, count in pairs if place >= LATE],
+        "early": [1 + count for place, count in pairs if place < early],
+        "late": [1 + count for place, count in pairs if place >= late],
     }
     means = {name: mean(part) if part else None for name, part in parts.items()}
     errors = {f"{name}_se": stdev(part) / sqrt(len(part)) if len(part) > 1 else None for name, part in parts.items()}

@@ -146,19 +146,29 @@ def table(result: Mapping[str, Any]) -> Table:
 
 def drafter_table(drafter: Record) -> Table:
     """Accept length of the drafter on held-out problems: before and after its training, then static against online."""
-    stages = [(when, name) for when in ("start", "end") for name in drafter.get(when, {})]
-    depth = drafter["start"]["static"]["depth"]
     seconds = f", {drafter['seconds']['training']:.0f} s" if "seconds" in drafter else ""
-    title = f"the drafter, {drafter['steps']} updates{seconds}: accept length, early and late; accepted up to a token"
-    shown_depths = [place for place in range(1, depth + 1) if place == depth or place & (place - 1) == 0]
-    shown = plain_table(title, ["", "accept", "early", "late", *(f"+{place}" for place in shown_depths)])
-    for when, name in stages:
-        figures = drafter[when][name]
+    heads = {f"{name}, {when}": figures for when in ("start", "end") for name, figures in drafter.get(when, {}).items()}
+    return accept_table(f"the drafter, {drafter['steps']} updates{seconds}", heads)
+
+
+def accept_table(title: str, heads: Mapping[str, Record | None]) -> Table:
+    """Accept length of heads, None of one that drafts nothing: over all drafts, of early and late ones with its
+    standard error, and the share accepted up to some tokens."""
+    depth = max(figures["depth"] for figures in heads.values() if figures is not None)
+    places = [place for place in range(1, depth + 1) if place == depth or place & (place - 1) == 0]
+    shown = plain_table(
+        f"{title}: accept length; accepted up to a token",
+        ["", "all", "early", "late", *(f"+{each}" for each in places)],
+    )
+    for name, figures in heads.items():
+        if figures is None:
+            shown.add_row(name, *["-"] * (3 + len(places)))
+            continue
         row = [f"{figures['accept_length']:.2f}"]
         for part in ("early", "late"):
             length, error = figures[part], figures[f"{part}_se"]
             row.append("-" if length is None else f"{length:.2f}" + ("" if error is None else f" ±{error:.2f}"))
-        shown.add_row(f"{name}, {when}", *row, *(f"{figures['by_depth'][place - 1]:.0%}" for place in shown_depths))
+        shown.add_row(name, *row, *(f"{figures['by_depth'][place - 1]:.0%}" for place in places))
     return shown
 
 

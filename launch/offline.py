@@ -16,12 +16,13 @@ from configs.errors import ConfigError, DataError
 from configs.schema import Config
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.evaluate import Cycles, walk
+from drafter.layouts import Layout
 from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary, evaluate
 from launch.drafting import starting_head
 from launch.subject import Subject, policy_answers, sampled_texts, solved_texts
 from launch.windows import Context, features, training_batches
 from rl.export import newest_intact
-from rl.export_drafter import served_head
+from rl.export_drafter import export_trained, served_head
 from rl.features import Text, batches
 from rl.warmstart import FIRST_STEP
 from rollout.types import Prompt
@@ -61,6 +62,20 @@ def train_drafter(
         report(step + 1, trainer.step(batch))
     before, after = accept_lengths(subject, [start, head], heldout)
     return Trained(start, head, before, after)
+
+
+def write_trained(out: Path, trained: Trained, subject: Subject, *, layout: Layout = "eagle3") -> str | None:
+    """Write a drafter trained for this policy, as export_trained does; vLLM's version where it was tried there."""
+    return export_trained(
+        out,
+        trained.head,
+        policy=subject.policy,
+        model=subject.config.model,
+        step=subject.step,
+        num_draft_tokens=subject.config.drafter.unroll,
+        accept_length=trained.after,
+        layout=layout,
+    )
 
 
 def split(texts: Sequence[Text]) -> tuple[list[Text], list[Text]]:

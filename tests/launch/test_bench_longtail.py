@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from configs.errors import ConfigError, PreflightError
 from drafter.evaluate import Cycles
-from launch import bench, bench_longtail, longtail_drafter, longtail_report
+from launch import arms, bench, bench_longtail, longtail_drafter, longtail_report
 from launch.exits import outcome
 from rl.loop import Loop
 
@@ -154,7 +154,7 @@ def test_a_taken_folder_is_found_before_anything_is_measured(
 ) -> None:
     runs = tmp_path / "runs"
     (runs / taken / "mine").mkdir(parents=True)
-    monkeypatch.setattr(bench_longtail, "make_loop", pytest.fail)
+    monkeypatch.setattr(arms, "make_loop", pytest.fail)
     given = ["longtail", "--recipe", str(recipe), "--runs", str(runs), *arguments]
     error = CliRunner().invoke(bench.app, given, standalone_mode=False).exception
     assert isinstance(error, PreflightError) and f"runs/{taken} already exists" in str(error)
