@@ -155,6 +155,18 @@ def launches() -> Callable[[Callable[[], object]], int]:
     return count
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test and its fixtures draw without a generator does not depend on which tests this process ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Nor on whether fixtures that draw were there already."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu skip where there is none."""
     if torch.cuda.is_available():
