@@ -16,6 +16,8 @@ import pytest
 # times slower as soon as anything else runs on the machine, and no faster on models as small as these.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Ray starts its workers with the least claim to a processor but four; beside other tests they would get next to none.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import torch
 
