@@ -1,8 +1,12 @@
 """Fixtures every test may use: a complete, tiny model folder made on the spot, so that no test needs a network."""
 
+import itertools
 import os
+import random
 import shutil
+import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ import pytest
 # times slower as soon as anything else runs on the machine, and no faster on models as small as these.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Ray starts its workers with the least claim to a processor but four; beside other tests they would get next to none.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import torch
 
@@ -28,6 +34,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 settings.register_profile("paceline", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("explore", parent=settings.get_profile("paceline"), derandomize=False)
 settings.load_profile("paceline")
+
+# readline, which pytest imports, leaves the size of no terminal to what pytest starts, such as the processes of xdist
+for name in ("COLUMNS", "LINES"):
+    os.environ.pop(name, None)
+
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # which of pytest's processes this is
+PORTS = range(30_000, 32_700)  # below what systems give out by themselves, above what Ray and rendered scripts take
+WORKERS = 9  # that have ports of their own
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -62,6 +76,25 @@ def program() -> Callable[[str], str]:
             pytest.skip(f"{name} is not installed")
         assert path is not None
         return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A port that nothing listens on and no other test has been given, also in another of pytest's processes.
+
+    One that the system names and is told to forget may be given to any process before it is used.
+    """
+    share = PORTS[WORKER % WORKERS :: WORKERS]
+    numbers = itertools.cycle(random.Random().sample(share, len(share)))  # sessions side by side differ
+
+    def find() -> int:
+        for port in itertools.islice(numbers, len(share)):
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("", port))
+                return port
+        pytest.fail(f"all of {len(share)} ports are taken")
 
     return find
 
@@ -122,6 +155,18 @@ def launches() -> Callable[[Callable[[], object]], int]:
         return counted.count
 
     return count
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test and its fixtures draw without a generator does not depend on which tests this process ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Nor on whether fixtures that draw were there already."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

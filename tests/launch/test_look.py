@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 import tarfile
+import termios
 import threading
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def test_top_prints_once_into_a_pipe_and_quits_on_q_in_a_terminal(run: Path) -> 
     piped = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert piped.returncode == 0 and "2/9" in piped.stdout and "\x1b" not in piped.stdout
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 100))
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     seen = b""

@@ -3,13 +3,11 @@
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -24,7 +22,7 @@ ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 
 
 @pytest.fixture
-def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_port: Callable[[], int]) -> Iterator[str]:
     """The address of a Ray head of this test's own, whose token lies in a file."""
     token = tmp_path / "token"
     token.touch(mode=0o600)
@@ -34,9 +32,7 @@ def dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(4)]
-        head, client, page, agent = (str(probe.getsockname()[1]) for probe in probes)
+    head, client, page, agent = (free_port() for _ in range(4))
     # Ray's sockets must fit 107 characters, which pytest's folders use up
     with tempfile.TemporaryDirectory(prefix="pl-ray-", ignore_cleanup_errors=True) as folder:
         ray = subprocess.Popen(

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from random import randrange
 
 import pytest
 
@@ -89,7 +88,9 @@ def wait_for(reached: Callable[[], bool], what: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster(program: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(
+    program: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory, free_port: Callable[[], int]
+) -> Iterator[Cluster]:
     """Two nodes that are one host; every daemon is ended afterwards."""
     munged, slurmctld, slurmd = program("munged"), program("slurmctld"), program("slurmd")
     folder = tmp_path_factory.mktemp("slurm")
@@ -102,7 +103,11 @@ def cluster(program: Callable[[str], str], tmp_path_factory: pytest.TempPathFact
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
     # ports of jobs and Ray's folders follow from job ids: another test's must not be the same
     text = CONFIG.format(
-        host=socket.gethostname(), ports=free_ports(3), user=user, first=randrange(1, 60_000), folder=folder
+        host=socket.gethostname(),
+        ports=[free_port() for _ in range(3)],
+        user=user,
+        first=1 + secrets.randbelow(60_000),
+        folder=folder,
     )
     (folder / "slurm.conf").write_text(text)
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "RAY"))}
@@ -142,15 +147,6 @@ def idle_nodes(cluster: Cluster) -> int:
     """Nodes that have registered; 0 while the controller does not answer yet."""
     done = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], capture_output=True, text=True, env=cluster.env)
     return done.stdout.split().count("idle")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @pytest.fixture

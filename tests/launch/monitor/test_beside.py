@@ -20,12 +20,6 @@ from launch.monitor.beside import watched
 PATIENCE_S = 600.0  # with a machine that is busy with other work
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def eventually(what: Callable[[], bool], why: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not what():
@@ -55,7 +49,7 @@ def hubs(path: Path) -> list[int]:
     return found
 
 
-def test_page_is_there_as_long_as_the_run(written) -> None:
+def test_page_is_there_as_long_as_the_run(written, free_port: Callable[[], int]) -> None:
     port = free_port()
     log = written.path / "monitor.log"
     with watched(written.path, MonitorConfig(port=port), log=log):
@@ -92,7 +86,7 @@ def test_sinks_hold_the_last_step_when_the_run_ends(written) -> None:
     assert (written.path / "monitor.log").read_text() == ""
 
 
-def test_hub_goes_with_a_run_that_is_killed(written) -> None:
+def test_hub_goes_with_a_run_that_is_killed(written, free_port: Callable[[], int]) -> None:
     port = free_port()
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom configs.schema import MonitorConfig\n"
@@ -125,7 +119,9 @@ def held(prompt, rollout):
 
 
 @pytest.mark.slow
-def test_killed_hub_leaves_training_untouched(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_killed_hub_leaves_training_untouched(
+    tmp_path: Path, tiny_model_dir: Path, free_port: Callable[[], int]
+) -> None:
     port, path, go = free_port(), tmp_path / "run", tmp_path / "go"
     (tmp_path / "held_reward.py").write_text(HELD.format(free=3 * 4, go=str(go)))  # three steps, then until told
     command = [

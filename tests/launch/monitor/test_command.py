@@ -57,7 +57,10 @@ def test_mistakes_are_one_line_with_their_remedy(tmp_path: Path, capsys: pytest.
 def test_listening_prints_a_login_url_until_ctrl_c_ends_it(written) -> None:
     command = [sys.executable, "-m", "launch.cli", "monitor", str(written.path), "--listen", "0.0.0.0", "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "PACELINE_MONITOR_TOKEN"}
+    # tests that a script runs in the background ignore Ctrl-C, and what they start would as well
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     hub = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment)
+    signal.signal(signal.SIGINT, before)
     try:
         assert hub.stdout is not None
         assert re.fullmatch(r"monitor http://[^/]+:\d+/login\?token=[\w-]{32}\n", hub.stdout.readline())
