@@ -34,8 +34,8 @@ Tensors = Mapping[str, torch.Tensor]
 class CheckpointWriter:
     """Writes one checkpoint at a time. The caller is held up while copies are enqueued, no longer.
 
-    Copies go to pinned memory, which is kept. Pinning it takes longer than a copy: the first checkpoint is copied on
-    the device, and the writing thread pins.
+    A GPU's tensors are copied where they are, at the speed of its memory; the writing thread fetches them on a stream
+    of its own, beside what the caller computes, into pinned memory, which is kept for the next ones.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class CheckpointWriter:
         """
         start = perf_counter()
         self.wait()
-        copies = {file: self._copy(file, tensors) for file, tensors in files.items()}
+        copies = {file: _copy(tensors) for file, tensors in files.items()}
         copied = None
         if any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values()):
             copied = torch.cuda.Event()
@@ -76,23 +76,27 @@ class CheckpointWriter:
         if error is not None:
             raise error
 
-    def _copy(self, file: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-        copies = {}
-        for name, tensor in tensors.items():
-            buffer = self._buffers.get((file, name))
-            if buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
-                copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
-            else:
-                copies[name] = tensor.detach().clone()
-        return copies
+    def _fetch(self, copies: dict[str, dict[str, torch.Tensor]], copied: torch.cuda.Event) -> None:
+        """Put host memory in the place of what lies on the GPU, once it has been copied there."""
+        (device,) = {tensor.device for tensors in copies.values() for tensor in tensors.values() if tensor.is_cuda}
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(copied)
+        with torch.cuda.stream(stream):
+            fetched = {
+                (file, name): self._buffer(file, name, copy).copy_(copy, non_blocking=True)
+                for file, tensors in copies.items()
+                for name, copy in tensors.items()
+                if copy.is_cuda
+            }
+        stream.synchronize()  # no copy on the device is let go of before
+        for (file, name), tensor in fetched.items():
+            copies[file][name] = tensor
 
-    def _on_host(self, file: str, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The copies in host memory that the next ones can go to."""
-        for name, copy in copies.items():
-            if copy.is_cuda:
-                copy = torch.empty(copy.shape, dtype=copy.dtype, pin_memory=True).copy_(copy)
-            self._buffers[file, name] = copy
-        return {name: self._buffers[file, name] for name in copies}
+    def _buffer(self, file: str, name: str, like: torch.Tensor) -> torch.Tensor:
+        buffer = self._buffers.get((file, name))
+        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
+            buffer = self._buffers[file, name] = torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+        return buffer
 
     def _write(
         self,
@@ -104,11 +108,11 @@ class CheckpointWriter:
         staging = folder.with_name(f"{STAGING}{folder.name}")
         try:
             if copied is not None:
-                copied.synchronize()
+                self._fetch(copies, copied)
             shutil.rmtree(staging, ignore_errors=True)  # of an interrupted write
             staging.mkdir(parents=True)
             for file, tensors in copies.items():
-                write_tensors(staging / f"{file}{SUFFIX}", self._on_host(file, tensors))
+                write_tensors(staging / f"{file}{SUFFIX}", tensors)
             hit("checkpoint.file")
             (staging / RECORD).write_text(json.dumps(record, indent=1) + "\n")
             seal(staging)
@@ -119,6 +123,10 @@ class CheckpointWriter:
         except Exception as error:  # handed to the next begin or wait: a thread has nobody else to tell
             shutil.rmtree(staging, ignore_errors=True)
             self._error = storage_error(folder, error) if isinstance(error, OSError) else error
+
+
+def _copy(tensors: Tensors) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:

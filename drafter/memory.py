@@ -38,7 +38,8 @@ class DrafterBytes:
     weights: of the trained copy, in float32, and of the heads served, served before, judged and drafted with, in the
     policy's dtype. training: gradients, the optimiser's moments and the weights that failures go back to. rings:
     hidden states of the texts that run. cache: the head's keys and values of them. buffer: windows to learn from.
-    graphs: what a training step computes with, kept from the first on.
+    graphs: what a training step computes with, kept from the first on. checkpoint: copies of what one holds, while it
+    is being fetched from a GPU.
     """
 
     weights: int
@@ -47,13 +48,15 @@ class DrafterBytes:
     cache: int
     buffer: int
     graphs: int
+    checkpoint: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.training + self.rings + self.cache + self.buffer + self.graphs
+        parts = (self.weights, self.training, self.rings, self.cache, self.buffer, self.graphs, self.checkpoint)
+        return sum(parts)
 
 
-NO_DRAFTER = DrafterBytes(0, 0, 0, 0, 0, 0)
+NO_DRAFTER = DrafterBytes(0, 0, 0, 0, 0, 0, 0)
 
 
 def learned_gate_bytes(shape: GateConfig, *, itemsize: int, samples: int) -> GateBytes:
@@ -66,11 +69,11 @@ def learned_gate_bytes(shape: GateConfig, *, itemsize: int, samples: int) -> Gat
 
 
 def drafter_bytes(
-    shape: EagleConfig, config: DrafterConfig, *, num_rows: int, max_nodes: int, itemsize: int, graphs: bool
+    shape: EagleConfig, config: DrafterConfig, *, num_rows: int, max_nodes: int, itemsize: int, on_gpu: bool
 ) -> DrafterBytes:
     """A drafter's of this shape.
 
-    num_rows: texts that run at a time, at most; itemsize: of the policy's dtype; graphs: whether the device has them.
+    num_rows: texts that run at a time, at most; itemsize: of the policy's dtype.
     """
     shapes = exported_shapes(shape, layout="eagle3")
     parameters = sum(prod(sizes) for name, sizes in shapes.items() if name not in MAPS)
@@ -87,7 +90,9 @@ def drafter_bytes(
         ),
         cache=cache_bytes(shape, num_slots=num_rows, itemsize=itemsize),
         buffer=config.buffer_mb << 20 if config.train else 0,
-        graphs=_graph_bytes(shape, config) if config.train and graphs else 0,
+        graphs=_graph_bytes(shape, config) if config.train and on_gpu else 0,
+        # weights and two moments, and the heads served and served before
+        checkpoint=parameters * (3 * FLOAT32_BYTES + 2 * itemsize) if config.train and on_gpu else 0,
     )
 
 

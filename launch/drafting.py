@@ -100,7 +100,7 @@ def _with_head(config: Config, policy: PreTrainedModel, chooser: Chooser) -> Dra
         num_rows=config.rollout.max_running,
         max_nodes=max(1, chooser.max_num_verify),
         itemsize=policy.dtype.itemsize,
-        graphs=policy.device.type == "cuda",
+        on_gpu=policy.device.type == "cuda",
     )
     with allocating("the drafter's weights", needed.weights, "lower drafter.draft_vocab"):
         return _learned(config, policy, chooser, start.to(policy.device))

@@ -70,7 +70,7 @@ def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> d
         "CUDA graphs": 0 if sizes.device == "cpu" else graph_bytes(config, sizes.share.config, sizes),
     }
     drafter = {
-        "drafter": sizes.drafter.weights + sizes.drafter.training + sizes.drafter.graphs,
+        "drafter": sum((sizes.drafter.weights, sizes.drafter.training, sizes.drafter.graphs, sizes.drafter.checkpoint)),
         "drafter's cache": sizes.drafter.cache,
         "gates": sizes.gates.weights,
         "gates' lessons": sizes.gates.training,

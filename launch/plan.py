@@ -172,7 +172,7 @@ def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, 
         num_rows=config.rollout.max_running,
         max_nodes=max(1, chooser.max_num_verify),
         itemsize=itemsize,
-        graphs=device == "cuda",
+        on_gpu=device == "cuda",
     )
     return replace(needed, rings=0, cache=0) if apart else needed
 

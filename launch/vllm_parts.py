@@ -141,7 +141,7 @@ def make_vllm(config: Config, policy: PreTrainedModel, path: Path) -> "tuple[Vll
         num_rows=0,
         max_nodes=0,
         itemsize=policy.dtype.itemsize,
-        graphs=policy.device.type == "cuda",
+        on_gpu=policy.device.type == "cuda",
     )
     buffer = FeatureBuffer(
         max_bytes=options.buffer_mb << 20, temperature=config.rollout.temperature, seed=config.run.seed

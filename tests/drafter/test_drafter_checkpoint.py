@@ -42,7 +42,7 @@ def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkey
 
     monkeypatch.setattr(drafter.checkpoint, "write_tensors", held_up)
     writer, weight = CheckpointWriter(), torch.zeros(4)
-    for step in (1, 2, 3):  # the first one makes the buffers of the others
+    for step in (1, 2, 3):
         go_on.clear()
         weight.fill_(step)
         writer.begin(tmp_path / f"step_{step}", {"training": {"w": weight}}, {})
@@ -51,6 +51,19 @@ def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkey
         go_on.set()
         writer.wait()
         assert torch.equal(read(tmp_path / f"step_{step}")[1]["training"]["w"], torch.full((4,), float(step)))
+
+
+@pytest.mark.gpu
+def test_what_training_overwrites_on_the_gpu_is_not_what_is_written(tmp_path: Path) -> None:
+    writer, weight = CheckpointWriter(), torch.zeros(1 << 22, device="cuda")
+    for step in (1, 2, 3):  # the first one pins the memory of the others
+        weight.fill_(step)
+        writer.begin(tmp_path / f"step_{step}", {"training": {"w": weight, "on_host": torch.ones(2)}}, {})
+        for _ in range(20):  # updates, and memory that is asked for again while copies are on their way
+            weight.add_(torch.full_like(weight, 7.0))
+        writer.wait()
+        written = read(tmp_path / f"step_{step}")[1]["training"]
+        assert bool((written["w"] == step).all()) and torch.equal(written["on_host"], torch.ones(2))
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tmp_path: Path) -> None:

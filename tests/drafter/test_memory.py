@@ -57,7 +57,7 @@ class Parts:
 
 
 def planned() -> DrafterBytes:
-    return drafter_bytes(SHAPE, CONFIG, num_rows=ROWS, max_nodes=NODES, itemsize=2, graphs=False)
+    return drafter_bytes(SHAPE, CONFIG, num_rows=ROWS, max_nodes=NODES, itemsize=2, on_gpu=False)
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:
@@ -110,14 +110,14 @@ def test_a_gpus_training_graphs_are_counted_as_they_were_measured(draft_vocab: i
     )  # fmt: skip
     config = DrafterConfig(unroll=4, batch_tokens=4096)
     sizes = {"num_rows": ROWS, "max_nodes": NODES, "itemsize": 2}
-    with_graphs, without = (drafter_bytes(shape, config, **sizes, graphs=graphs) for graphs in (True, False))
-    assert with_graphs.total - without.total == with_graphs.graphs
+    with_graphs, without = (drafter_bytes(shape, config, **sizes, on_gpu=on_gpu) for on_gpu in (True, False))
+    assert with_graphs.total - without.total == with_graphs.graphs + with_graphs.checkpoint
     assert with_graphs.graphs == pytest.approx(measured_mib << 20, rel=0.05)
 
 
 def test_a_drafter_that_does_not_learn_needs_neither_gradients_nor_features() -> None:
     frozen = drafter_bytes(
-        SHAPE, replace(CONFIG, train=False), num_rows=ROWS, max_nodes=NODES, itemsize=2, graphs=False
+        SHAPE, replace(CONFIG, train=False), num_rows=ROWS, max_nodes=NODES, itemsize=2, on_gpu=False
     )
     assert frozen.buffer == 0 and frozen.training * 4 == planned().training
 
