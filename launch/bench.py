@@ -33,6 +33,8 @@ for command in (
     bench_engines.tensor_parallel,
     bench_runs.drafter_training,
     bench_runs.idle,
+    bench_runs.memory,
+    bench_runs.scale,
     bench_runs.reward,
     bench_runs.monitor,
 ):

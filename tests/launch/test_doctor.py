@@ -35,7 +35,6 @@ NODE = NodeFacts(
     ray_auth="token",
 )
 OTHER = replace(NODE, name="b")
-TWO_NODES = Path(__file__).parents[1] / "system" / "two_nodes.py"
 
 
 def levels(found: Any) -> list[str]:
@@ -199,7 +198,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    command = [sys.executable, str(TWO_NODES), "1", "1"]  # CPUs of each
+    command = [sys.executable, "-m", "launch.two_nodes", "1", "1"]  # CPUs of each
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as nodes:
         assert nodes.stdin is not None and nodes.stdout is not None
         monkeypatch.setenv("RAY_ADDRESS", nodes.stdout.readline().decode().strip())
