@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -44,6 +44,9 @@ LIMIT = 0.10  # by which a plan may differ from what was taken (issue 5)
 FIXED = ("compute.backend=inline", "eval.every=0", "checkpoint.every=1000000")
 START = "start"  # the phase before any step: weights, optimiser, what a first forward needs
 GIGA = 1e9
+WHAT = "a GPU's memory as planned and as taken"
+
+Keep = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +130,8 @@ class Peaks:
         self.shown.close()
 
 
-def run(recipes: Sequence[Asked], *, steps: int) -> dict[str, Any]:
-    """Every recipe in a process of its own, in turn; JSON-able.
+def run(recipes: Sequence[Asked], *, steps: int, keep: Keep) -> dict[str, Any]:
+    """Every recipe in a process of its own, in turn; JSON-able. keep is given the result so far after each.
 
     Raises ConfigError before the first begins, PreflightError without a GPU; a recipe that fails is named in "failed".
     """
@@ -143,6 +146,7 @@ def run(recipes: Sequence[Asked], *, steps: int) -> dict[str, Any]:
         raise PreflightError("bench memory measures a GPU, and there is none to use; `paceline plan` needs none")
     found: dict[str, Any] = {}
     failed: dict[str, str] = {}
+    told = {"what": WHAT, "limit": LIMIT, "steps": steps, "recipes": found, "failed": failed}
     for each, config in zip(recipes, configs, strict=True):
         begun = perf_counter()
         result, said = in_child(each, steps=steps)
@@ -151,10 +155,9 @@ def run(recipes: Sequence[Asked], *, steps: int) -> dict[str, Any]:
             say(f"{each.name}: {said}")
         else:
             found[each.name] = result | {"config": dump(config), "seconds_in_all": perf_counter() - begun}
+        keep(told)
     # last: it measures the copy bandwidth, with memory of its own
-    about = provenance(device="cuda", seed=configs[0].run.seed)
-    what = "a GPU's memory as planned and as taken"
-    return {"what": what, **about, "limit": LIMIT, "steps": steps, "recipes": found, "failed": failed}
+    return told | provenance(device="cuda", seed=configs[0].run.seed)
 
 
 def in_child(each: Asked, *, steps: int) -> tuple[dict[str, Any] | None, str]:

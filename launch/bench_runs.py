@@ -229,7 +229,7 @@ def memory(
     prepare(out)
     from launch import bench_memory, bench_recipe
 
-    result = bench_memory.run(bench_recipe.asked(words), steps=steps)
+    result = bench_memory.run(bench_recipe.asked(words), steps=steps, keep=lambda so_far: write(so_far, out))
     show(result, bench_memory.table(result), out)
 
 

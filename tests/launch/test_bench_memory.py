@@ -1,6 +1,7 @@
 """`paceline bench memory`: recipes as they are asked for, phases as they are measured, a plan held against them."""
 
 import asyncio
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -77,6 +79,25 @@ def test_bad_options_end_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -
     assert code("smoke", "rollout.backend=vllm", "spec.source=off")[0] == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert code("smoke")[0] == PreflightError.exit_code and "`paceline plan`" in code("smoke")[1]
+
+
+def test_a_recipe_that_fails_is_named_and_the_others_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_child(each: Asked, *, steps: int) -> tuple[dict[str, Any] | None, str]:
+        phases = {"train": dict.fromkeys(("allocated", "reserved", "device", "graphs", "used"), 10**9)}
+        taken = {"planned_bytes": 12 * 10**8, "used_bytes": 10**9, "off": 0.2, "phases": phases}
+        return (taken, "") if each.recipe == "smoke" else (None, "ended with 4: error: out of memory")
+
+    monkeypatch.setattr(bench_memory, "in_child", in_child)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_memory, "provenance", lambda **about: about)
+    kept: list[list[str]] = []
+    recipes = asked(["longtail", "smoke"])
+    result = bench_memory.run(recipes, steps=2, keep=lambda so_far: kept.append(list(so_far["recipes"])))
+    assert result["failed"] == {"longtail": "ended with 4: error: out of memory"} and kept == [[], ["smoke"]]
+    shown = Console(width=200, record=True, file=io.StringIO())
+    shown.print(bench_memory.table(result))
+    text = shown.export_text()
+    assert "1.20" in text and "+20.0%" in text and "outside" in text and "out of memory" in text
 
 
 def test_a_phase_keeps_its_most_and_graphs_count_as_used() -> None:
