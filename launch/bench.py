@@ -36,6 +36,8 @@ for command in (
     bench_learning.drafter_checkpoint,
     bench_learning.online,
     bench_runs.idle,
+    bench_runs.memory,
+    bench_runs.scale,
     bench_runs.reward,
     bench_runs.monitor,
 ):

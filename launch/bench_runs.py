@@ -187,3 +187,50 @@ def monitor(
     with TemporaryDirectory(prefix="paceline-bench-") as folder:
         result = bench_monitor.run(recipe, overrides or [], pairs=pairs, folder=Path(folder))
     show(result, bench_monitor.table(result), out)
+
+
+def memory(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RECIPE[@GEOMETRY] [a.b=c ...] ...", help="Recipes, each before its keys.")
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each, and at most as many of its warm start.")] = 3,
+    out: Json = None,
+) -> None:
+    """What `paceline plan` says of a GPU's memory, beside what a few steps of each recipe take.
+
+    RECIPE@GEOMETRY runs on random weights of a known shape, as in smollm2_gpu@qwen3-1.7b.
+    """
+    prepare(out)
+    from launch import bench_memory, bench_recipe
+
+    result = bench_memory.run(bench_recipe.asked(words), steps=steps, keep=lambda so_far: write(so_far, out))
+    show(result, bench_memory.table(result), out)
+
+
+def scale(
+    words: Annotated[
+        list[str], typer.Argument(metavar="RECIPE[@GEOMETRY] [a.b=c ...]", help="The recipe, and keys to set.")
+    ],
+    arms: Annotated[
+        str, typer.Option(help="Sizes, the first to compare with; on CPUs `nodes` too: two simulated ones.")
+    ] = "one,colocated,zero3,separate",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each arm.")] = 3,
+    skip: Annotated[int, typer.Option(min=0, help="First steps that enter no time: captures, compilation.")] = 1,
+    minutes: Annotated[float, typer.Option(min=0.01, help="An arm that takes longer is ended.")] = 10.0,
+    runs: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the runs here.")] = None,
+    out: Json = None,
+) -> None:
+    """One recipe unchanged but for its size: equal rollouts, reward and loss by step, seconds by phase, transfers.
+
+    RECIPE@GEOMETRY runs on random weights of a known shape, as in smollm2_gpu@qwen3-1.7b.
+    """
+    prepare(out)
+    from launch import bench_recipe, bench_scale, scale_report
+
+    asked = bench_recipe.asked(words)
+    if len(asked) > 1:
+        raise ConfigError(f"{asked[1].recipe}: scale takes one recipe; give its keys as a.b=c")
+    job = bench_scale.Job(tuple(arms.split(",")), steps, skip, minutes)
+    with nullcontext(runs) if runs else TemporaryDirectory(prefix="paceline-scale-") as folder:
+        result = bench_scale.run(asked[0], job, folder=Path(folder).absolute(), keep=lambda so_far: write(so_far, out))
+    show(result, scale_report.table(result), out)

@@ -1,5 +1,6 @@
 """The `paceline` command. Commands import what is heavy themselves, so that help and typos cost no wait."""
 
+import gc
 import os
 import re
 import sys
@@ -46,7 +47,9 @@ def main() -> None:
     if missing:
         os.execve(sys.executable, sys.orig_argv, os.environ | missing)
     arguments = sys.argv[1:] or ["--help"]
-    sys.exit(run_command(lambda: app(arguments, standalone_mode=False)))
+    code = run_command(lambda: app(arguments, standalone_mode=False))
+    gc.freeze()  # or the interpreter searches all that Ray and DeepSpeed have made for cycles, a second, as it ends
+    sys.exit(code)
 
 
 @app.command()

@@ -66,6 +66,7 @@ def findings(config: "Config | None", *, every_node: bool) -> "Iterator[Finding]
     yield from checks.drivers(nodes)
     yield from checks.shared_memory(nodes)
     yield from checks.open_files(nodes)
+    yield from checks.bytecode(nodes)
     yield from checks.clocks(offsets)
     yield from checks.security(nodes, address=os.environ.get("RAY_ADDRESS", ""))
     yield checks.reachable()

@@ -1,11 +1,13 @@
 """What one machine is: gathered on the spot, here or in a Ray task, and sent as plain values."""
 
+import importlib.util
 import os
 import platform
 import resource
 import shutil
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from ipaddress import IPv6Address, ip_address
@@ -30,6 +32,7 @@ class NodeFacts:
     open_files: tuple[int, int]  # soft and hard limit of file descriptors
     listening: tuple[str, ...]  # "PROGRAM ADDRESS:PORT" of this user's, beyond loopback
     ray_auth: str  # RAY_AUTH_MODE
+    uncompiled: tuple[str, ...] = ()  # of the packages, those whose bytecode is not kept, and cannot be
 
 
 def gather() -> NodeFacts:
@@ -48,6 +51,7 @@ def gather() -> NodeFacts:
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE),
         listening=_listening(),
         ray_auth=os.environ.get("RAY_AUTH_MODE", ""),
+        uncompiled=tuple(name for name in PACKAGES if _is_uncompiled(name)),
     )
 
 
@@ -62,6 +66,15 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _is_uncompiled(package: str) -> bool:
+    """Whether every process that imports the package compiles it anew."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None or not found.origin.endswith(".py"):
+        return False
+    kept = Path(importlib.util.cache_from_source(found.origin))
+    return not kept.exists() and (sys.dont_write_bytecode or not os.access(existing(kept), os.W_OK))
 
 
 def _nvidia() -> tuple[tuple[str, ...], str | None]:

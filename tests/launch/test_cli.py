@@ -76,6 +76,16 @@ def test_help_takes_a_second_of_computing_at_most() -> None:
     assert all(command in result.stdout for command in ("train", "resume", "plan", "export", "status"))
 
 
+def test_a_command_that_ends_leaves_nothing_to_be_searched_for_cycles() -> None:
+    code = (
+        "import atexit, gc, sys; from launch.cli import main; sys.argv[1:] = ['--help']; "
+        "atexit.register(lambda: print('frozen', gc.get_freeze_count())); main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert int(result.stdout.rpartition("frozen ")[2]) > 10_000
+
+
 def test_command_line_imports_nothing_heavy() -> None:
     code = "import sys, launch.cli; print(sorted({'torch', 'transformers', 'ray', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

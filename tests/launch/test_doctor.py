@@ -35,7 +35,6 @@ NODE = NodeFacts(
     ray_auth="token",
 )
 OTHER = replace(NODE, name="b")
-TWO_NODES = Path(__file__).parents[1] / "system" / "two_nodes.py"
 
 
 def levels(found: Any) -> list[str]:
@@ -43,7 +42,7 @@ def levels(found: Any) -> list[str]:
 
 
 def test_nodes_that_are_alike_pass() -> None:
-    for check in (checks.versions, checks.drivers, checks.shared_memory, checks.open_files):
+    for check in (checks.versions, checks.drivers, checks.shared_memory, checks.open_files, checks.bytecode):
         found = list(check([NODE, OTHER]))
         assert found, check
         assert set(levels(found)) == {"pass"}, check
@@ -76,6 +75,16 @@ def test_small_shared_memory_is_found(total: float, free: float, level: str) -> 
 def test_few_open_files_are_found(limits: tuple[int, int], level: str) -> None:
     (found,) = checks.open_files([replace(NODE, open_files=limits)])
     assert found.level == level
+
+
+def test_packages_that_every_process_compiles_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (found,) = checks.bytecode([replace(NODE, uncompiled=("torch", "ray"))])
+    assert found.level == "warn" and "compiles torch, ray anew" in found.said
+    monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert set(gather().uncompiled) >= {"torch", "ray", "transformers"}
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert not gather().uncompiled, "the first process keeps what it compiles"
 
 
 @pytest.mark.parametrize(("free_gib", "level"), [(10, "fail"), (50, "warn"), (200, "pass")])
@@ -199,7 +208,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    command = [sys.executable, str(TWO_NODES), "1", "1"]  # CPUs of each
+    command = [sys.executable, "-m", "launch.two_nodes", "1", "1"]  # CPUs of each
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as nodes:
         assert nodes.stdin is not None and nodes.stdout is not None
         monkeypatch.setenv("RAY_ADDRESS", nodes.stdout.readline().decode().strip())
