@@ -10,6 +10,8 @@ from math import log2
 # bandwidth. They only shape predictions; reports soon replace those.
 TOKENS_AT_ROOF = 128
 CACHED_AT_ROOF = 131_072
+# and of one level that a head drafts: a layer and a vocabulary are 0.06 of an 8B policy's weights
+LEVEL_SHARE = 1 / 16
 
 WINDOW = 15  # reports remembered a cell: timings that vary by 10 % have a median that varies by 3
 STALE_CYCLES = 256  # after which a cell's reports count as one: the machine may have changed since
@@ -68,8 +70,9 @@ class CostTable:
     tokens_per_row: tokens a row forwards under each arm, the pending one included. Cycles that forward equally many
     tokens cost about the same, however many rows they are spread over: so arms predict one another. shorter: for each
     arm another one, before it, that costs no more: of the same source and shorter, or arm 0.
-    rounds: of drafting, each a forward of the policy, that an arm's draft takes besides where the policy itself drafts;
-    what other drafts take is left to measurement.
+    rounds: of drafting, each a forward of the policy, that an arm's draft takes besides where the policy itself drafts.
+    levels: likewise those that a head drafts, one after the other: what one takes is learned from all arms that have
+    any, so that a longer or shorter draft is priced by it. What other drafts take is left to measurement.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class CostTable:
         *,
         rounds: Sequence[int] | None = None,
         drafting: SelfDrafting = POLICY_ITSELF,
+        levels: Sequence[int] | None = None,
     ) -> None:
         assert tokens_per_row[0] == 1, "arm 0 forwards the pending token alone"
         assert all(other < arm for arm, other in enumerate(shorter) if arm), "shorter arms come first"
@@ -86,8 +90,10 @@ class CostTable:
         self._shorter = list(shorter)
         self._rounds = list(rounds or [0] * len(self._tokens))
         self._drafting = drafting
+        self._levels = list(levels or [0] * len(self._tokens))
         self._cells: list[dict[Place, Cell]] = [{} for _ in tokens_per_row]
         self._predicted: list[dict[Place, float]] = [{} for _ in tokens_per_row]
+        self._level_s: list[dict[Place, float]] = [{} for _ in tokens_per_row]
 
     @property
     def anchored(self) -> bool:
@@ -96,7 +102,7 @@ class CostTable:
 
     def plain_seconds(self, rows: int, context: float) -> float:
         """Expected seconds under the first arm."""
-        return self._unit(0, _place(rows, context)) * self._shape(0, rows, context)
+        return self._expected(0, rows, context)
 
     def seconds(self, rows: int, context: float) -> list[float]:
         """Expected seconds under each arm. Drafting makes no cycle cheaper, and drafting further is not expected to."""
@@ -104,23 +110,22 @@ class CostTable:
         plain = self.plain_seconds(rows, context)
         expected = [plain]
         for arm in range(1, len(self._tokens)):
-            seconds = self._unit(arm, place) * self._shape(arm, rows, context)
             floor = plain if place in self._cells[arm] else expected[self._shorter[arm]]
-            expected.append(max(floor, seconds))
+            expected.append(max(floor, self._expected(arm, rows, context)))
         return expected
 
     def observe(self, arm: int, rows: int, context: float, seconds: float, cycle: int) -> None:
         """A cycle took this long. One report far off the others changes nothing."""
-        place = _place(rows, context)
+        place, shape = _place(rows, context), self._shape(arm, rows, context)
         cell = self._cells[arm].get(place)
         if cell is None:
             # the prediction counts as a report: the first true one may hold a compilation or the capture of a graph
-            units = deque([self._unit(arm, place)] if self.anchored else (), maxlen=WINDOW)
+            units = deque([self._expected(arm, rows, context) / shape] if self.anchored else (), maxlen=WINDOW)
             cell = self._cells[arm][place] = Cell(units, 0.0, 0.0, cycle, log2(rows * self._tokens[arm]))
         elif cycle - cell.cycle > STALE_CYCLES:
             cell.units.clear()
             cell.units.append(cell.unit)
-        cell.units.append(seconds / self._shape(arm, rows, context))
+        cell.units.append(seconds / shape)
         count = len(cell.units)
         cell.unit = sorted(cell.units)[(count - 1) // 2]
         cell.context = context
@@ -128,26 +133,59 @@ class CostTable:
         if count & (count - 1) == 0:  # now and then, while the cell is young
             self._forget_predictions()
 
+    def has_measured(self, arm: int, rows: int) -> bool:
+        """Whether cycles of so many rows were measured under this arm, at whatever context."""
+        return any(place[0] == rows for place in self._cells[arm])
+
     def measured(self, arm: int) -> dict[int, float]:
         """Seconds by rows, where they were measured, at the context seen there last."""
         cells = sorted(self._cells[arm].items(), key=lambda item: (item[0][0], item[1].cycle))
         return {rows: cell.unit * self._shape(arm, rows, cell.context) for (rows, _), cell in cells}
 
-    def _unit(self, arm: int, place: Place) -> float:
-        """The measured unit, or a mean of the nearest measured ones."""
+    def _expected(self, arm: int, rows: int, context: float) -> float:
+        """Seconds as they were measured there, or as what was measured elsewhere predicts them."""
+        place, shape = _place(rows, context), self._shape(arm, rows, context)
         cell = self._cells[arm].get(place)
         if cell is not None:
-            return cell.unit
+            return cell.unit * shape
+        return self._unit(arm, place) * shape + self._levels[arm] * self._level_seconds(arm, place)
+
+    def _unit(self, arm: int, place: Place) -> float:
+        """A mean of the nearest measured units of cycles without a head's levels."""
         unit = self._predicted[arm].get(place)
         if unit is None:
             unit = self._predicted[arm][place] = self._interpolated(arm, place)
         return unit
+
+    def _level_seconds(self, arm: int, place: Place) -> float:
+        """What a level of a head's draft takes: by the nearest measured cycle with any, beyond the rest of it."""
+        if not self._levels[arm]:
+            return 0.0
+        seconds = self._level_s[arm].get(place)
+        if seconds is None:
+            cells = [
+                (_apart(where, place) + abs(log2(self._levels[other] / self._levels[arm])), other, where)
+                for other, levels in enumerate(self._levels)
+                if levels
+                for where in self._cells[other]
+            ]
+            if cells:
+                _, other, where = min(cells)
+                cell = self._cells[other][where]
+                beyond = max(0.0, cell.unit - self._unit(other, where))
+                seconds = beyond * self._shape(other, where[0], cell.context) / self._levels[other]
+            else:
+                seconds = LEVEL_SHARE * self._unit(arm, place)
+            self._level_s[arm][place] = seconds
+        return seconds
 
     def _interpolated(self, arm: int, place: Place) -> float:
         """Inverse-distance weighting (Shepard 1968) over tokens forwarded and tokens cached, both in octaves."""
         octave, bits = log2(place[0] * self._tokens[arm]), place[1]
         total, weights = 0.0, 0.0
         for other, cells in enumerate(self._cells):
+            if self._levels[other]:
+                continue
             apart = 0.0 if other == arm else OTHER_ARM
             for (_, cell_bits), cell in cells.items():
                 distance = abs(cell.octave - octave) + abs(cell_bits - bits) + apart
@@ -161,12 +199,17 @@ class CostTable:
         return _shape(rows, self._tokens[arm], context) + self._rounds[arm] * self._drafting.shape(rows, context)
 
     def _forget_predictions(self) -> None:
-        for predicted in self._predicted:
+        for predicted in (*self._predicted, *self._level_s):
             predicted.clear()
 
 
 def _place(rows: int, context: float) -> Place:
     return rows, max(FEW_CACHED_BITS, int(rows * context).bit_length())
+
+
+def _apart(one: Place, other: Place) -> float:
+    """Octaves of rows and of tokens cached between two places."""
+    return abs(log2(one[0] / other[0])) + abs(one[1] - other[1])
 
 
 def _shape(rows: int, tokens: int, context: float, *, weights: float = 1.0) -> float:

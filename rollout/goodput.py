@@ -26,6 +26,7 @@ QUIET_CYCLES = 8  # of plain decoding from one comparison of all arms, which tak
 RETURNS = 4.0  # cycles expected at a batch size for each that there was: step after step passes through it
 SEEN_ROWS = 16.0  # of a source, before more graphs are captured for it
 EXPLORE = 20.0  # captures' worth of time at a batch size, before one more arm's is taken to see what it costs there
+DOUBT = 1.05  # times as much an arm must promise where it was not measured: its price may be wrong
 KNOWN_CYCLES = 16  # at a batch size before an untried source may capture graphs for it
 
 ARM_TRIALS = 256.0  # drafted rows that an arm's own gain remembers
@@ -63,6 +64,7 @@ class GoodputChooser:
             self._shorter,
             rounds=[self_drafting.rounds(arm.num_verify) if arm.source == "sparse" else 0 for arm in self._arms],
             drafting=self_drafting,
+            levels=[arm.depth if arm.source == "eagle" else 0 for arm in self._arms],
         )
         self._sources = {
             arm.source: Acceptance(max(other.depth for other in self._arms if other.source == arm.source))
@@ -209,10 +211,13 @@ class GoodputChooser:
     def _worth_capturing(self, arm: int, rows: int, seconds: float, rate: float, promised: float) -> bool:
         """Whether the cycles to come at this batch size will pay for the graphs of a better arm.
 
-        seconds and rate: of the arm that runs without it. That it is better must have been seen, be it elsewhere.
+        seconds and rate: of the arm that runs without it. That it is better must have been seen, be it elsewhere, and
+        by more than a price can be wrong that was not measured here.
         """
         if self._sources[self._arms[arm].source].rows < SEEN_ROWS:
             return False
+        if not self._costs.has_measured(arm, rows):
+            promised /= DOUBT
         saved_s = RETURNS * self._visits[rows] * seconds * (1.0 - rate / promised)
         return saved_s >= self._captures.cost_s and self._captures.affords()
 
@@ -271,7 +276,11 @@ class GoodputChooser:
         if source.untried or not has_graphs:  # what it is worth is found out once, by its most promising arm
             return arm == best and self._visits[rows] > KNOWN_CYCLES
         # it may cost less than is expected of it, though not less than the one that is shorter: see, if it is paid for
-        hoped = self._tokens[arm] / seconds[self._shorter[arm]]
+        least, this, leader = seconds[self._shorter[arm]], self._arms[arm], self._arms[self._leader]
+        if this.source == leader.source == "eagle" and this.depth < leader.depth:
+            # a head drafts level by level, so that a draft's share of the levels is no less of the cost
+            least = max(least, seconds[0] + this.depth / leader.depth * (seconds[self._leader] - seconds[0]))
+        hoped = self._tokens[arm] / least
         is_known = self._visits[rows] * seconds[self._leader] >= EXPLORE * self._captures.cost_s
         is_paid = self._captures.affords(ahead=0.0)
         return is_known and is_paid and source.rows >= SEEN_ROWS and hoped > (1.0 + MARGIN) * self._leader_rate
