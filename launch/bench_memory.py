@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,21 +23,16 @@ from rich.console import Group
 from configs.errors import ConfigError, PreflightError
 from configs.load import dump
 from configs.schema import Config
-from launch.arms import Ground, make_loop
+from launch.arms import make_loop, standing
 from launch.bench_peer import last_line
 from launch.bench_recipe import Asked, random_folder
 from launch.bench_report import plain_table, provenance, say
-from launch.cluster import check_counts
 from launch.exits import run_command
 from launch.plan import derive
-from rl.data import load_data
 from rl.metrics import Progress
-from rl.reward import check_rewards
-from rl.sandbox import RewardPool
 from rl.warmstart import warm_start
 from rollout.engine import NativeEngine
-from rollout.model import context_length, load_config, resolve_compute
-from rollout.pretrained import load_tokenizer, resolve
+from rollout.model import load_config, resolve_compute
 
 LIMIT = 0.10  # by which a plan may differ from what was taken (issue 5)
 FIXED = ("compute.backend=inline", "eval.every=0", "checkpoint.every=1000000")
@@ -202,24 +196,9 @@ def child(order: dict[str, Any]) -> None:
 async def take(config: Config, meter: Meter, *, folder: Path, steps: int) -> dict[str, Any]:
     """The plan of a configuration, and the memory by phase of so many supervised steps, if it has any, and of GRPO."""
     begun = perf_counter()
-    device, dtype = resolve_compute(config.compute)
-    path = resolve(config.model).absolute()
-    tokenizer, model_config = load_tokenizer(path), load_config(path)
-    check_rewards(config.reward)
-    data = load_data(
-        config.data,
-        tokenizer,
-        seed=config.run.seed,
-        context_length=context_length(model_config),
-        max_new_tokens=config.rollout.max_new_tokens,
-        num_heldout=0,
-        quarantine=None,
-    )
-    check_counts(config, data)
-    plan = derive(config, model_config)
-    (planned,) = plan.memory.values()
-    async with RewardPool(config.reward) as rewards:
-        ground = Ground(path, device, dtype, tokenizer, data, rewards, folder, threading.Event())
+    async with standing(config, folder, num_heldout=0) as ground:
+        plan = derive(config, load_config(ground.path))
+        (planned,) = plan.memory.values()
         loop = make_loop("memory", config, ground)
         assert isinstance(loop.engine, NativeEngine)
         peaks = Peaks(meter, loop.progress)
@@ -228,7 +207,7 @@ async def take(config: Config, meter: Meter, *, folder: Path, steps: int) -> dic
         if config.warmstart.steps:
             few = replace(config.warmstart, steps=min(steps, config.warmstart.steps), warmup_steps=0)
             peaks.phase("warmstart")
-            warm_start(loop.trainer, data, tokenizer, few, report=loop.report_warmstart)
+            warm_start(loop.trainer, ground.data, ground.tokenizer, few, report=loop.report_warmstart)
             loop.engine.update(0)
         records = []
         for _ in range(steps):
