@@ -22,6 +22,7 @@ from launch.monitor.terminal import bar, number_grid, phase_bar, sparkline
 REFRESH_S = 0.5
 EVENTS = 5
 WIDEST = 120
+ROOMY = 34  # lines of a screen that has some to spare for empty ones
 STATES = {"running": "green", "done": "green", "starting": "yellow", "stopped": "red", "died": "red"}
 SOURCES = {"off": "bright_black", "suffix": "cyan", "eagle": "magenta", "sparse": "yellow"}
 LEVELS = {"warn": "yellow", "alarm": "bold red"}
@@ -46,30 +47,32 @@ def top(run: Path, console: Console) -> None:
 
 
 def view(reader: RunReader, width: int, *, height: int = 0) -> RenderableType:
-    """Everything there is to see. height: of the screen, which "q" quits; 0 where there is none."""
+    """Everything there is to see, closer together on a low screen.
+
+    height: of the screen, which "q" quits; 0 where there is none.
+    """
     width = min(width, WIDEST)
     last = reader.steps[-1] if reader.steps else {}
     if last and reader.evals and (reward := reader.evals[-1].get("reward_mean")) is not None:
         last = last | {"eval_reward": reward}  # of the newest evaluation, as the run's own display has it
     step = reader.drawn_steps[-1] if reader.drawn_steps else 0
     points = reader.curve(step)
-    parts: list[RenderableType] = [header(reader, width), Text()]
+    gap: list[RenderableType] = [] if 0 < height < ROOMY else [Text()]
+    parts: list[RenderableType] = [header(reader, width, hint="q quits" if height else ""), *gap]
     if points:
-        parts += [curve(points, step, width), Text(), workers(points), Text()]
+        parts += [curve(points, step, width), *gap, workers(points), *gap]
     if last:
-        parts += [number_grid(last, width), Text()]
+        parts += [number_grid(last, width), *gap]
         if sources := accept_lengths(last):
-            parts += [sources, Text()]
-        parts += [history(reader, width), phase_bar(last, width), Text()]
+            parts += [sources, *gap]
+        parts += [history(reader, width), phase_bar(last, width), *gap]
     parts += [Text(text, style=LEVELS[level]) for level, text in alarms(reader)]
     parts += [events(reader.events[-EVENTS:])]
-    if height:
-        parts.append(Text("q quits", style="dim"))
     return Group(*parts)
 
 
-def header(reader: RunReader, width: int) -> Table:
-    """Which run, where it stands, and how much of it is left."""
+def header(reader: RunReader, width: int, *, hint: str = "") -> Table:
+    """Which run, where it stands, and how much of it is left; a hint beside it."""
     done = reader.steps[-1]["step"] if reader.steps else 0
     total = (reader.config.get("train") or {}).get("steps") or 0
     now, left = state(reader), eta_s(reader)
@@ -78,7 +81,7 @@ def header(reader: RunReader, width: int) -> Table:
     grid.add_column(width=max(10, width - 48), no_wrap=True)
     grid.add_column(width=11, justify="right")
     grid.add_column(no_wrap=True)
-    grid.add_row("run", Text(str(reader.path)), "", Text(now, style=STATES.get(now, "")))
+    grid.add_row("run", Text(str(reader.path)), Text(hint, style="dim"), Text(now, style=STATES.get(now, "")))
     eta = f"ETA {int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02}" if left is not None else ""
     grid.add_row("step", bar(done, total), f"{done}/{total}", Text(eta, style="dim"))
     latest = reader.latest

@@ -103,6 +103,14 @@ def test_top_shows_where_a_run_is_and_fits_the_screen(run: Path, width: int) -> 
     assert "probability difference" in text, "the alarm stands there"
 
 
+def test_top_fits_a_terminal_of_24_lines(run: Path) -> None:
+    reader, out = RunReader(run), io.StringIO()
+    reader.poll()
+    Console(file=out, width=80).print(view(reader, 80, height=24))
+    lines = out.getvalue().splitlines()
+    assert len(lines) <= 24 and "q quits" in lines[0]
+
+
 def test_top_shows_a_run_that_has_only_begun(tmp_path: Path) -> None:
     with RunDir.create(Config(run=RunConfig(dir=str(tmp_path / "new"))), ""):
         assert "starting" in shown(tmp_path / "new", 80)
@@ -122,7 +130,7 @@ def test_top_prints_once_into_a_pipe_and_quits_on_q_in_a_terminal(run: Path) -> 
     piped = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert piped.returncode == 0 and "2/9" in piped.stdout and "\x1b" not in piped.stdout
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (40, 100))
+    termios.tcsetwinsize(theirs, (24, 80))
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     seen = b""
