@@ -45,7 +45,7 @@ def asked(words: Sequence[str]) -> list[Asked]:
             continue
         recipe, _, shape = word.partition("@")
         if shape:
-            geometry(shape)
+            geometry(shape, asked=word)
         found.append(Asked(recipe, shape or None))
     if not found:
         raise ConfigError("no recipe is named; give one, as in smollm2_gpu")

@@ -80,10 +80,13 @@ _GEOMETRIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 }
 
 
-def geometry(name: str, *, num_layers: int | None = None) -> PretrainedConfig:
-    """The config of a named geometry, with other layers than its own if told. Raises ConfigError for an unknown one."""
+def geometry(name: str, *, num_layers: int | None = None, asked: str = "") -> PretrainedConfig:
+    """The config of a named geometry, with other layers than its own if told.
+
+    Raises ConfigError for an unknown one. asked: what the user wrote, where that was not --geometry.
+    """
     if name not in _GEOMETRIES:
-        raise ConfigError(f"--geometry {name}: unknown; choose one of {', '.join(_GEOMETRIES)}")
+        raise ConfigError(f"{asked or f'--geometry {name}'}: unknown; choose one of {', '.join(_GEOMETRIES)}")
     kind, shape = _GEOMETRIES[name]
     architecture = {LlamaConfig: "LlamaForCausalLM", Qwen3Config: "Qwen3ForCausalLM"}[kind]
     deep = {} if num_layers is None else {"num_hidden_layers": num_layers}

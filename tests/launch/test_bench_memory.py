@@ -58,7 +58,7 @@ def test_keys_belong_to_the_recipe_before_them() -> None:
     [
         ([], "no recipe"),
         (["train.lr=1", "smoke"], "train.lr=1 stands before any recipe; give the recipe first"),
-        (["smoke@qwen9"], "qwen9: unknown; choose one of tiny"),
+        (["smoke@qwen9"], "smoke@qwen9: unknown; choose one of tiny"),
     ],
 )
 def test_words_that_make_no_recipe_name_the_remedy(words: list[str], said: str) -> None:
