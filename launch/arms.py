@@ -17,17 +17,15 @@ from configs.load import dump
 from configs.schema import Config
 from drafter import sealed
 from launch.bench_report import say
-from launch.cluster import check_counts, make_gate_lessons, make_lessons, on_sigterm, stop_token_ids
+from launch.cluster import make_gate_lessons, make_lessons, on_sigterm, read_inputs, stop_token_ids
 from launch.parts import build_worker
 from rl.checkpoint import CheckpointStore, step_of
-from rl.data import DataSet, load_data
+from rl.data import DataSet
 from rl.loop import Loop
-from rl.reward import check_rewards
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
 from rl.warmstart import warm_start
-from rollout.model import context_length, load_config, resolve_compute
-from rollout.pretrained import load_tokenizer, resolve
+from rollout.model import resolve_compute
 
 WARM = "warm"  # the run that ends where the arms begin, in a folder beside theirs
 
@@ -55,19 +53,7 @@ async def standing(config: Config, folder: Path, *, num_heldout: int) -> AsyncIt
     Raises PacelineError for what would stop a run of this configuration before its first step.
     """
     device, dtype = resolve_compute(config.compute)
-    path = resolve(config.model).absolute()
-    tokenizer = load_tokenizer(path)
-    check_rewards(config.reward)
-    data = load_data(
-        config.data,
-        tokenizer,
-        seed=config.run.seed,
-        context_length=context_length(load_config(path)),
-        max_new_tokens=config.rollout.max_new_tokens,
-        num_heldout=num_heldout,
-        quarantine=None,
-    )
-    check_counts(config, data)
+    path, tokenizer, data = read_inputs(config, num_heldout=num_heldout, quarantine=None)
     async with RewardPool(config.reward) as rewards:
         stop = threading.Event()
         with on_sigterm(stop):

@@ -40,19 +40,8 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Phases) ->
     Goes on by itself where workers are lost. Raises RecoveryError once they are lost too often.
     """
     device, dtype = resolve_compute(config.compute)
-    path = resolve(config.model).absolute()  # workers start elsewhere
-    tokenizer = load_tokenizer(path)
-    check_rewards(config.reward)
-    data = load_data(
-        config.data,
-        tokenizer,
-        seed=config.run.seed,
-        context_length=context_length(load_config(path)),
-        max_new_tokens=config.rollout.max_new_tokens,
-        num_heldout=config.eval.num_prompts if config.eval.every else 0,
-        quarantine=run.path / "quarantine.jsonl",
-    )
-    check_counts(config, data)
+    num_heldout = config.eval.num_prompts if config.eval.every else 0
+    path, tokenizer, data = read_inputs(config, num_heldout=num_heldout, quarantine=run.path / "quarantine.jsonl")
     store = CheckpointStore(run.path / "checkpoints", keep=config.checkpoint.keep)
     store.clean()
     stop = threading.Event()
@@ -100,6 +89,27 @@ def train_run(config: Config, run: RunDir, *, resume: bool, progress: Phases) ->
             )
 
     with_recoveries(attempt, run=run, budget=config.run.max_recoveries, phases=progress)
+
+
+def read_inputs(config: Config, *, num_heldout: int, quarantine: Path | None) -> tuple[Path, Any, DataSet]:
+    """The model's folder, its tokenizer and the problems, with rewards and counts checked.
+
+    Raises PacelineError for what would stop the run before its first step.
+    """
+    path = resolve(config.model).absolute()  # workers start elsewhere
+    tokenizer = load_tokenizer(path)
+    check_rewards(config.reward)
+    data = load_data(
+        config.data,
+        tokenizer,
+        seed=config.run.seed,
+        context_length=context_length(load_config(path)),
+        max_new_tokens=config.rollout.max_new_tokens,
+        num_heldout=num_heldout,
+        quarantine=quarantine,
+    )
+    check_counts(config, data)
+    return path, tokenizer, data
 
 
 async def run_loop(config: Config, run: RunDir, checkpoint: Path | None, **parts: Any) -> None:
