@@ -169,7 +169,7 @@ def simulated_nodes(environment: Mapping[str, str] | None) -> Iterator[dict[str,
         yield {}
         return
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    command = [sys.executable, "-m", "launch.two_nodes", "1", "1"]
+    command = [sys.executable, "-m", "launch.simulated_nodes", "1", "1"]
     with subprocess.Popen(
         command, env={**environment, **token}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as nodes:

@@ -16,9 +16,8 @@ from fault_table import RAY
 def nodes(commands: Commands) -> Iterator[dict[str, str]]:
     """Three nodes of one CPU each; what a command's environment needs to be on them."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    script = Path(__file__).with_name("nodes.py")
     with subprocess.Popen(
-        [sys.executable, script],
+        [sys.executable, "-m", "launch.simulated_nodes", "0", "1", "1", "1"],  # CPUs of each: the head is no worker's
         env=commands.env | token,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

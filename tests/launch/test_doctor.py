@@ -208,7 +208,7 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    command = [sys.executable, "-m", "launch.two_nodes", "1", "1"]  # CPUs of each
+    command = [sys.executable, "-m", "launch.simulated_nodes", "1", "1"]  # CPUs of each
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as nodes:
         assert nodes.stdin is not None and nodes.stdout is not None
         monkeypatch.setenv("RAY_ADDRESS", nodes.stdout.readline().decode().strip())

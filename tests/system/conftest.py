@@ -64,7 +64,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def two_nodes(environment: dict[str, str], request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
     """Simulated nodes, with the CPUs that an indirect parameter says, or one each; the variables to find them by."""
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    script = [sys.executable, "-m", "launch.two_nodes", *map(str, getattr(request, "param", (1, 1)))]
+    script = [sys.executable, "-m", "launch.simulated_nodes", *map(str, getattr(request, "param", (1, 1)))]
     with subprocess.Popen(script, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as nodes:
         assert nodes.stdout is not None and nodes.stdin is not None
         address = nodes.stdout.readline().strip()

@@ -1,4 +1,4 @@
-"""Two Ray nodes simulated on this machine: a script, given the CPUs of each; prints their address, ends with stdin."""
+"""Simulated Ray nodes: a script, given the CPUs of each, the head first; prints the address, ends with stdin."""
 
 import sys
 
@@ -6,10 +6,11 @@ from ray.cluster_utils import Cluster
 
 
 def main() -> None:
-    head, other = map(int, sys.argv[1:])
+    head, *others = map(int, sys.argv[1:])
     store = {"object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args=store | {"num_cpus": head, "include_dashboard": False})
-    cluster.add_node(num_cpus=other, **store)
+    for num_cpus in others:
+        cluster.add_node(num_cpus=num_cpus, **store)
     cluster.wait_for_nodes()
     print(cluster.address, flush=True)
     sys.stdin.read()
