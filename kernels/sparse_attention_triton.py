@@ -16,10 +16,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import PagedSequences
 from kernels.attention_plan import Launch
-from kernels.attention_steps import UNSEEN, absorb_finite, as_rows, finish, merge_slices, settle_unseen
+from kernels.attention_steps import UNSEEN, absorb_finite, finish, settle_unseen
 from kernels.linear_triton import overlaps
 from kernels.select import BlockLists
-from kernels.sparse_split import MIN_CHUNK, find_run, grid_of, room_for, steps_of
+from kernels.sparse_split import MIN_CHUNK, find_run, grid_of, program_of, room_for, steps_of
 
 MAX_BLOCK_U = 1024  # units whose counts a program looks at together
 MERGE_ROWS = 16  # rows that the last program of a unit merges at once
@@ -57,7 +57,7 @@ def sparse_attention_triton(
         min_chunk=min_chunk,
     )
     launch = grid.launch
-    assert groups <= launch.block_m and launch.slices in (1, launch.num_warps) and launch.fold
+    assert groups <= launch.block_m and launch.slices == 1 and launch.fold
     room = room_for(seqs, grid)
     output = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
     is_tree = seqs.ancestors is not None
@@ -106,7 +106,6 @@ def sparse_attention_triton(
         MERGE_ROWS=merge_rows,
         MERGE_SPLITS=max(1, merged // (merge_rows * block_d)),
         STAGES=launch.num_stages,
-        SLICES=launch.slices,
         OVERLAP=overlap,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -169,13 +168,12 @@ def _sparse_kernel(
     MERGE_ROWS: tl.constexpr,
     MERGE_SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    SLICES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
-    length, position, end, unit, unit_begin = find_run(
+    total_steps, programs, position, end, unit, unit_begin = find_run(
         counts, num_units, max_count, min_steps, TILES, SELECT, BLOCK_N, BLOCK_U
     )
     rows = tl.arange(0, BLOCK_M)
@@ -183,8 +181,6 @@ def _sparse_kernel(
     token = rows // GROUPS
     is_dim = dims < HEAD_DIM
     step = tl.arange(0, BLOCK_N)
-    if SLICES > 1:
-        step = tl.reshape(step, (SLICES, BLOCK_N // SLICES))
     # a step inside one selection block has one address, and its keys lie end to end; else each key has its own
     inside: tl.constexpr = SELECT % BLOCK_N == 0
     spread = 0 if inside else step
@@ -229,15 +225,9 @@ def _sparse_kernel(
             first_node -= tl.load(num_drafted + sequence)
             bits = tl.load(ancestors + token_row, mask=in_use & (last_seen >= first_node), other=0)
             last_seen = tl.minimum(last_seen, first_node - 1)
-        last_seen, bits = as_rows(last_seen, SLICES), as_rows(bits, SLICES)
-        if SLICES == 1:
-            maximum = tl.full([BLOCK_M], UNSEEN, tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        else:
-            # a product of its own for each warp: rows across warps would meet at nine barriers a step
-            q = tl.broadcast_to(q[None, :, :], (SLICES, BLOCK_M, BLOCK_D))
-            maximum = tl.full([SLICES, BLOCK_M], UNSEEN, tl.float32)
-            acc = tl.zeros([SLICES, BLOCK_M, BLOCK_D], tl.float32)
+        last_seen, bits = last_seen[:, None], bits[:, None]
+        maximum = tl.full([BLOCK_M], UNSEEN, tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         total = tl.zeros_like(maximum)
         head_dims = head * HEAD_DIM + dims
         for index in tl.range(low, high, num_stages=STAGES):
@@ -251,30 +241,28 @@ def _sparse_kernel(
             key = _key(listed_next, at + BLOCK_N, last_block, SELECT)
             block = tl.load(table + key // BLOCK_SIZE)
             listed_next = _entry(blocks, at + 2 * BLOCK_N, last_entry, SELECT)
-            entry = tl.expand_dims(slot * (KV_HEADS * HEAD_DIM), -1) + head_dims
+            entry = (slot * (KV_HEADS * HEAD_DIM))[:, None] + head_dims[None, :]
             if HEAD_DIM == BLOCK_D:
                 k = tl.load(key_cache + entry)
                 v = tl.load(value_cache + entry)
             else:
                 k = tl.load(key_cache + entry, mask=is_dim, other=0.0)
                 v = tl.load(value_cache + entry, mask=is_dim, other=0.0)
-            turned = tl.trans(k) if SLICES == 1 else tl.permute(k, (0, 2, 1))
-            scores = tl.dot(q, turned, input_precision="ieee") * score_scale
-            column = tl.expand_dims(key_index, -2)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * score_scale
+            column = key_index[None, :]
             visible = column <= last_seen
             if IS_TREE:
                 node = tl.minimum(tl.maximum(column - first_node, 0), 63).to(tl.int64)
                 visible = visible | ((column >= first_node) & (((bits >> node) & 1) != 0))
             scores = tl.where(visible, scores, UNSEEN)
             maximum, total, acc = absorb_finite(scores, v, maximum, total, acc)
-        if SLICES > 1:
-            maximum, total, acc = merge_slices(maximum, total, acc, SLICES, BLOCK_M, BLOCK_D)
         total, acc = settle_unseen(maximum, total, acc)
-        first_program = unit_begin // length
+        first_program = program_of(unit_begin, total_steps, programs)
         finish(
             output, output, arrived + unit, maxima, sums, partials, room, maximum, total, acc,
             first_token, num_tokens, tl.program_id(0) - first_program,
-            (unit_begin + steps - 1) // length - first_program + 1, first_program + unit, head, False, 1, True, True,
+            program_of(unit_begin + steps - 1, total_steps, programs) - first_program + 1, first_program + unit, head,
+            False, 1, True, True,
             KV_HEADS, GROUPS, HEAD_DIM, BLOCK_M, BLOCK_D, MERGE_ROWS, MERGE_SPLITS,
         )  # fmt: skip
         position = unit_begin + high

@@ -3,8 +3,9 @@
 """Which program reads which listed blocks: a static grid over the steps of all lists, end to end (Triton).
 
 A unit is one tile of new tokens of one sequence and key head; its steps read its list, BLOCK_N keys each. Programs take
-equal runs of the steps of all units, however unequal the lists: a run may begin in one unit and end in another
-(stream-K; Osama et al. 2023, arXiv 2301.03598). Each program finds its run from the counts alone, so no plan is made.
+runs of the steps of all units, equal to within a step however unequal the lists: a run may begin in one unit and end in
+another (stream-K; Osama et al. 2023, arXiv 2301.03598). Each program finds its run from the counts alone, so no plan is
+made.
 """
 
 from dataclasses import dataclass
@@ -138,15 +139,16 @@ def find_run(
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
 ):
-    """This program's run among the steps of all units: (steps of a run, its begin, its end, its first unit, that one's
-    begin). Where there is nothing left, end <= begin."""
+    """This program's run among the steps of all units: (all steps, programs that share them, the run's begin, its end,
+    its first unit, that one's begin). Runs differ by a step at most; where there is nothing left, end <= begin."""
     lane = tl.arange(0, BLOCK_U)
     steps = tl.zeros([BLOCK_U], tl.int32)
     for base in range(0, num_units, BLOCK_U):
         steps += steps_of(counts, base + lane, base + lane < num_units, max_count, TILES, SELECT, BLOCK_N)
     total = tl.sum(steps, axis=0)
-    length = tl.maximum(tl.cdiv(total, tl.num_programs(0)), min_steps)
-    begin = tl.program_id(0) * length
+    programs = tl.minimum(tl.num_programs(0), tl.maximum(total // min_steps, 1))
+    me = tl.program_id(0)
+    begin = tl.where(me < programs, _begin_of(me, total, programs), total)
     before = tl.zeros([], tl.int32)  # steps of the units seen so far
     unit = tl.zeros([], tl.int32)  # units that end before the run begins
     unit_begin = tl.zeros([], tl.int32)
@@ -158,4 +160,16 @@ def find_run(
         unit += tl.sum(is_past.to(tl.int32), axis=0)
         unit_begin = tl.maximum(unit_begin, tl.max(tl.where(is_past, end, 0), axis=0))
         before += tl.sum(steps, axis=0)
-    return length, begin, tl.minimum(begin + length, total), unit, unit_begin
+    return total, programs, begin, tl.minimum(_begin_of(me + 1, total, programs), total), unit, unit_begin
+
+
+@triton.jit
+def _begin_of(program, total, programs):
+    """The first step of a program's run."""
+    return (tl.cast(program, tl.int64) * total // programs).to(tl.int32)
+
+
+@triton.jit
+def program_of(step, total, programs):
+    """The program whose run a step is in: the last one that begins no later."""
+    return (((tl.cast(step, tl.int64) + 1) * programs - 1) // total).to(tl.int32)

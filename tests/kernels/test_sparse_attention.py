@@ -27,16 +27,9 @@ def interpreted(*args: Any, **options: Any) -> torch.Tensor:
     return sparse_attention_triton.sparse_attention_triton(*args, launch=launch, min_chunk=16, **options)
 
 
-def sliced(*args: Any, **options: Any) -> torch.Tensor:
-    """Each step in two slices, which are merged at the end."""
-    launch = Launch(block_m=16, block_n=32, num_warps=2, num_stages=2, programs_per_sm=1, fold=True, slices=2)
-    return sparse_attention_triton.sparse_attention_triton(*args, launch=launch, min_chunk=32, **options)
-
-
 KERNELS = [
     pytest.param(sparse_attention_reference, id="reference"),
     pytest.param(interpreted, id="interpreted", marks=on_cpu),
-    pytest.param(sliced, id="sliced", marks=on_cpu),
 ]
 
 

@@ -1,0 +1,54 @@
+# ruff: noqa: N803
+"""How programs share out the steps of all lists, against the same written as loops."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.sparse_split import find_run, program_of
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="triton interprets only where no CUDA device is seen")
+
+
+@triton.jit
+def _runs(counts, found, owners, num_units, max_count, min_steps, TILES: tl.constexpr, BLOCK_U: tl.constexpr):
+    """What find_run says to each program, and whose each step of its run is."""
+    # a block of a list is a step
+    total, programs, begin, end, unit, unit_begin = find_run(
+        counts, num_units, max_count, min_steps, TILES, 16, 16, BLOCK_U
+    )
+    row = found + tl.program_id(0) * 4
+    tl.store(row, begin)
+    tl.store(row + 1, end)
+    tl.store(row + 2, unit)
+    tl.store(row + 3, unit_begin)
+    for step in range(begin, end):
+        tl.store(owners + step, program_of(step, total, programs))
+
+
+@on_cpu
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 2), st.integers(1, 9), st.integers(1, 4))
+def test_runs_cover_every_step_once_and_differ_by_one_at_most(
+    counts: list[int], tiles: int, num_programs: int, min_steps: int
+) -> None:
+    steps = [max(count, 1) for count in counts for _ in range(tiles)]
+    ends = torch.tensor(steps).cumsum(0)
+    total = int(ends[-1])
+    found = torch.zeros(num_programs, 4, dtype=torch.int32)
+    owners = torch.full((total,), -1, dtype=torch.int32)
+    _runs[(num_programs,)](
+        torch.tensor(counts, dtype=torch.int32), found, owners, len(steps), 9, min_steps, TILES=tiles, BLOCK_U=4
+    )
+
+    runs = [(begin, end) for begin, end, _, _ in found.tolist() if begin < end]
+    lengths = [end - begin for begin, end in runs]
+    assert sorted(step for begin, end in runs for step in range(begin, end)) == list(range(total))
+    assert max(lengths) - min(lengths) <= 1
+    assert len(runs) == min(num_programs, max(total // min_steps, 1))
+    for program, (begin, end, unit, unit_begin) in enumerate(found.tolist()):
+        if begin < end:
+            assert unit == int((ends <= begin).sum()) and unit_begin == int(ends[unit]) - steps[unit]
+            assert owners[begin:end].tolist() == [program] * (end - begin)
