@@ -48,11 +48,17 @@ def check_in_vllm(folder: Path, policy: Path, *, python: Path | None = None) -> 
             command, env=os.environ | quiet, cwd=root, capture_output=True, text=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired as error:
-        raise StorageError(f"vLLM did not load {folder} within {TIMEOUT_S:.0f} s; run `{' '.join(command)}`") from error
+        raise StorageError(f"vLLM did not load the drafter within {TIMEOUT_S:.0f} s; {_remedy(policy)}") from error
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["nothing said"]
     if done.returncode != 0:
-        raise StorageError(f"vLLM does not load {folder}: {lines[-1]}; run `{' '.join(command)}`")
+        raise StorageError(f"vLLM does not load the drafter: {lines[-1]}; {_remedy(policy)}")
     return lines[-1]
+
+
+def _remedy(policy: Path) -> str:
+    """How to see all that vLLM says: what it refused is not kept."""
+    again = f"python -m drafter.vllm_check OUT {policy.absolute()}"
+    return f"to see all it says, export to OUT where vLLM is not installed, then run `{again}` with it"
 
 
 def unloaded(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[str]:
