@@ -71,6 +71,7 @@ def write_trained(out: Path, trained: Trained, subject: Subject, *, layout: Layo
         trained.head,
         policy=subject.policy,
         model=subject.config.model,
+        run=subject.run,
         step=subject.step,
         num_draft_tokens=subject.config.drafter.unroll,
         accept_length=trained.after,

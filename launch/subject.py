@@ -17,7 +17,7 @@ from kernels.sample import noise_key
 from launch.cluster import stop_token_ids
 from rl.checkpoint import step_of
 from rl.data import DataSet, load_data
-from rl.export import fill_params, newest_intact, read_params
+from rl.export import fill_params, newest_intact, read_params, say_if_older
 from rl.features import Text
 from rl.rundir import require_run
 from rl.template import Template
@@ -76,6 +76,7 @@ def load_subject(source: Path, overrides: Sequence[str]) -> Subject:
         policy = load_policy(base, device=device, dtype=dtype)
     else:
         checkpoint = newest_intact(run)
+        say_if_older(checkpoint)
         step = step_of(checkpoint)
         params = read_params(checkpoint)
         (kept,) = {tensor.dtype for tensor in params.values()}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from configs.errors import ConfigError, PreflightError
+from configs.errors import ConfigError, DivergedError, PreflightError, StorageError
 from configs.load import dump, load
 from drafter.checkpoint import CheckpointWriter
 from drafter.eagle import EagleConfig, EagleHead
@@ -116,6 +116,8 @@ def test_a_runs_drafter_is_exported_with_its_policy(run: Path, tmp_path: Path, p
     described = json.loads((tmp_path / "other" / "config.json").read_text())
     assert described["speculators_model_type"] == "eagle3"
     assert "sglang" not in (tmp_path / "other" / "README.md").read_text()  # it does not know the names
+    mode = (out / "config.json").stat().st_mode
+    assert [path.stat().st_mode for path in (*out.iterdir(), *policy.glob("*.safetensors"))] == [mode] * 5
     first, second = read_drafter(out).state_dict(), read_drafter(tmp_path / "other").state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -129,6 +131,53 @@ def test_a_drafter_is_not_exported_for_another_policy(
         export_drafter(run, tmp_path / "out", layout="eagle3", policy=deep_model_dir)
     shutil.rmtree(run / "checkpoints" / "step_3" / "drafter")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_drafter_is_not_exported_for_a_model_of_another_geometry(
+    run: Path, tmp_path: Path, deep_model_dir: Path, tiny_model_dir: Path, paceline: Callable[..., None]
+) -> None:
+    resolved = run / "config" / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace(str(deep_model_dir), str(tiny_model_dir)))
+    with pytest.raises(StorageError, match=r"hidden_size=32 does not fit .* has 64; was it replaced"):
+        paceline("export", run, "--drafter", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_every_check_comes_before_the_folder(
+    run: Path, tmp_path: Path, paceline: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise StorageError("it came back otherwise")
+
+    for check in ("check_drafter", "check_in_vllm"):
+        with monkeypatch.context() as patched, pytest.raises(StorageError, match="came back otherwise"):
+            patched.setattr(f"rl.export_drafter.{check}", refuse)
+            paceline("export", run, "--drafter", tmp_path / "out")
+        assert not list(tmp_path.glob("*out*"))
+
+
+def test_the_card_says_which_policy_to_serve(run: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
+    alone, both, policy = tmp_path / "alone", tmp_path / "both", tmp_path / "policy"
+    paceline("export", run, "--drafter", alone)
+    paceline("export", run, "--policy", policy, "--drafter", both)
+    assert f"paceline export {run} --policy OUT" in (alone / "README.md").read_text()
+    assert "--policy OUT" not in (both / "README.md").read_text()
+    paceline("drafter", "train", run, tmp_path / "offline", "--texts", 6, "--steps", 1)
+    assert f"paceline export {run} --policy OUT" in (tmp_path / "offline" / "README.md").read_text()
+
+
+def test_the_drafter_of_an_older_checkpoint_is_said_to_be_one(
+    run: Path, tmp_path: Path, paceline: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "rl.export"]
+
+    paceline("export", run, "--drafter", tmp_path / "out")
+    assert said() == []
+    shutil.copytree(run / "checkpoints" / "step_3", run / "checkpoints" / "step_4")
+    (run / "checkpoints" / "step_4" / "drafter" / "served.safetensors").write_bytes(b"cut")
+    paceline("export", run, "--drafter", tmp_path / "older")
+    assert said() == [f"{run}/checkpoints/step_4 does not match its hashes; step_3 is taken"]
 
 
 def test_nothing_is_exported_where_one_of_the_two_cannot_be(
