@@ -208,11 +208,35 @@ def test_what_stops_a_drafter_is_found_before_it_is_trained(
 ) -> None:
     monkeypatch.setattr(offline, "texts_for", pytest.fail)
     (tmp_path / "taken" / "mine").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file is no folder"):
+        paceline("drafter", "train", recipe, tmp_path / "file" / "out")
+    with pytest.raises(PreflightError, match="nowhere holds no drafter"):
+        paceline("drafter", "train", recipe, tmp_path / "out", "drafter.init=nowhere")
+    with pytest.raises(ConfigError, match="unroll=32 does not fit drafter.window=32"):
+        paceline("drafter", "train", recipe, tmp_path / "out", "drafter.unroll=32")
     with pytest.raises(PreflightError, match="taken already exists"):
         paceline("drafter", "train", recipe, tmp_path / "taken")
     with pytest.raises(PreflightError, match="engines need three different"):
         paceline("drafter", "train", recipe, tmp_path / "out", f"model={tiny_model_dir}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_drafter_that_diverged_is_not_written(recipe: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
+    train = ("drafter", "train", recipe, tmp_path / "out", "--answers", "solutions", "--texts", 8, "--steps", 3)
+    with pytest.raises(DivergedError, match="after 3 updates; lower drafter.lr=1e"):
+        paceline(*train, "drafter.lr=1e30")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_cannot_be_measured_or_kept_is_found_before_anything_is_sampled(
+    run: Path, tmp_path: Path, paceline: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offline, "policy_answers", pytest.fail)
+    with pytest.raises(ConfigError, match="--depth 32 does not fit the drafter's window of 32 tokens"):
+        paceline("drafter", "eval", run, "--depth", 32)
+    with pytest.raises(StorageError, match="name a file"):
+        paceline("drafter", "eval", run, "--json", tmp_path)
 
 
 def test_what_a_run_lacks_is_named(run: Path, recipe: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
