@@ -215,6 +215,11 @@ def served_head(saved: Path) -> EagleHead:
             f"{saved} has no drafter: train with spec.source=eagle or auto, or `paceline drafter train`"
         )
     record, files = checkpoint.read(folder)
+    if SERVED not in files and record["off"]:
+        raise PreflightError(
+            f"{folder}: no drafter is served any more ({record['off']}); "
+            f"`paceline drafter train {saved.parents[1]} OUT` makes one"
+        )
     if SERVED not in files:
         raise PreflightError(f"{folder}: no drafter was good enough to be served by then; train longer")
     head = EagleHead(as_config(record["head"]))

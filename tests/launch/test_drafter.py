@@ -199,6 +199,26 @@ def test_nothing_is_exported_where_one_of_the_two_cannot_be(
     assert not policy.exists() and not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("off", "complaint"),
+    [
+        ("", "good enough to be served by then; train longer"),
+        ("workers differ", r"any more \(workers differ\); `paceline"),
+    ],
+)
+def test_why_a_run_serves_no_drafter_is_said(
+    run: Path, tmp_path: Path, paceline: Callable[..., None], off: str, complaint: str
+) -> None:
+    def fill(folder: Path) -> None:
+        writer = CheckpointWriter()
+        writer.begin(folder / "drafter", {"training": {"steps": torch.tensor(3)}}, {"version": 0, "off": off})
+        writer.wait()
+
+    CheckpointStore(run / "checkpoints", keep=2).write(4, fill)
+    with pytest.raises(PreflightError, match=complaint):
+        paceline("export", run, "--drafter", tmp_path / "out")
+
+
 def test_what_stops_a_drafter_is_found_before_it_is_trained(
     recipe: Path,
     tmp_path: Path,
