@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from configs.errors import ConfigError, DivergedError, PreflightError, StorageError
+from configs.errors import ConfigError, DataError, DivergedError, PreflightError, StorageError
 from configs.load import dump, load
 from drafter.checkpoint import CheckpointWriter
 from drafter.eagle import EagleConfig, EagleHead
@@ -275,6 +275,12 @@ def test_a_runs_samples_become_texts_newest_first(run: Path) -> None:
     decoded = [subject.tokenizer.decode(text.token_ids[text.num_prompt :]) for text in texts]
     assert decoded == ["It is 3.<|im_end|>", "It is 4.<|im_end|>", "It is 5.<|im_end|>", "It is 2.<|im_end|>"]
     assert "0 + 3?" in subject.tokenizer.decode(texts[0].token_ids[: texts[0].num_prompt])
+
+
+def test_samples_that_cannot_be_read_are_named(run: Path) -> None:
+    (run / "samples" / "step_3.parquet").write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"step_3.parquet cannot be read \(.*; move it away"):
+        sampled_texts(load_subject(run, []), 4)
 
 
 @pytest.mark.parametrize("num_prompts", [2, 8, 9, 40])
