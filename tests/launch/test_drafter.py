@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,10 +19,11 @@ from drafter.eagle import EagleConfig, EagleHead
 from drafter.export import read_drafter
 from launch import offline
 from launch.cli import app
-from launch.subject import load_subject, policy_answers, sampled_texts, solved_texts
+from launch.subject import Subject, load_subject, policy_answers, sampled_texts, solved_texts
 from rl.checkpoint import CheckpointStore, write_tensors
 from rl.features import Text
 from rollout.model import load_policy
+from rollout.types import Prompt
 
 RECIPE = """
 model: {model}
@@ -307,6 +309,34 @@ def test_the_accept_length_is_that_of_every_batch_held_out(recipe: Path) -> None
     mean = sum(length * size for length, size in zip(alone, sizes, strict=True)) / sum(sizes)
     assert offline.accept_lengths(subject, [head, head], texts) == pytest.approx([mean, mean], rel=1e-3)
     assert len(set(alone)) > 1
+
+
+@pytest.mark.parametrize("context", ["rollout", "server"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_measured_are_the_answers_at_this_temperature_all_of_them_and_no_prompt(
+    recipe: Path, temperature: float, context: Literal["rollout", "server"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    texts: list[Text] = []
+
+    def answers(subject: Subject, prompts: list[Prompt], *, temperature: float) -> tuple[list[Text], torch.Tensor]:
+        asked.append(temperature)
+        found, keys = policy_answers(subject, prompts, temperature=temperature)
+        texts.extend(found)
+        return found, keys
+
+    monkeypatch.setattr(offline, "policy_answers", answers)
+    subject = load_subject(recipe, [])
+    head = offline.start_head(subject, solved_texts(subject, 4))
+    cycles = offline.measure(
+        subject, head, offline.problems(subject, 4), temperature=temperature, depth=3, context=context
+    )
+    assert asked == [temperature]
+    # the first token is the prompt's forward's, and the last may be one that no draft can follow
+    after_first = [len(text.token_ids) - text.num_prompt - 1 for text in texts]
+    committed = len(cycles.accepted) + sum(cycles.accepted)
+    assert sum(after_first) <= committed <= sum(after_first) + len(texts)
+    assert min(cycles.places) == 1 and max(cycles.places) <= max(after_first)
 
 
 def test_a_runs_own_drafter_is_measured_on_its_policy(
