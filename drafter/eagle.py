@@ -64,6 +64,12 @@ def aux_layers(num_layers: int) -> tuple[int, int, int]:
     return 2, num_layers // 2, num_layers - 3
 
 
+def misfit(head: EagleConfig, fitting: EagleConfig) -> str | None:
+    """What of a head's shape its policy dictates and differs from a fitting head's, the first of it; None for none."""
+    dictated = ("hidden_size", "vocab_size", "aux_layers")
+    return next((name for name in dictated if getattr(head, name) != getattr(fitting, name)), None)
+
+
 def _rope_theta(text: Any) -> float:
     """The base of the policy's rotary embedding; the head takes it over, but none of its rescalings."""
     parameters = getattr(text, "rope_parameters", None) or {}

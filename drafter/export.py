@@ -62,7 +62,10 @@ def read_shape(folder: Path) -> EagleConfig:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             found = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise PreflightError(f"{folder} holds no drafter that can be read ({type(error).__name__}: {error})") from error
+        raise PreflightError(
+            f"{folder} holds no drafter that can be read ({type(error).__name__}: {error}); "
+            "`paceline export RUN --drafter OUT` writes one"
+        ) from error
     expected = exported_shapes(config, layout=layout_of(described))
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -131,7 +134,10 @@ def check_drafter(folder: Path, head: EagleHead, *, dtype: torch.dtype, policy_s
     for name, tensor in written.state_dict().items():
         if not torch.equal(again.state_dict()[name], tensor):
             raise StorageError(f"{folder} came back with another {name} than was written; check the disk")
-    if not torch.equal(probe(again), probe(written)):
+    found = probe(again)
+    if not found.isfinite().all():
+        raise PreflightError(f"{folder}: the drafter puts out no numbers; export an earlier checkpoint")
+    if not torch.equal(found, probe(written)):
         raise StorageError(f"{folder} came back with a drafter that proposes otherwise; this is a bug, report it")
 
 

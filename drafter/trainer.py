@@ -53,10 +53,7 @@ class DrafterTrainer:
     ) -> None:
         """Raises ConfigError for chains that the head's window does not hold."""
         assert all(parameter.dtype == torch.float32 for parameter in head.parameters())
-        if config.unroll >= head.config.window:
-            raise ConfigError(
-                f"drafter.unroll={config.unroll} does not fit drafter.window={head.config.window}; raise the window"
-            )
+        require_unroll(config, window=head.config.window)
         self.head = head
         self.embedding = embedding
         self.lm_head = lm_head
@@ -170,6 +167,12 @@ class DrafterTrainer:
         gradients = [parameter.grad for parameter in parameters]
         tensors = [self.embedding, self.lm_head, *self.head.buffers(), *parameters, *gradients]
         return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def require_unroll(config: DrafterConfig, *, window: int) -> None:
+    """Raise ConfigError for chains that a head's window does not hold."""
+    if config.unroll >= window:
+        raise ConfigError(f"drafter.unroll={config.unroll} does not fit drafter.window={window}; raise the window")
 
 
 @torch.no_grad()

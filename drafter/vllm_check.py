@@ -6,6 +6,7 @@ its own: vLLM sets up groups and defaults that nothing takes down again.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from configs.errors import StorageError
 from drafter.layouts import OUR_LAYER, THEIR_LAYER
 
 TIMEOUT_S = 600.0
+MAX_SAID = 400  # characters of an error
 # stacked in vLLM's model, in this order
 STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -48,11 +50,24 @@ def check_in_vllm(folder: Path, policy: Path, *, python: Path | None = None) -> 
             command, env=os.environ | quiet, cwd=root, capture_output=True, text=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired as error:
-        raise StorageError(f"vLLM did not load {folder} within {TIMEOUT_S:.0f} s; run `{' '.join(command)}`") from error
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["nothing said"]
+        raise StorageError(f"vLLM did not load the drafter within {TIMEOUT_S:.0f} s; {_remedy(policy)}") from error
+    said = done.stdout.strip().splitlines() or [_last_error(done.stderr) or "nothing said"]
     if done.returncode != 0:
-        raise StorageError(f"vLLM does not load {folder}: {lines[-1]}; run `{' '.join(command)}`")
-    return lines[-1]
+        raise StorageError(f"vLLM does not load the drafter: {said[-1]}; {_remedy(policy)}")
+    return said[-1]
+
+
+def _last_error(stderr: str) -> str:
+    """The error that ended a process, in a line: pydantic's go on for several, of which the last says nothing."""
+    lines = stderr.strip().splitlines()
+    first = max((n for n, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b", line)), default=-1)
+    return " ".join(line.strip() for line in lines[first:])[:MAX_SAID]
+
+
+def _remedy(policy: Path) -> str:
+    """How to see all that vLLM says: what it refused is not kept."""
+    again = f"python -m drafter.vllm_check OUT {policy.absolute()}"
+    return f"to see all it says, export to OUT where vLLM is not installed, then run `{again}` with it"
 
 
 def unloaded(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> Iterator[str]:

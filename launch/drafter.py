@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from configs.errors import ConfigError, StorageError
+from configs.errors import ConfigError
+from launch.bench_options import require_writable
 
 if TYPE_CHECKING:
     from drafter.trainer import DrafterStats
@@ -80,12 +81,15 @@ def evaluate(
     out: Json = None,
 ) -> None:
     """Accept length by draft position, by position in the response and by temperature."""
-    require_writable(out)
+    require_writable("--json", out)
+    chosen = _temperatures(temperatures)
     subject = load_source(source, overrides)
     from launch import offline
 
-    chosen = _temperatures(temperatures) or [subject.config.rollout.temperature]
+    chosen = chosen or [subject.config.rollout.temperature]
     head = offline.drafter_for(subject, folder)
+    if depth >= head.config.window:
+        raise ConfigError(f"--depth {depth} does not fit the drafter's window of {head.config.window} tokens; lower it")
     problems = offline.problems(subject, prompts)
     measured = []
     for temperature in chosen:
@@ -110,12 +114,6 @@ def _temperatures(text: str) -> list[float]:
     if any(not 0 <= value < float("inf") for value in values):
         raise ConfigError(f"--temperatures {text!r}: none may be negative or infinite")
     return values
-
-
-def require_writable(out: Path | None) -> None:
-    """Raise StorageError where no file can be written for --json."""
-    if out is not None and not os.access(out.absolute().parent, os.W_OK):
-        raise StorageError(f"--json {out}: its folder is missing or not writable; make it first")
 
 
 def load_source(source: Path, overrides: list[str] | None) -> "Subject":

@@ -11,7 +11,7 @@ from configs.schema import Config
 from drafter.allocation import allocating
 from drafter.buffer import FeatureBuffer
 from drafter.combined import CombinedDrafter
-from drafter.eagle import EagleConfig, EagleHead
+from drafter.eagle import EagleConfig, EagleHead, misfit
 from drafter.eagle_serving import EagleDrafter
 from drafter.export import read_drafter, read_shape
 from drafter.learner import Learner
@@ -158,10 +158,9 @@ def starting_shape(config: Config, model_config: PretrainedConfig) -> EagleConfi
     if not options.init:
         return shape
     given = read_shape(Path(options.init).expanduser())
-    for name in ("hidden_size", "vocab_size", "aux_layers"):
-        if getattr(given, name) != getattr(shape, name):
-            raise ConfigError(
-                f"drafter.init={options.init} drafts for a policy with {name}={getattr(given, name)}, and this"
-                f" one has {getattr(shape, name)}; take a drafter of this policy"
-            )
+    if (name := misfit(given, shape)) is not None:
+        raise ConfigError(
+            f"drafter.init={options.init} drafts for a policy with {name}={getattr(given, name)}, and this"
+            f" one has {getattr(shape, name)}; take a drafter of this policy"
+        )
     return given

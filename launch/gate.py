@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 
 from configs.errors import ConfigError
-from launch.drafter import Json, Overrides, Source, load_source, require_writable
+from launch.bench_options import require_writable
+from launch.drafter import Json, Overrides, Source, load_source
 
 if TYPE_CHECKING:
     from drafter.gate_quality import Quality
@@ -54,7 +55,7 @@ def train(
         raise ConfigError(
             f"--length {length} leaves nothing to select where {num_blocks * block} keys are read; make it longer"
         )
-    require_writable(figures)
+    require_writable("--json", figures)
     subject = load_source(source, overrides)
     from drafter.gate import GateConfig, Gates
     from launch import distil

@@ -6,19 +6,20 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PretrainedConfig
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, DivergedError
 from configs.schema import Config
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.evaluate import Cycles, walk
 from drafter.layouts import Layout
-from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary, evaluate
-from launch.drafting import starting_head
+from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary, evaluate, require_unroll
+from launch.drafting import starting_head, starting_shape
 from launch.subject import Subject, policy_answers, sampled_texts, solved_texts
 from launch.windows import Context, features, training_batches
 from rl.export import newest_intact
@@ -50,7 +51,7 @@ def train_drafter(
 ) -> Trained:
     """Train a drafter for the policy on these texts, from drafter.init or from random weights, so many updates.
 
-    report gets every update, counted from 1. Raises ConfigError for texts of fewer than two prompts.
+    report gets every update, counted from 1. Raises ConfigError for texts of fewer than two prompts, DivergedError.
     """
     config = subject.config.drafter
     learned, heldout = split(texts)
@@ -61,6 +62,8 @@ def train_drafter(
     for step, batch in zip(range(steps), endless, strict=False):
         report(step + 1, trainer.step(batch))
     before, after = accept_lengths(subject, [start, head], heldout)
+    if not isfinite(after):
+        raise DivergedError(f"the drafter puts out no numbers after {steps} updates; lower drafter.lr={config.lr:g}")
     return Trained(start, head, before, after)
 
 
@@ -71,6 +74,7 @@ def write_trained(out: Path, trained: Trained, subject: Subject, *, layout: Layo
         trained.head,
         policy=subject.policy,
         model=subject.config.model,
+        run=subject.run,
         step=subject.step,
         num_draft_tokens=subject.config.drafter.unroll,
         accept_length=trained.after,
@@ -142,8 +146,13 @@ def start_head(subject: Subject, texts: Sequence[Text]) -> EagleHead:
 
 
 def drafter_shape(config: Config, model_config: PretrainedConfig) -> EagleConfig:
-    """The shape of a drafter trained for this policy from scratch."""
-    return EagleConfig.of(model_config, draft_vocab=config.drafter.draft_vocab, window=config.drafter.window)
+    """The shape of the drafter that training starts from. Of drafter.init no weight is read.
+
+    Raises ConfigError, PreflightError, where it cannot be trained for this policy.
+    """
+    shape = starting_shape(config, model_config)
+    require_unroll(config.drafter, window=shape.window)
+    return shape
 
 
 def drafter_for(subject: Subject, folder: Path | None) -> EagleHead:

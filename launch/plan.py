@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from configs.schema import Config, SparseConfig
 from drafter.gate_checkpoint import read_gate_config
 from drafter.memory import NO_DRAFTER, DrafterBytes, GateBytes, drafter_bytes, learned_gate_bytes
+from drafter.trainer import require_unroll
 from drafter.types import OFF
 from launch.drafting import starting_shape
 from launch.memory import Memory, Sizes, memory_of
@@ -161,13 +162,15 @@ def _block_bytes(config: Config, model_config: PretrainedConfig, dtype: torch.dt
 
 
 def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, itemsize: int) -> DrafterBytes:
-    """What a learned drafter takes. One that cannot be read is found out before anything is written."""
+    """What a learned drafter takes. One that cannot be read or trained is found out before anything is written."""
     apart = config.rollout.backend == "vllm"  # which has a copy and a cache of its own
     if config.spec.source not in ("eagle", "auto") or (apart and not config.drafter.train):
         return NO_DRAFTER
+    shape = starting_shape(config, model_config)
+    require_unroll(config.drafter, window=shape.window)
     chooser = make_chooser(config.spec, device=device, seed=config.run.seed, sparse=config.sparse)
     needed = drafter_bytes(
-        starting_shape(config, model_config),
+        shape,
         config.drafter,
         num_rows=config.rollout.max_running,
         max_nodes=max(1, chooser.max_num_verify),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ from kernels.sample import noise_key
 from launch.cluster import stop_token_ids
 from rl.checkpoint import step_of
 from rl.data import DataSet, load_data
-from rl.export import fill_params, newest_intact, read_params
+from rl.export import fill_params, newest_intact, read_params, say_if_older
 from rl.features import Text
 from rl.rundir import require_run
 from rl.template import Template
@@ -76,6 +77,7 @@ def load_subject(source: Path, overrides: Sequence[str]) -> Subject:
         policy = load_policy(base, device=device, dtype=dtype)
     else:
         checkpoint = newest_intact(run)
+        say_if_older(checkpoint)
         step = step_of(checkpoint)
         params = read_params(checkpoint)
         (kept,) = {tensor.dtype for tensor in params.values()}
@@ -143,7 +145,8 @@ def solved_texts(subject: Subject, count: int) -> list[Text]:
 def sampled_texts(subject: Subject, count: int) -> list[Text]:
     """The newest rollouts of a run, so many or all there are, from the text its samples keep of them.
 
-    Tokenised anew: the tokens are those sampled up to other splits of the same text. Raises DataError without any.
+    Tokenised anew: the tokens are those sampled up to other splits of the same text. Raises DataError without any, and
+    for a file that cannot be read.
     """
     assert subject.run is not None
     config, tokenizer = subject.config, subject.tokenizer
@@ -156,7 +159,7 @@ def sampled_texts(subject: Subject, count: int) -> list[Text]:
     files = sorted((subject.run / "samples").glob("step_*.parquet"), key=lambda path: int(path.stem[5:]), reverse=True)
     texts: list[Text] = []
     for path in files:
-        for row in pq.read_table(path, columns=["question", "text", "finish"]).to_pylist():
+        for row in _sampled(path):
             prompt = template.token_ids(row["question"])
             response = tokenizer.encode(row["text"], add_special_tokens=False)
             response += [tokenizer.eos_token_id] if row["finish"] == "stop" else []
@@ -167,3 +170,14 @@ def sampled_texts(subject: Subject, count: int) -> list[Text]:
     if not texts:
         raise DataError(f"{subject.run} has no samples yet; let it finish a step, or give a recipe instead of a run")
     return texts
+
+
+def _sampled(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = pq.read_table(path, columns=["question", "text", "finish"]).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(
+            f"{path} cannot be read ({reason}); move it away, and other steps' samples are taken"
+        ) from error
+    return rows

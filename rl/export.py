@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +22,8 @@ from rl.checkpoint import step_of
 from rl.rundir import require_run
 from rl.stored import PARAMS
 from rollout.pretrained import SHIPPED, load_tokenizer, resolve
+
+log = logging.getLogger(__name__)
 
 CARD = """\
 ---
@@ -58,7 +62,7 @@ def export_policy(run_path: Path, out: Path) -> None:
 def staged(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes OUT when the block ends well and is gone when it does not.
 
-    Raises PreflightError when OUT is taken, and StorageError for what the disk refuses inside.
+    Raises PreflightError when OUT is taken, and StorageError for what the disk refuses, there or inside.
     """
     require_free(out)
     staging = out.with_name(f".staging-{out.name}")
@@ -67,6 +71,7 @@ def staged(out: Path) -> Iterator[Path]:
         staging.mkdir(parents=True)
         try:
             yield staging
+            share_weights(staging)
             staging.rename(out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -74,10 +79,19 @@ def staged(out: Path) -> Iterator[Path]:
         raise StorageError(f"cannot export to {out}: {error}; check the disk and try again") from error
 
 
+def share_weights(folder: Path) -> None:
+    """Let whoever may read a folder's config.json read its weights, which safetensors writes for their owner alone."""
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", weights)
+
+
 def require_free(out: Path) -> None:
-    """Raise PreflightError unless a folder can be put at OUT."""
+    """Raise PreflightError where OUT is taken, StorageError where no folder can be made there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PreflightError(f"{out} already exists and is not empty; name another folder")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise StorageError(f"{out} cannot be made: {above} is no folder that can be written; name another")
 
 
 def read_params(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -108,6 +122,13 @@ def newest_intact(run_path: Path) -> Path:
         broken = len(step_folders(root))
         raise StorageError(f"{run_path} has no intact checkpoint ({broken} broken); let the run reach its first one")
     return path
+
+
+def say_if_older(checkpoint: Path) -> None:
+    """Log that a checkpoint is taken because those after it are broken, where it is not the last there is."""
+    *_, last = step_folders(checkpoint.parent)
+    if last != checkpoint:
+        log.warning("%s does not match its hashes; %s is taken", last, checkpoint.name)
 
 
 def trained(base: Path, params: dict[str, torch.Tensor]) -> PreTrainedModel:

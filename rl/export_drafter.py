@@ -5,16 +5,25 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from configs.errors import PreflightError
+from configs.errors import PreflightError, StorageError
 from configs.load import load
 from drafter import checkpoint
-from drafter.eagle import EagleConfig, EagleHead
+from drafter.eagle import EagleConfig, EagleHead, misfit
 from drafter.export import check_drafter, write_drafter
 from drafter.layouts import Layout, Origin
 from drafter.learner import SERVED, as_config
 from drafter.vllm_check import check_in_vllm
 from rl.checkpoint import step_of
-from rl.export import last_recorded, newest_intact, read_params, require_free, saved_weights, staged, weights_sha256
+from rl.export import (
+    last_recorded,
+    newest_intact,
+    read_params,
+    require_free,
+    saved_weights,
+    say_if_older,
+    staged,
+    weights_sha256,
+)
 from rl.loop import DRAFTER
 from rl.rundir import require_run
 from rollout.model import load_config
@@ -38,7 +47,7 @@ policy's layers {layers}.
 Its policy's weights have this SHA-256 (Paceline's weights_sha256); with others, drafts are rejected more often:
 
     {sha256}
-
+{trained}
 ## Serve
 
 {serve}
@@ -53,6 +62,15 @@ vLLM:
       --speculative-config '{{"method": "eagle3", "model": "{out}", "num_speculative_tokens": {tokens}}}'
 
 Without the flag, vLLM splits the cache of all layers into groups of one, for the sake of the drafter's window.
+"""
+
+BEGUN = """
+The commands below name the model that its policy was before training. `paceline export {run} --policy OUT` writes the
+policy itself: serve that one.
+"""
+
+NO_SGLANG = """
+SGLang does not read this layout: for it, export with `--format eagle3`.
 """
 
 SGLANG = """
@@ -75,11 +93,13 @@ def check_exports(run_path: Path, *, policy: Path | None, drafter: Path | None) 
     for out in (policy, drafter):
         if out is not None:
             require_free(out)
+    saved = newest_intact(run_path)
+    say_if_older(saved)
     if drafter is None:
         return
     if policy is not None and policy.resolve().is_relative_to(drafter.resolve()):
         raise PreflightError(f"--policy {policy} lies in --drafter {drafter}, written after it; name a folder for each")
-    require_drafter_place(drafter, served_head(newest_intact(run_path)).config)
+    require_drafter_place(drafter, served_head(saved).config)
 
 
 def require_drafter_place(out: Path, shape: EagleConfig) -> None:
@@ -114,10 +134,11 @@ def export_drafter(run_path: Path, out: Path, *, layout: Layout, policy: Path | 
         num_draft_tokens=config.drafter.unroll,
         accept_length=last_recorded(run_path, "steps", step_of(saved), ACCEPT_LENGTH),
     )
+    run = run_path if policy is None else None
     if policy is not None and weights_sha256(saved_weights(policy)) != origin.policy_sha256:
         raise PreflightError(f"{policy} does not hold the policy of {saved}; export both at once, with the run at rest")
     with staged(out) as staging:
-        return save_drafter(staging, head, layout=layout, dtype=dtype, origin=origin, base=base, name=str(out))
+        return save_drafter(staging, head, layout=layout, dtype=dtype, origin=origin, base=base, out=out, run=run)
 
 
 def export_trained(
@@ -126,12 +147,16 @@ def export_trained(
     *,
     policy: PreTrainedModel,
     model: str,
+    run: Path | None,
     step: int,
     num_draft_tokens: int,
     accept_length: float,
     layout: Layout,
 ) -> str | None:
-    """As export_drafter, of a head and the policy it was trained beside; model is what a recipe calls that policy."""
+    """As export_drafter, of a head and the policy it was trained beside.
+
+    model: what a recipe calls that policy, or what it was before the run that trained it, if one did.
+    """
     base = resolve(model)
     origin = Origin(
         policy=hub_name(model),
@@ -142,22 +167,44 @@ def export_trained(
         accept_length=accept_length,
     )
     with staged(out) as staging:
-        return save_drafter(staging, head, layout=layout, dtype=policy.dtype, origin=origin, base=base, name=str(out))
+        return save_drafter(
+            staging, head, layout=layout, dtype=policy.dtype, origin=origin, base=base, out=out, run=run
+        )
 
 
 def save_drafter(
-    folder: Path, head: EagleHead, *, layout: Layout, dtype: torch.dtype, origin: Origin, base: Path, name: str
+    folder: Path,
+    head: EagleHead,
+    *,
+    layout: Layout,
+    dtype: torch.dtype,
+    origin: Origin,
+    base: Path,
+    out: Path,
+    run: Path | None,
 ) -> str | None:
     """Write a drafter and its card into a folder and check it, in vLLM too where that is installed.
 
-    base: a transformers folder of the policy's architecture. name: what the folder will be called. Returns the version
-    of vLLM that loaded it. Raises PreflightError, StorageError.
+    base: a transformers folder of the policy's architecture. out: what the folder will be called. run: whose policy it
+    drafts for, where origin names what that was before. Returns the version of vLLM that loaded it. Raises
+    PreflightError, StorageError.
     """
+    require_fit(head.config, base)
     write_drafter(folder, head, layout=layout, dtype=dtype, origin=origin)
     check_drafter(folder, head, dtype=dtype, policy_sha256=origin.policy_sha256)
     version = check_in_vllm(folder, base)
-    (folder / "README.md").write_text(card(head, layout, origin, name=name, vllm=version), encoding="utf-8")
+    (folder / "README.md").write_text(card(head, layout, origin, out=out, run=run, vllm=version), encoding="utf-8")
     return version
+
+
+def require_fit(shape: EagleConfig, base: Path) -> None:
+    """Raise StorageError where a drafter is of another geometry than its policy's model folder."""
+    fitting = EagleConfig.of(load_config(base), draft_vocab=shape.draft_vocab, window=shape.window)
+    if (name := misfit(shape, fitting)) is not None:
+        raise StorageError(
+            f"the drafter's {name}={getattr(shape, name)} does not fit {base}, which has {getattr(fitting, name)}; "
+            "was it replaced?"
+        )
 
 
 def served_head(saved: Path) -> EagleHead:
@@ -168,6 +215,11 @@ def served_head(saved: Path) -> EagleHead:
             f"{saved} has no drafter: train with spec.source=eagle or auto, or `paceline drafter train`"
         )
     record, files = checkpoint.read(folder)
+    if SERVED not in files and record["off"]:
+        raise PreflightError(
+            f"{folder}: no drafter is served any more ({record['off']}); "
+            f"`paceline drafter train {saved.parents[1]} OUT` makes one"
+        )
     if SERVED not in files:
         raise PreflightError(f"{folder}: no drafter was good enough to be served by then; train longer")
     head = EagleHead(as_config(record["head"]))
@@ -180,14 +232,16 @@ def architectures(base: Path) -> list[str]:
     return list(load_config(base).architectures or [])
 
 
-def card(head: EagleHead, layout: Layout, origin: Origin, *, name: str, vllm: str | None) -> str:
-    """What the folder holds, how well it does, and how to serve it."""
+def card(head: EagleHead, layout: Layout, origin: Origin, *, out: Path, run: Path | None, vllm: str | None) -> str:
+    """What the folder holds, how well it does, and how to serve it; out, run as save_drafter has them."""
     config = head.config
     tokens = origin.num_draft_tokens
     measured = "Nobody has measured its accept length; `paceline drafter eval` does."
     if origin.accept_length is not None:
         measured = f"Accept length {origin.accept_length:.2f} with chains of {tokens} tokens, on texts held out."
-    serve = VLLM + (SGLANG if layout == "eagle3" else "")
+    serve = VLLM + (SGLANG if layout == "eagle3" else NO_SGLANG)
+    # absolute: servers take a folder that they do not find for the name of one on the hub
+    folder = out.absolute()
     return CARD.format(
         base=origin.policy,
         library="transformers" if layout == "eagle3" else "speculators",
@@ -200,6 +254,7 @@ def card(head: EagleHead, layout: Layout, origin: Origin, *, name: str, vllm: st
         layers=", ".join(map(str, config.aux_layers)),
         measured=measured,
         sha256=origin.policy_sha256,
-        serve=serve.format(policy=origin.policy, out=name, tokens=tokens, nodes=tokens + 1, window=config.window),
+        trained=BEGUN.format(run=run) if run else "",
+        serve=serve.format(policy=origin.policy, out=folder, tokens=tokens, nodes=tokens + 1, window=config.window),
         loaded=f"vLLM {vllm} has loaded it, over NaN." if vllm else "It has not been tried in vLLM.",
     )

@@ -73,6 +73,14 @@ def test_a_head_comes_back_from_either_layout(tmp_path: Path, head: EagleHead, l
     check_drafter(folder, head, dtype=torch.bfloat16, policy_sha256="abc")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_rotary_base_stands_where_old_and_new_engines_look(tmp_path: Path, head: EagleHead, layout: Layout) -> None:
+    described = json.loads((written(tmp_path / "out", head, layout) / "config.json").read_text())
+    layer = described.get("transformer_layer_config", described)
+    assert layer["rope_theta"] == 5e4
+    assert layer["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e4}
+
+
 def test_each_engine_finds_the_aux_layers_where_it_looks_and_as_it_counts(tmp_path: Path, head: EagleHead) -> None:
     described = json.loads((written(tmp_path / "out", head) / "config.json").read_text())
     assert described["architectures"] == ["LlamaForCausalLMEagle3"]
@@ -198,3 +206,22 @@ def test_the_check_finds_other_weights_and_another_policy(tmp_path: Path, head: 
         head.fc.weight[0, 0] += 1
     with pytest.raises(StorageError, match="another fc.weight"):
         check_drafter(folder, head, dtype=torch.bfloat16, policy_sha256="abc")
+
+
+def test_the_check_finds_another_config(tmp_path: Path, head: EagleHead) -> None:
+    folder = written(tmp_path / "out", head)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"rope_theta": 1e4}))
+    with pytest.raises(StorageError, match=r"another shape than was written: .*rope_theta=10000"):
+        check_drafter(folder, head, dtype=torch.bfloat16, policy_sha256="abc")
+
+
+def test_the_check_runs_what_it_reads(tmp_path: Path, head: EagleHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, outputs = written(tmp_path / "out", head), iter(torch.rand(2, 3, 4))
+    with monkeypatch.context() as patched, pytest.raises(StorageError, match="proposes otherwise"):
+        patched.setattr("drafter.export.probe", lambda head: next(outputs))
+        check_drafter(folder, head, dtype=torch.bfloat16, policy_sha256="abc")
+    with torch.no_grad():
+        head.fc.weight.fill_(1e38)  # a number, whose products are none
+    with pytest.raises(PreflightError, match="puts out no numbers"):
+        check_drafter(written(tmp_path / "other", head), head, dtype=torch.bfloat16, policy_sha256="abc")

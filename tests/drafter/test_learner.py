@@ -9,6 +9,7 @@ import torch
 
 from configs.errors import ConfigError
 from configs.schema import DrafterConfig
+from drafter import checkpoint
 from drafter.buffer import FeatureBuffer, FeatureWindow
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.features import FeatureBatch
@@ -43,7 +44,7 @@ class Served:
 class Toy:
     """A policy whose next token depends on the last alone, with features of its texts in a buffer."""
 
-    def __init__(self, seed: int = 5) -> None:
+    def __init__(self, seed: int = 5, *, temperature: float = 1.0) -> None:
         draw = torch.Generator().manual_seed(seed)
         weights = torch.Generator().manual_seed(1)
         self.embedding, lm_head = torch.randn(2, VOCAB, SIZE, generator=weights)
@@ -51,7 +52,7 @@ class Toy:
         states = torch.randn(VOCAB, SIZE, generator=weights)
         mixing = torch.randn(SIZE, 3 * SIZE, generator=weights) / SIZE**0.5
         probs = (states @ self.lm_head.T).softmax(dim=1)
-        self.buffer = FeatureBuffer(max_bytes=1 << 20, temperature=1.0)
+        self.buffer = FeatureBuffer(max_bytes=1 << 20, temperature=temperature)
         for index in range(60):
             tokens = [int(torch.randint(VOCAB, (1,), generator=draw))]
             for _ in range(20):
@@ -207,8 +208,10 @@ def test_a_ruined_copy_starts_again_from_the_last_good_weights() -> None:
     assert same(weights_of(learner), before) and toy.served.versions == [1]
 
 
-def test_weights_that_are_not_finite_are_never_served() -> None:
-    toy = Toy()
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_weights_that_are_not_finite_are_never_served(temperature: float) -> None:
+    """Greedy acceptance is a number even of logits that are none."""
+    toy = Toy(temperature=temperature)
     learner = toy.learner()
     learner.begin(COUNTS)
     with torch.no_grad():
@@ -277,6 +280,34 @@ def test_replicas_agree_after_a_publish_though_each_learned_from_its_own_feature
     assert reports[0].version > 0
 
 
+def test_only_failures_in_a_row_turn_the_drafter_off() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    embedding = toy.embedding.clone()
+    for _ in range(MAX_FAILURES):
+        toy.embedding[:] = torch.nan
+        learner.learn(budget_s=600, until=steps(2))
+        toy.embedding[:] = embedding
+        learner.learn(budget_s=600, until=steps(2))
+        assert not learner.settle(0).off
+
+
+def test_what_workers_learned_is_averaged_and_who_learned_nothing_counts_for_nothing() -> None:
+    learner = Toy().learner()
+    learner.begin(COUNTS)
+    base = weights_of(learner)
+    names = [name for name, _ in learner._trainer.head.named_parameters()]
+    deltas = [{name: torch.full_like(base[name], size) for name in names} for size in (0.5, 1.0)]
+    learner.learn(budget_s=600, until=steps(2))  # its own is among the deltas, or is lost with it
+    learner.apply([*deltas, {}])
+    found = weights_of(learner)
+    for name in names:
+        torch.testing.assert_close(found[name], base[name] + 0.75, msg=name)
+    learner.apply([])
+    assert same(weights_of(learner), base), "without a delta all go on from what they agreed on"
+
+
 def test_a_worker_that_became_another_goes_on_as_that_one_does() -> None:
     toys = [Toy(), Toy()]
     one, other = learners = [toy.learner() for toy in toys]
@@ -327,6 +358,12 @@ def test_a_drafter_that_is_given_up_drafts_no_more_and_learns_no_more(tmp_path: 
     assert other.served.versions == [1], "what it was given"
     resumed.load(tmp_path / "drafter")
     assert other.served.state == {} and resumed.off == "workers differ"
+
+
+def test_a_gain_that_is_next_to_none_changes_nothing() -> None:
+    assert Judgement(candidate=2.03, served=2.0, last_good=2.03, num_tokens=100).verdict == "kept"
+    assert Judgement(candidate=2.05, served=2.0, last_good=2.05, num_tokens=100).verdict == "published"
+    assert Judgement(candidate=2.03, served=2.0, last_good=2.05, num_tokens=100).verdict == "rolled back"
 
 
 def test_pooled_judgements_weigh_by_positions() -> None:
@@ -400,6 +437,26 @@ def test_a_resumed_drafter_is_the_saved_one_bit_for_bit(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="draft_vocab=16"):
         small.load(tmp_path / "drafter")
+
+
+def test_a_checkpoint_holds_the_heads_tensors_and_nothing_of_the_policy(tmp_path: Path) -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=600, until=steps(2))
+    for _ in range(2):
+        learner._publisher.propose(learner._trainer.head.state_dict())
+        learner._publisher.follow("published")
+    learner.save(tmp_path / "drafter")
+    learner.saved()
+    _, files = checkpoint.read(tmp_path / "drafter")
+    head = learner._trainer.head
+    moments = {f"{moment}.{name}" for name, _ in head.named_parameters() for moment in ("exp_avg", "exp_avg_sq")}
+    assert {name: set(tensors) for name, tensors in files.items()} == {
+        "training": {f"head.{name}" for name in head.state_dict()} | moments | {"steps"},
+        "served": set(head.state_dict()),
+        "last_good": set(head.state_dict()),
+    }
 
 
 def test_a_resumed_drafter_goes_back_to_the_last_good_head_as_the_saved_one_would(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Training the head: that it learns what it will be asked when it drafts, and nothing it could not know."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
@@ -259,6 +260,18 @@ def test_an_update_that_is_not_finite_is_rejected_and_the_next_one_is_not(field:
     assert not trainer.step(bad).applied
     after = trainer.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert trainer.step(policy.batch([9, 5])).applied
+
+
+def test_a_gradient_that_is_not_finite_is_rejected_though_its_loss_is_a_number() -> None:
+    policy = Bigrams()
+    trainer = policy.trainer()
+    before = {name: tensor.clone() for name, tensor in trainer.state_dict().items()}
+    hook = trainer.head.fc.weight.register_hook(lambda gradient: gradient * torch.inf)
+    stats = trainer.step(policy.batch([9, 5]))
+    assert math.isfinite(stats.loss) and not stats.applied
+    assert all(torch.equal(tensor, trainer.state_dict()[name]) for name, tensor in before.items())
+    hook.remove()
     assert trainer.step(policy.batch([9, 5])).applied
 
 

@@ -82,7 +82,19 @@ def test_what_vllm_says_last_is_the_reason(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho loading\necho 'norm.weight is not what the folder holds'\nexit 1\n")
     python.chmod(0o755)
-    with pytest.raises(StorageError, match=r"does not load .*: norm.weight is not what the folder holds; run"):
+    with pytest.raises(
+        StorageError, match=r"does not load the drafter: norm.weight is not what the folder holds; to see all"
+    ):
+        check_in_vllm(tmp_path, tmp_path, python=python)
+    raised = [
+        "Traceback:",
+        "  File x",
+        "pydantic.ValidationError: 1 error",
+        "  No is not supported",
+        "    see https://x",
+    ]
+    python.write_text("#!/bin/sh\n" + "".join(f"echo '{line}' >&2\n" for line in raised) + "exit 1\n")
+    with pytest.raises(StorageError, match="the drafter: pydantic.ValidationError: 1 error No is not supported see "):
         check_in_vllm(tmp_path, tmp_path, python=python)
     python.write_text("#!/bin/sh\necho noise\necho 0.32.0\n")
     assert check_in_vllm(tmp_path, tmp_path, python=python) == "0.32.0"

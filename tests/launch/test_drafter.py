@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,17 +12,18 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from configs.errors import ConfigError, PreflightError
+from configs.errors import ConfigError, DataError, DivergedError, PreflightError, StorageError
 from configs.load import dump, load
 from drafter.checkpoint import CheckpointWriter
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.export import read_drafter
 from launch import offline
 from launch.cli import app
-from launch.subject import load_subject, policy_answers, sampled_texts, solved_texts
+from launch.subject import Subject, load_subject, policy_answers, sampled_texts, solved_texts
 from rl.checkpoint import CheckpointStore, write_tensors
 from rl.features import Text
 from rollout.model import load_policy
+from rollout.types import Prompt
 
 RECIPE = """
 model: {model}
@@ -116,6 +118,8 @@ def test_a_runs_drafter_is_exported_with_its_policy(run: Path, tmp_path: Path, p
     described = json.loads((tmp_path / "other" / "config.json").read_text())
     assert described["speculators_model_type"] == "eagle3"
     assert "sglang" not in (tmp_path / "other" / "README.md").read_text()  # it does not know the names
+    mode = (out / "config.json").stat().st_mode
+    assert [path.stat().st_mode for path in (*out.iterdir(), *policy.glob("*.safetensors"))] == [mode] * 5
     first, second = read_drafter(out).state_dict(), read_drafter(tmp_path / "other").state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -129,6 +133,53 @@ def test_a_drafter_is_not_exported_for_another_policy(
         export_drafter(run, tmp_path / "out", layout="eagle3", policy=deep_model_dir)
     shutil.rmtree(run / "checkpoints" / "step_3" / "drafter")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_drafter_is_not_exported_for_a_model_of_another_geometry(
+    run: Path, tmp_path: Path, deep_model_dir: Path, tiny_model_dir: Path, paceline: Callable[..., None]
+) -> None:
+    resolved = run / "config" / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace(str(deep_model_dir), str(tiny_model_dir)))
+    with pytest.raises(StorageError, match=r"hidden_size=32 does not fit .* has 64; was it replaced"):
+        paceline("export", run, "--drafter", tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_every_check_comes_before_the_folder(
+    run: Path, tmp_path: Path, paceline: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise StorageError("it came back otherwise")
+
+    for check in ("check_drafter", "check_in_vllm"):
+        with monkeypatch.context() as patched, pytest.raises(StorageError, match="came back otherwise"):
+            patched.setattr(f"rl.export_drafter.{check}", refuse)
+            paceline("export", run, "--drafter", tmp_path / "out")
+        assert not list(tmp_path.glob("*out*"))
+
+
+def test_the_card_says_which_policy_to_serve(run: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
+    alone, both, policy = tmp_path / "alone", tmp_path / "both", tmp_path / "policy"
+    paceline("export", run, "--drafter", alone)
+    paceline("export", run, "--policy", policy, "--drafter", both)
+    assert f"paceline export {run} --policy OUT" in (alone / "README.md").read_text()
+    assert "--policy OUT" not in (both / "README.md").read_text()
+    paceline("drafter", "train", run, tmp_path / "offline", "--texts", 6, "--steps", 1)
+    assert f"paceline export {run} --policy OUT" in (tmp_path / "offline" / "README.md").read_text()
+
+
+def test_the_drafter_of_an_older_checkpoint_is_said_to_be_one(
+    run: Path, tmp_path: Path, paceline: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "rl.export"]
+
+    paceline("export", run, "--drafter", tmp_path / "out")
+    assert said() == []
+    shutil.copytree(run / "checkpoints" / "step_3", run / "checkpoints" / "step_4")
+    (run / "checkpoints" / "step_4" / "drafter" / "served.safetensors").write_bytes(b"cut")
+    paceline("export", run, "--drafter", tmp_path / "older")
+    assert said() == [f"{run}/checkpoints/step_4 does not match its hashes; step_3 is taken"]
 
 
 def test_nothing_is_exported_where_one_of_the_two_cannot_be(
@@ -150,6 +201,26 @@ def test_nothing_is_exported_where_one_of_the_two_cannot_be(
     assert not policy.exists() and not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("off", "complaint"),
+    [
+        ("", "good enough to be served by then; train longer"),
+        ("workers differ", r"any more \(workers differ\); `paceline"),
+    ],
+)
+def test_why_a_run_serves_no_drafter_is_said(
+    run: Path, tmp_path: Path, paceline: Callable[..., None], off: str, complaint: str
+) -> None:
+    def fill(folder: Path) -> None:
+        writer = CheckpointWriter()
+        writer.begin(folder / "drafter", {"training": {"steps": torch.tensor(3)}}, {"version": 0, "off": off})
+        writer.wait()
+
+    CheckpointStore(run / "checkpoints", keep=2).write(4, fill)
+    with pytest.raises(PreflightError, match=complaint):
+        paceline("export", run, "--drafter", tmp_path / "out")
+
+
 def test_what_stops_a_drafter_is_found_before_it_is_trained(
     recipe: Path,
     tmp_path: Path,
@@ -159,11 +230,35 @@ def test_what_stops_a_drafter_is_found_before_it_is_trained(
 ) -> None:
     monkeypatch.setattr(offline, "texts_for", pytest.fail)
     (tmp_path / "taken" / "mine").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file is no folder"):
+        paceline("drafter", "train", recipe, tmp_path / "file" / "out")
+    with pytest.raises(PreflightError, match="nowhere holds no drafter"):
+        paceline("drafter", "train", recipe, tmp_path / "out", "drafter.init=nowhere")
+    with pytest.raises(ConfigError, match="unroll=32 does not fit drafter.window=32"):
+        paceline("drafter", "train", recipe, tmp_path / "out", "drafter.unroll=32")
     with pytest.raises(PreflightError, match="taken already exists"):
         paceline("drafter", "train", recipe, tmp_path / "taken")
     with pytest.raises(PreflightError, match="engines need three different"):
         paceline("drafter", "train", recipe, tmp_path / "out", f"model={tiny_model_dir}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_drafter_that_diverged_is_not_written(recipe: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
+    train = ("drafter", "train", recipe, tmp_path / "out", "--answers", "solutions", "--texts", 8, "--steps", 3)
+    with pytest.raises(DivergedError, match="after 3 updates; lower drafter.lr=1e"):
+        paceline(*train, "drafter.lr=1e30")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_what_cannot_be_measured_or_kept_is_found_before_anything_is_sampled(
+    run: Path, tmp_path: Path, paceline: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offline, "policy_answers", pytest.fail)
+    with pytest.raises(ConfigError, match="--depth 32 does not fit the drafter's window of 32 tokens"):
+        paceline("drafter", "eval", run, "--depth", 32)
+    with pytest.raises(StorageError, match="name a file"):
+        paceline("drafter", "eval", run, "--json", tmp_path)
 
 
 def test_what_a_run_lacks_is_named(run: Path, recipe: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
@@ -182,6 +277,12 @@ def test_a_runs_samples_become_texts_newest_first(run: Path) -> None:
     decoded = [subject.tokenizer.decode(text.token_ids[text.num_prompt :]) for text in texts]
     assert decoded == ["It is 3.<|im_end|>", "It is 4.<|im_end|>", "It is 5.<|im_end|>", "It is 2.<|im_end|>"]
     assert "0 + 3?" in subject.tokenizer.decode(texts[0].token_ids[: texts[0].num_prompt])
+
+
+def test_samples_that_cannot_be_read_are_named(run: Path) -> None:
+    (run / "samples" / "step_3.parquet").write_bytes(b"cut")
+    with pytest.raises(DataError, match=r"step_3.parquet cannot be read \(.*; move it away"):
+        sampled_texts(load_subject(run, []), 4)
 
 
 @pytest.mark.parametrize("num_prompts", [2, 8, 9, 40])
@@ -208,6 +309,34 @@ def test_the_accept_length_is_that_of_every_batch_held_out(recipe: Path) -> None
     mean = sum(length * size for length, size in zip(alone, sizes, strict=True)) / sum(sizes)
     assert offline.accept_lengths(subject, [head, head], texts) == pytest.approx([mean, mean], rel=1e-3)
     assert len(set(alone)) > 1
+
+
+@pytest.mark.parametrize("context", ["rollout", "server"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_measured_are_the_answers_at_this_temperature_all_of_them_and_no_prompt(
+    recipe: Path, temperature: float, context: Literal["rollout", "server"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    texts: list[Text] = []
+
+    def answers(subject: Subject, prompts: list[Prompt], *, temperature: float) -> tuple[list[Text], torch.Tensor]:
+        asked.append(temperature)
+        found, keys = policy_answers(subject, prompts, temperature=temperature)
+        texts.extend(found)
+        return found, keys
+
+    monkeypatch.setattr(offline, "policy_answers", answers)
+    subject = load_subject(recipe, [])
+    head = offline.start_head(subject, solved_texts(subject, 4))
+    cycles = offline.measure(
+        subject, head, offline.problems(subject, 4), temperature=temperature, depth=3, context=context
+    )
+    assert asked == [temperature]
+    # the first token is the prompt's forward's, and the last may be one that no draft can follow
+    after_first = [len(text.token_ids) - text.num_prompt - 1 for text in texts]
+    committed = len(cycles.accepted) + sum(cycles.accepted)
+    assert sum(after_first) <= committed <= sum(after_first) + len(texts)
+    assert min(cycles.places) == 1 and max(cycles.places) <= max(after_first)
 
 
 def test_a_runs_own_drafter_is_measured_on_its_policy(

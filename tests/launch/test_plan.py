@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 import drafter.export
 import launch.plan
 import rollout.memory
-from configs.errors import PacelineError, PreflightError
+from configs.errors import ConfigError, PacelineError, PreflightError
 from configs.load import parse
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.export import write_drafter
@@ -143,6 +143,11 @@ def test_planning_reads_no_weight_of_the_drafter_it_starts_from(
         file.truncate(1000)
     with pytest.raises(PreflightError, match="holds no drafter that can be read"):
         plan_for(model_config, *options)
+
+
+def test_a_drafter_that_cannot_be_trained_is_found_before_a_run_is_made(model_config: PretrainedConfig) -> None:
+    with pytest.raises(ConfigError, match="drafter.unroll=16 does not fit drafter.window=16"):
+        plan_for(model_config, "spec.source=eagle", "spec.top_k=1", "drafter.unroll=16", "drafter.window=16")
 
 
 def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> None:

@@ -99,6 +99,7 @@ def test_vllm_drafts_with_an_export_as_well_as_eval_says_and_says_the_same(
         trained.head,
         policy=subject.policy,
         model=str(trained.model),
+        run=None,
         step=0,
         num_draft_tokens=DEPTH,
         accept_length=expected["accept_length"],
