@@ -1,6 +1,7 @@
 """What verification leaves behind: hidden states of committed tokens, kept in a bounded buffer to learn from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -28,3 +29,15 @@ class FeatureBatch:
     alt_ids: torch.Tensor
     alt_hidden: torch.Tensor
     temperature: float
+
+
+def on_device(batch: FeatureBatch, device: torch.device) -> FeatureBatch:
+    """The batch on a device, in tensors that a backward pass may keep."""
+    moved: dict[str, Any] = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            value = value.to(device, non_blocking=True)
+            # an engine computes features in inference mode, whose tensors autograd does not keep
+            moved[field.name] = value.clone() if value.is_inference() else value
+    return replace(batch, **moved)

@@ -1,14 +1,14 @@
 """Which head is served: a new one only where it is better, and the last good one again where it is not.
 
 Heads are judged by the accept length they would have had on held-out features of the present policy, all on the same
-ones, in the precision they are served in.
+ones, in the precision they are served in. A few windows say little: what is no more than their noise changes nothing.
 """
 
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import hypot, isfinite
 from typing import Literal, Protocol
 
 import torch
@@ -17,9 +17,10 @@ from configs.faults import hit
 from configs.schema import DrafterConfig
 from drafter.eagle import EagleHead
 from drafter.features import FeatureBatch
-from drafter.trainer import evaluate
+from drafter.trainer import reached_by_window
 
 MIN_GAIN = 0.02  # in accept length, relative: less is not worth that choosers measure a new version from the start
+DOUBTS = 2.0  # standard errors of a gain that are put down to chance
 CHUNK_WORDS = 1 << 22  # of a checksum's int64 temporaries: 32 MB
 NUM_HEADS = 3  # kept beside the trained copy: the candidate, the one served and the one before
 MIXER = 0x3C6EF362  # even, so that every word's factor is odd and no single change goes unseen; sums wrap at 2^64
@@ -42,20 +43,23 @@ class Judgement:
     """Accept lengths on the same held-out positions: of the trained copy, of the head served, and of the one before.
 
     1 where there is no such head: without one, a cycle commits the target's own token. NaN for weights, or what they
-    made of the features, that are not finite.
+    made of the features, that are not finite. Doubts: standard errors of the differences from the head served, by what
+    differs between windows; 0 where none is served, since no draft is worse than none.
     """
 
     candidate: float
     served: float
     last_good: float
     num_tokens: int
+    candidate_doubt: float
+    last_good_doubt: float
 
     @property
     def verdict(self) -> Outcome:
         """What should be done."""
-        if self.candidate > self.served * (1 + MIN_GAIN):
+        if self.candidate - self.served > max(MIN_GAIN * self.served, DOUBTS * self.candidate_doubt):
             return "published"
-        if self.last_good > self.served * (1 + MIN_GAIN):
+        if self.last_good - self.served > max(MIN_GAIN * self.served, DOUBTS * self.last_good_doubt):
             return "rolled back"
         return "kept"
 
@@ -73,11 +77,17 @@ def pooled(judgements: Sequence[Judgement]) -> Judgement:
         weighted = zip(values, judgements, strict=True)
         return sum(value * judgement.num_tokens for value, judgement in weighted) / total
 
+    def doubt(values: Sequence[float]) -> float:
+        weighted = zip(values, judgements, strict=True)
+        return hypot(*(value * judgement.num_tokens for value, judgement in weighted)) / total
+
     return Judgement(
         candidate=mean([judgement.candidate for judgement in judgements]),
         served=mean([judgement.served for judgement in judgements]),
         last_good=mean([judgement.last_good for judgement in judgements]),
         num_tokens=total,
+        candidate_doubt=doubt([judgement.candidate_doubt for judgement in judgements]),
+        last_good_doubt=doubt([judgement.last_good_doubt for judgement in judgements]),
     )
 
 
@@ -115,12 +125,18 @@ class Publisher:
 
     def judge(self, batch: FeatureBatch) -> Judgement:
         """Hold the candidate against the head served and the last good one."""
-        candidate = self._accept_length(self._candidate, batch) if is_finite(self._candidate) else float("nan")
+        nothing = torch.zeros(len(batch.versions), dtype=torch.float64)
+        candidate = self._reached(self._candidate, batch) if is_finite(self._candidate) else nothing * torch.nan
+        served = self._reached(self._served, batch) if self.version else nothing
+        last_good = self._reached(self._last_good, batch) if self._has_last_good else nothing
         return Judgement(
-            candidate=candidate,
-            served=self._accept_length(self._served, batch) if self.version else 1.0,
-            last_good=self._accept_length(self._last_good, batch) if self._has_last_good else 1.0,
+            candidate=1 + float(candidate.sum()),
+            served=1 + float(served.sum()),
+            last_good=1 + float(last_good.sum()),
             num_tokens=len(batch.next_ids),
+            # of a sum of differences that are 0 on average: one window alone never tells
+            candidate_doubt=float((candidate - served).norm()) if self.version else 0.0,
+            last_good_doubt=float((last_good - served).norm()),
         )
 
     def follow(self, verdict: Outcome) -> None:
@@ -171,9 +187,8 @@ class Publisher:
         self._drafter.publish(state, version)
         self.version, self.checksum = version, digest
 
-    def _accept_length(self, head: EagleHead, batch: FeatureBatch) -> float:
-        figures = evaluate(head, batch, embedding=self._embedding, lm_head=self._lm_head, config=self._config)
-        return figures.accept_length
+    def _reached(self, head: EagleHead, batch: FeatureBatch) -> torch.Tensor:
+        return reached_by_window(head, batch, embedding=self._embedding, lm_head=self._lm_head, config=self._config)
 
 
 def is_finite(head: EagleHead) -> bool:

@@ -1,10 +1,10 @@
 """Training the drafter: one packed batch of features a step, and a step can always be the last."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from math import isfinite
 from time import perf_counter
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from configs.errors import ConfigError
 from configs.faults import hit
 from configs.schema import DrafterConfig
 from drafter.eagle import EagleHead
-from drafter.features import FeatureBatch
+from drafter.features import FeatureBatch, on_device
 from drafter.graphed import GraphedStep
 from drafter.losses import Loss, Targets, row_chunks, targets_of, token_losses
 from drafter.unroll import Chains, Step, unroll
@@ -148,7 +148,7 @@ class DrafterTrainer:
         """The batch's gradients, in the head; its loss, their norm, accept length and acceptance by depth."""
         # to zero and not to None, for a graph adds to them where they are
         self.adam.zero_grad(set_to_none=False)
-        record = _measure(
+        record, _ = _measure(
             self.head, batch, self.embedding, self.lm_head, self.config, longest=longest, rejected=rejected
         )
         gradients = [parameter.grad for parameter in self.head.parameters() if parameter.grad is not None]
@@ -181,7 +181,8 @@ def evaluate(
 ) -> DrafterStats:
     """What a head makes of a batch; of equal batches, the same figures on every call."""
     begun = perf_counter()
-    loss, accept_length, *acceptance = _measure(head, batch, embedding, lm_head, config, **_shape(batch)).tolist()
+    record, _ = _measure(head, batch, embedding, lm_head, config, **_shape(batch))
+    loss, accept_length, *acceptance = record.tolist()
     return DrafterStats(
         loss=loss,
         acceptance=tuple(acceptance),
@@ -191,6 +192,19 @@ def evaluate(
         seconds=perf_counter() - begun,
         applied=False,
     )
+
+
+@torch.no_grad()
+def reached_by_window(
+    head: EagleHead, batch: FeatureBatch, *, embedding: torch.Tensor, lm_head: torch.Tensor, config: DrafterConfig
+) -> torch.Tensor:
+    """What the chains that begin in each window add to an accept length of 1: [W] float64 on the host.
+
+    With that 1 they add up to the accept length of `evaluate`.
+    """
+    _, reached = _measure(head, batch, embedding, lm_head, config, **_shape(batch))
+    before = torch.nn.functional.pad(reached.double().cumsum(0), (1, 0)).cpu()
+    return before[batch.cu_seqlens.cpu().long()].diff()
 
 
 def choose_vocabulary(counts: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,18 +217,6 @@ def choose_vocabulary(counts: torch.Tensor, size: int) -> tuple[torch.Tensor, to
     known = torch.zeros(len(counts), dtype=torch.bool, device=counts.device)
     known[chosen] = True
     return chosen - torch.arange(len(chosen), device=counts.device), known
-
-
-def on_device(batch: FeatureBatch, device: torch.device) -> FeatureBatch:
-    """The batch on a device, in tensors that a backward pass may keep."""
-    moved: dict[str, Any] = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, torch.Tensor):
-            value = value.to(device, non_blocking=True)
-            # an engine computes features in inference mode, whose tensors autograd does not keep
-            moved[field.name] = value.clone() if value.is_inference() else value
-    return replace(batch, **moved)
 
 
 class _Shape(TypedDict):
@@ -238,8 +240,9 @@ def _measure(
     *,
     longest: int,
     rejected: bool,
-) -> torch.Tensor:
-    """Loss, accept length and acceptance by depth, [2 + unroll]; where gradients are enabled, they add up in the head.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss, accept length and acceptance by depth, [2 + unroll]; what the chain from each position adds to an accept
+    length of 1, [T]. Where gradients are enabled, they add up in the head.
 
     The loss is a mean over the known positions of each step, weighted by depth. longest may be more than the longest
     window has, and rejected true where nothing was rejected. May be captured in a CUDA graph: nothing waits.
@@ -251,8 +254,9 @@ def _measure(
     share = 1 / (sum(decays) + (batch.alt_ids >= 0).any())  # of a weight of 1; what was rejected has one, where it is
     targets = _targets(head, batch.hidden, batch.next_ids, lm_head, batch.temperature)
     unrolled = unroll(head, chains, embedding, depth=depth, longest=longest, rejected=rejected)
-    total, accept_length = torch.zeros(2, device=device)
+    total = torch.zeros((), device=device)
     survival = torch.ones(len(batch.next_ids), device=device)  # chance that all drafts of a chain so far are accepted
+    reached = torch.zeros_like(survival)
     acceptance, outputs, gradients = [], [], []
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         for step, decay in zip(unrolled, [*decays, 1.0] if rejected else decays, strict=True):
@@ -269,10 +273,10 @@ def _measure(
             if step.depth >= 0:
                 survival = survival * accepted * step.known
                 acceptance.append((accepted * step.known).sum() / count)
-                accept_length += survival.sum() / count
+                reached += survival / count
     if torch.is_grad_enabled():
         torch.autograd.backward(outputs, gradients)
-    return torch.stack([total, 1 + accept_length, *acceptance])
+    return torch.stack([total, 1 + reached.sum(), *acceptance]), reached
 
 
 def _targets(

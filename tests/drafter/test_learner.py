@@ -15,7 +15,7 @@ from drafter.eagle import EagleConfig, EagleHead
 from drafter.features import FeatureBatch
 from drafter.learner import MAX_FAILURES, MIN_JUDGED, PATIENCE, Learner
 from drafter.publish import Judgement, checksum, pooled
-from drafter.trainer import DrafterStats, DrafterTrainer
+from drafter.trainer import DrafterStats, DrafterTrainer, evaluate
 
 VOCAB, SIZE = 24, 16
 SHAPE = EagleConfig(
@@ -90,6 +90,12 @@ def steps(count: int) -> Callable[[], bool]:
     """An until that allows so many steps."""
     left = iter(range(count))
     return lambda: next(left, None) is None
+
+
+def judged(
+    candidate: float, served: float, last_good: float, num_tokens: int = 100, doubts: tuple[float, float] = (0.0, 0.0)
+) -> Judgement:
+    return Judgement(candidate, served, last_good, num_tokens, *doubts)
 
 
 def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
@@ -361,14 +367,70 @@ def test_a_drafter_that_is_given_up_drafts_no_more_and_learns_no_more(tmp_path: 
 
 
 def test_a_gain_that_is_next_to_none_changes_nothing() -> None:
-    assert Judgement(candidate=2.03, served=2.0, last_good=2.03, num_tokens=100).verdict == "kept"
-    assert Judgement(candidate=2.05, served=2.0, last_good=2.05, num_tokens=100).verdict == "published"
-    assert Judgement(candidate=2.03, served=2.0, last_good=2.05, num_tokens=100).verdict == "rolled back"
+    assert judged(2.03, 2.0, 2.03).verdict == "kept"
+    assert judged(2.05, 2.0, 2.05).verdict == "published"
+    assert judged(2.03, 2.0, 2.05).verdict == "rolled back"
+
+
+def test_a_gain_within_two_standard_errors_changes_nothing() -> None:
+    assert judged(2.5, 2.0, 2.5, doubts=(0.26, 0.26)).verdict == "kept"
+    assert judged(2.5, 2.0, 2.5, doubts=(0.24, 0.26)).verdict == "published"
+    assert judged(2.5, 2.0, 2.5, doubts=(0.26, 0.24)).verdict == "rolled back"
+
+
+def test_heads_that_differ_by_chance_alone_seldom_change_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=600, until=steps(40))
+    assert learner.settle(0).outcome == "published"
+    publisher, heldout = learner._publisher, toy.buffer.heldout(1000, version=0)
+    assert heldout is not None
+    publisher.propose(learner._trainer.head.state_dict())
+    publisher._has_last_good = True
+    chance = torch.Generator().manual_seed(0)
+    # each window of 16 adds 0.3 on average, give or take a third, whichever head it is
+    monkeypatch.setattr(
+        publisher, "_reached", lambda head, batch: 0.3 + 0.1 * torch.randn(16, generator=chance, dtype=torch.float64)
+    )
+    verdicts = [publisher.judge(heldout).verdict for _ in range(400)]
+    assert verdicts.count("published") < 20 and verdicts.count("rolled back") < 20, "one in forty each"
+    monkeypatch.setattr(
+        publisher,
+        "_reached",
+        lambda head, batch: (
+            (0.3 if head is publisher._served else 0.4) + 0.1 * torch.randn(16, generator=chance, dtype=torch.float64)
+        ),
+    )
+    verdicts = [publisher.judge(heldout).verdict for _ in range(100)]
+    assert verdicts.count("published") > 50, "a gain of 1.6, three standard errors"
+
+
+def test_windows_add_up_to_the_accept_length_and_one_alone_tells_nothing() -> None:
+    toy = Toy()
+    learner = toy.learner()
+    learner.begin(COUNTS)
+    learner.learn(budget_s=600, until=steps(40))
+    learner.settle(0)
+    learner.learn(budget_s=600, until=steps(40))
+    publisher = learner._publisher
+    publisher.propose(learner._trainer.head.state_dict())
+    heldout = toy.buffer.heldout(1000, version=0)
+    assert heldout is not None and len(heldout.versions) > 1
+    judgement = publisher.judge(heldout)
+    figures = evaluate(
+        publisher._candidate, heldout, embedding=toy.embedding, lm_head=toy.lm_head, config=learner._config
+    )
+    assert judgement.candidate == pytest.approx(figures.accept_length, abs=1e-5)
+    difference = abs(judgement.candidate - judgement.served)
+    assert 0 < judgement.candidate_doubt < difference * len(heldout.versions)
+    one = publisher.judge(toy.buffer.heldout(1, version=0))  # type: ignore[arg-type]
+    assert one.candidate_doubt == pytest.approx(abs(one.candidate - one.served)) and one.verdict == "kept"
 
 
 def test_pooled_judgements_weigh_by_positions() -> None:
-    first, second = Judgement(2.0, 1.5, 1.0, 300), Judgement(1.0, 1.9, 1.0, 100)
-    assert pooled([first, second]) == Judgement(1.75, 1.6, 1.0, 400)
+    first, second = judged(2.0, 1.5, 1.0, 300, doubts=(0.4, 0.0)), judged(1.0, 1.9, 1.0, 100, doubts=(1.6, 0.4))
+    assert pooled([first, second]) == judged(1.75, 1.6, 1.0, 400, doubts=(0.5, 0.1))
     assert pooled([first, replace(second, candidate=float("nan"))]).is_finite is False
 
 
@@ -391,7 +453,7 @@ def test_too_few_held_out_positions_publish_nothing_and_the_next_step_judges() -
     assert judgement is not None and judgement.verdict == "published"
     report = learner.conclude(replace(judgement, num_tokens=MIN_JUDGED - 1))
     assert report.outcome == "kept" and not report.off and toy.served.versions == []
-    ruined = learner.conclude(Judgement(candidate=1.0, served=2.0, last_good=1.0, num_tokens=MIN_JUDGED - 1))
+    ruined = learner.conclude(judged(1.0, 2.0, 1.0, MIN_JUDGED - 1))
     assert not ruined.off and learner._failures == 0, "by so few nothing is ruined either"
     assert learner.settle(0).outcome == "published"
 
@@ -551,7 +613,7 @@ def test_a_ruined_copy_goes_back_to_the_head_served_though_settles_were_skipped_
         for parameter in learner._trainer.head.parameters():
             parameter.normal_()
     learner.conclude(None)  # a settle that judges nothing, after which all agree on the ruin
-    report = learner.conclude(Judgement(candidate=1.0, served=2.0, last_good=1.0, num_tokens=100))
+    report = learner.conclude(judged(1.0, 2.0, 1.0))
     assert report.outcome == "kept" and not report.off
     assert same(
         dict(learner._trainer.head.named_parameters()),

@@ -12,8 +12,8 @@ from configs.errors import ConfigError
 from configs.schema import DrafterConfig
 from drafter import local_attention
 from drafter.eagle import EagleConfig, EagleHead
-from drafter.features import FeatureBatch
-from drafter.trainer import DrafterTrainer, choose_vocabulary, evaluate, on_device
+from drafter.features import FeatureBatch, on_device
+from drafter.trainer import DrafterTrainer, choose_vocabulary, evaluate
 from drafter.unroll import Chains, unroll
 
 VOCAB, SIZE = 48, 16
