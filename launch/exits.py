@@ -14,6 +14,7 @@ from launch import crash
 from rl.rundir import RunDir, read_status
 
 BUG, USAGE, INTERRUPTED = 1, 2, 130
+UNREAD = 128 + signal.SIGPIPE  # whoever read what is printed, as in `paceline ... | head`, has seen enough
 _RESUMABLE = (PreemptedError.exit_code, INTERRUPTED)
 
 
@@ -33,6 +34,8 @@ def run_command(command: Callable[[], object]) -> int:
         if exited := command():
             raise SystemExit(exited)
     except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+            return UNREAD  # typer makes an exit of it
         code, reason = outcome(error)
         if code == BUG and not isinstance(error, EndedError):
             traceback.print_exception(error)

@@ -230,6 +230,17 @@ def test_ctrl_c_outside_a_run_exits_130(
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["bench", "scale", "--help"], ["plan", "smoke"]])
+def test_a_reader_that_has_seen_enough_is_no_bug(arguments: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGPIPE and "Broken pipe" not in errors and "error" not in errors, errors
+
+
 def test_existing_run_directory_is_left_alone(
     paceline: Callable[..., int], training: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
