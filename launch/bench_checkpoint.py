@@ -27,7 +27,7 @@ from launch.geometry import geometry
 LIMIT_MS = 10.0  # that a checkpoint may hold training up (issue 4; TLT 97)
 WARMUP = 3  # updates: compilation, the optimiser's moments
 ALONE = 6  # updates timed without a checkpoint
-LEAST = 2  # checkpoints: the first pins the memory of those after it
+LEAST = 2  # checkpoints: the first makes what those after it find made
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import drafter.checkpoint
 from configs.errors import StorageError
-from drafter.checkpoint import CheckpointWriter, read
+from drafter.checkpoint import CheckpointWriter, fetched, read
 from drafter.sealed import newest
 
 
@@ -53,10 +55,25 @@ def test_training_goes_on_while_the_checkpoint_is_written(tmp_path: Path, monkey
         assert torch.equal(read(tmp_path / f"step_{step}")[1]["training"]["w"], torch.full((4,), float(step)))
 
 
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
+    st.lists(st.integers(0, 5), max_size=3),
+    st.integers(1, 9),
+    st.booleans(),
+)
+def test_what_passes_in_pieces_arrives_whole(dtype: torch.dtype, shape: list[int], size: int, turned: bool) -> None:
+    tensor = torch.randint(0, 2 if dtype == torch.bool else 99, shape).to(dtype)
+    tensor = tensor.mT if turned and len(shape) > 1 else tensor
+    waits: list[int] = []
+    whole = fetched(tensor, torch.full((size,), 255, dtype=torch.uint8), lambda: waits.append(1))
+    assert torch.equal(whole, tensor) and whole.dtype == dtype and whole.is_contiguous()
+    assert len(waits) == -(-tensor.nbytes // size), "each piece is waited for"
+
+
 @pytest.mark.gpu
 def test_what_training_overwrites_on_the_gpu_is_not_what_is_written(tmp_path: Path) -> None:
     writer, weight = CheckpointWriter(), torch.zeros(1 << 22, device="cuda")
-    for step in (1, 2, 3):  # the first one pins the memory of the others
+    for step in (1, 2, 3):
         weight.fill_(step)
         writer.begin(tmp_path / f"step_{step}", {"training": {"w": weight, "on_host": torch.ones(2)}}, {})
         for _ in range(20):  # updates, and memory that is asked for again while copies are on their way

@@ -64,7 +64,7 @@ def test_what_was_measured_is_kept_when_a_later_geometry_fails() -> None:
 
 def test_no_checkpoint_is_begun_that_would_end_too_late() -> None:
     (cell,) = run(replace(JOB, checkpoints=9, seconds=1e-6), keep=no_one)["cells"]
-    assert len(cell["call_ms"]) == 2, "the first, and one that finds its memory pinned, are always measured"
+    assert len(cell["call_ms"]) == 2, "the first, and one that finds what the first has left, are always measured"
 
 
 def test_a_checkpoint_of_other_values_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
