@@ -111,8 +111,8 @@ def test_a_learned_drafter_is_counted_and_what_it_could_give_up_is_named(
     model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = plan_for(model_config, "spec.source=suffix", "spec.top_k=1")
-    parts = ("drafter", "drafter's cache", "features")
-    assert [plain.memory["worker"].always[part] for part in parts] == [0, 0, 0]
+    parts = ("drafter", "drafter's lessons", "drafter's cache", "features")
+    assert [plain.memory["worker"].always[part] for part in parts] == [0, 0, 0, 0]
     learned = plan_for(model_config, "spec.source=eagle", "spec.top_k=1", "drafter.buffer_mb=64")
     added = [learned.memory["worker"].always[part] for part in parts]
     assert all(added) and added[-1] > 64 << 20
