@@ -5,8 +5,9 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 from launch.fleet import Fleet
+from rl.recorder import sooner
 
-HEAR_S = 0.5  # between two questions to a worker
+HEAR_S = 0.5  # between two questions to a worker, but in the first seconds
 LAST_WORD_S = 0.2  # for the answers once all is sampled; what comes later is heard of in the next step
 
 
@@ -32,9 +33,11 @@ class Hearing:
             await asyncio.wait(self._asked.values(), timeout=LAST_WORD_S)
 
     async def _hear(self, sampling: Collection[int]) -> None:
+        clock = asyncio.get_running_loop().time
+        begun = clock()
         while True:
             self._ask(sampling)
-            await asyncio.sleep(HEAR_S)
+            await asyncio.sleep(sooner(HEAR_S, clock() - begun))
 
     def _ask(self, numbers: Iterable[int]) -> None:
         """Ask those that owe no answer."""
