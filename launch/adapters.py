@@ -115,7 +115,7 @@ class RayEngine:
         return sample(self.fleet, prompts, sampling)
 
     def activity(self) -> list[Activity]:
-        """What every worker last said it does; half a second old at most, less in its first seconds, while it answers."""
+        """What every worker last said it does; half a second old at most, while it answers."""
         return self.fleet.activity()
 
     def references(self) -> dict[Key, list[float]]:
