@@ -294,6 +294,8 @@ def test_workers_are_heard_while_they_sample_and_once_more_at_the_end() -> None:
         assert [each.running for each in fleet.activity()] == [2, 2]
         workers[1].finish_all()
         await until(workers[1].is_learning.is_set)
+        await asyncio.sleep(3.0)
+        assert [each.running for each in fleet.activity()] == [2, 0], "who has ended is not drawn on"
         workers[0].finish_all()
         await ends(call)
         assert [each.running for each in fleet.activity()] == [0, 0]
