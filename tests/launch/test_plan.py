@@ -214,6 +214,17 @@ def test_too_little_memory_is_warned_about(model_config: PretrainedConfig, monke
     assert "may not fit in the 0.00 GB available" in warning
 
 
+def test_processes_on_one_machine_share_its_memory(
+    model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.plan, "available_bytes", lambda device: 12_000)
+    assert plan_for(model_config).available_bytes == 12_000
+    two = ["compute.backend=ray", "compute.workers=2"]
+    assert plan_for(model_config, *two).available_bytes == 6_000
+    separate = plan_for(model_config, *two, "compute.placement=separate", "compute.rollout_workers=1")
+    assert separate.available_bytes == 4_000
+
+
 def test_passes_over_the_prompts_are_told_where_their_number_is_known(model_config: PretrainedConfig) -> None:
     sizes = ["train.steps=20", "rollout.prompts_per_step=8", "data.size=40"]
     for source, passes in (("reasoning_gym", 4), ("file", None), ("hub", None)):

@@ -54,6 +54,8 @@ def test_page_is_there_as_long_as_the_run(written, free_port: Callable[[], int])
     log = written.path / "monitor.log"
     with watched(written.path, MonitorConfig(port=port), log=log):
         eventually(lambda: state(port) is not None, "the page does not come up")
+        (hub,) = hubs(written.path)
+        assert os.getsid(hub) == hub, "Ctrl-C in the run's terminal would end it before the run has saved"
     assert state(port) is None and hubs(written.path) == []
     assert log.read_text() == ""
     assert (written.path / "monitoring" / "grafana" / "paceline.json").is_file()
