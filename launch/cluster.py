@@ -172,8 +172,12 @@ def stop_token_ids(path: Path, tokenizer: Any) -> tuple[int, ...]:
 
 
 def protect_local_ray() -> None:
-    """Make a cluster of our own answer to this run alone. Before Ray is imported: it reads these once."""
+    """Make a cluster of our own answer to this run and this machine alone. Before Ray is imported: it reads these once.
+
+    Of its ports those for metrics ask for no token, and all would listen to every address.
+    """
     if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Linux heeds it too: loopback (seen in 2.60)
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

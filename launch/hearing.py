@@ -5,8 +5,9 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 
 from launch.fleet import Fleet
+from rl.recorder import sooner
 
-HEAR_S = 0.5  # between two questions to a worker
+HEAR_S = 0.5  # between two questions to a worker, but in the first seconds
 LAST_WORD_S = 0.2  # for the answers once all is sampled; what comes later is heard of in the next step
 
 
@@ -19,7 +20,7 @@ class Hearing:
         self._task: asyncio.Task[None] | None = None
 
     def begin(self, sampling: Collection[int]) -> None:
-        """Ask those that sample, whoever they are at the time, again and again."""
+        """Ask those that sample, whoever they are at the time, again and again, and once more when they have ended."""
         self._task = asyncio.create_task(self._hear(sampling))
 
     async def end(self) -> None:
@@ -32,15 +33,18 @@ class Hearing:
             await asyncio.wait(self._asked.values(), timeout=LAST_WORD_S)
 
     async def _hear(self, sampling: Collection[int]) -> None:
+        clock = asyncio.get_running_loop().time
+        begun, owing = clock(), set[int]()
         while True:
-            self._ask(sampling)
-            await asyncio.sleep(HEAR_S)
+            now = set(sampling)
+            owing = now | (now | owing) - self._ask(now | owing)
+            await asyncio.sleep(sooner(HEAR_S, clock() - begun))
 
-    def _ask(self, numbers: Iterable[int]) -> None:
-        """Ask those that owe no answer."""
-        for number in numbers:
-            if number not in self._asked or self._asked[number].done():
-                self._asked[number] = asyncio.create_task(self._listen(number))
+    def _ask(self, numbers: Iterable[int]) -> set[int]:
+        """Ask those that owe no answer; who they are."""
+        free = {number for number in numbers if number not in self._asked or self._asked[number].done()}
+        self._asked |= {number: asyncio.create_task(self._listen(number)) for number in free}
+        return free
 
     async def _listen(self, number: int) -> None:
         with suppress(Exception):  # whoever gives it something to do finds out

@@ -69,8 +69,10 @@ def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> d
         "block weights": sizes.watched,
         "CUDA graphs": 0 if sizes.device == "cpu" else graph_bytes(config, sizes.share.config, sizes),
     }
+    learned = _made_by_lessons(config, sizes.drafter)
     drafter = {
-        "drafter": sum((sizes.drafter.weights, sizes.drafter.training, sizes.drafter.graphs, sizes.drafter.checkpoint)),
+        "drafter": sizes.drafter.weights + sizes.drafter.training - learned,
+        "drafter's lessons": learned + sizes.drafter.graphs + sizes.drafter.checkpoint,
         "drafter's cache": sizes.drafter.cache,
         "gates": sizes.gates.weights,
         "gates' lessons": sizes.gates.training,
@@ -94,6 +96,15 @@ def memory_of(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> d
     if config.train.offload == "rollout":
         return {"worker": Memory(always=held | drafter, rollout=cache | sampled, training=states | step)}
     return {"worker": Memory(always=held | states | cache | drafter, rollout=sampled, training=step)}
+
+
+def _made_by_lessons(config: Config, drafter: DrafterBytes) -> int:
+    """Of what training the drafter takes, what its first lesson makes: gradients, and without a head to begin with the
+    weights that failures go back to. The moments are made with the head."""
+    if not config.drafter.train:
+        return 0
+    each = drafter.training // 4  # all four are as large as the weights
+    return each if config.drafter.init else 2 * each
 
 
 def _states(config: Config, sizes: Sizes) -> dict[str, int]:

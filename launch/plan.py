@@ -34,13 +34,26 @@ NOTES = {
     "whole copy": "that rollouts are sampled from",
     "CUDA graphs": "at most",
     "block weights": "of sequences that run, that sparse.selector=verified goes by",
-    "drafter": "its copies, gradients and optimiser",
+    "drafter": "its copies and optimiser",
+    "drafter's lessons": "gradients, CUDA graphs and copies for checkpoints",
     "drafter's cache": "of sequences that run",
     "gates": "that pick blocks, and the copy that learns, if one does",
     "gates' lessons": "gradients and optimiser",
     "gate samples": "keys and queries of verifications, at most",
     "8-bit copy": "of the policy, that drafts read",
     "features": "hidden states to draft from and learn from",
+}
+
+# What a run makes once its engine has a KV cache, of the memory that the cache's share leaves free.
+AFTER_CACHE = {
+    "CUDA graphs",
+    "block weights",
+    "reference",
+    "drafter's cache",
+    "drafter's lessons",
+    "features",
+    "gates' lessons",
+    "gate samples",
 }
 
 
@@ -149,8 +162,7 @@ def _kv_blocks(config: Config, model_config: PretrainedConfig, sizes: Sizes, *, 
     if config.rollout.kv_tokens:
         return config.rollout.kv_tokens // block_size
     sampler = list(memory_of(config, model_config, sizes).values())[-1]  # without a cache
-    after = ("CUDA graphs", "block weights", "gates' lessons", "gate samples")  # the cache, in memory left free
-    reserved = sum(sampler.always.values()) - sum(sampler.always.get(name, 0) for name in after)
+    reserved = sum(size for name, size in sampler.always.items() if name not in AFTER_CACHE)
     affordable = cache_budget(sizes.device, reserved=reserved) // _block_bytes(config, sizes.share.config, sizes.dtype)
     return min(sizes.rows * ceil(longest / block_size), affordable)
 

@@ -20,7 +20,8 @@ from rl.rundir import RunDir
 from rl.trace import KEPT_TRACES, Lane, step_trace
 from rollout.types import Activity, Engine, Rollout, Sampling
 
-CURVE_S = 0.25  # between two lines of the curve at least
+CURVE_S = 0.25  # between two lines of the curve at least, once the step is a second old
+YOUNG_S = 0.05  # before: a step may be over in half a second
 SLOWEST_S = 1.0  # and at most, in long rollouts: whoever watches is never further behind
 LINES = 240  # of a step's curve, after which lines come slower
 IDLE_S = 0.05  # a gap that long between a worker's spans is one of its own
@@ -202,9 +203,15 @@ class Recorder:
             self._failed = True
 
 
+def sooner(usual_s: float, elapsed_s: float) -> float:
+    """How long to wait between two looks at what began so long ago: less than usual at first, so that what is over
+    quickly is seen too."""
+    return min(usual_s, max(YOUNG_S, elapsed_s / 4))
+
+
 async def _again_and_again(look: Callable[[], None]) -> None:
     begun = time.monotonic()
     while True:
         elapsed = time.monotonic() - begun
-        await asyncio.sleep(min(SLOWEST_S, max(CURVE_S, elapsed / LINES)))
+        await asyncio.sleep(min(SLOWEST_S, max(sooner(CURVE_S, elapsed), elapsed / LINES)))
         look()

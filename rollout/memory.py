@@ -24,7 +24,9 @@ def cache_budget(device: str, *, reserved: int = 0) -> int:
 def available_bytes(device: str) -> int:
     """Memory a process may still take: of the GPU, or of the machine within its control group."""
     if torch.device(device).type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # what torch keeps for its own next tensors, as after a warm start, counts as taken for the driver alone
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024
     limit, used = _control_group("memory.max"), _control_group("memory.current")

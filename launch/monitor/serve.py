@@ -7,13 +7,14 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import ConfigError, PreflightError
+from configs.errors import ConfigError, PacelineError, PreflightError
 from launch.monitor.guard import LOGIN, LOOPBACK, Guard, own_names
 
 TOKEN = "PACELINE_MONITOR_TOKEN"
@@ -115,10 +116,8 @@ def main() -> None:
         return
     os.nice(10)  # the run comes first
     if given.sink:
-        from launch.monitor.sinks import feed
-
         for name in given.sink:  # each by itself: one that fails leaves the others
-            threading.Thread(target=feed, args=(given.path, [name], over), name=name).start()
+            threading.Thread(target=_feed, args=(given.path, name, over), name=name).start()
     if given.fd >= 0:
         with socket.socket(fileno=given.fd) as listener:
             serve(
@@ -127,6 +126,16 @@ def main() -> None:
     else:
         over.wait()
     over.set()
+
+
+def _feed(path: Path, name: str, over: threading.Event) -> None:
+    """Feed a sink; what the user can mend is a line in the log, anything else its traceback."""
+    from launch.monitor.sinks import feed
+
+    try:
+        feed(path, [name], over)
+    except PacelineError as error:
+        print(f"the {name} sink holds nothing of this run: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

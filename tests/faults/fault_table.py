@@ -1,6 +1,6 @@
 """The faults a run may meet, what becomes of each, and docs/faults.md, which is made from this table.
 
-python tests/faults/fault_table.py        writes docs/faults.md
+python tests/faults/fault_document.py     writes docs/faults.md
 """
 
 from dataclasses import dataclass

@@ -294,11 +294,36 @@ def test_workers_are_heard_while_they_sample_and_once_more_at_the_end() -> None:
         assert [each.running for each in fleet.activity()] == [2, 2]
         workers[1].finish_all()
         await until(workers[1].is_learning.is_set)
+        await asyncio.sleep(3.0)
+        assert [each.running for each in fleet.activity()] == [2, 0], "who has ended is not drawn on"
         workers[0].finish_all()
         await ends(call)
         assert [each.running for each in fleet.activity()] == [0, 0]
         (lesson,) = fleet.activity()[1].spans
         assert lesson.kind == "drafter" and lesson.end - lesson.begin == pytest.approx(0.001, abs=1e-5)
+
+    skipping(run())
+
+
+def test_a_worker_is_asked_often_at_first_and_twice_a_second_later() -> None:
+    async def run() -> None:
+        workers, fleet = make(1)
+        asked: list[float] = []
+        clock = asyncio.get_running_loop().time
+        answer = workers[0].activity
+
+        async def activity() -> Activity:
+            asked.append(clock() - begun)
+            return await answer()
+
+        workers[0].activity = activity  # type: ignore[method-assign]
+        begun = clock()
+        call = Call(fleet, 1)
+        await asyncio.sleep(22.0)
+        assert len([at for at in asked if at <= 0.5]) >= 8, "a call may be over by then"
+        assert 38 <= len([at for at in asked if at > 2.0]) <= 41
+        workers[0].finish_all()
+        await ends(call)
 
     skipping(run())
 

@@ -111,8 +111,8 @@ def test_a_learned_drafter_is_counted_and_what_it_could_give_up_is_named(
     model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = plan_for(model_config, "spec.source=suffix", "spec.top_k=1")
-    parts = ("drafter", "drafter's cache", "features")
-    assert [plain.memory["worker"].always[part] for part in parts] == [0, 0, 0]
+    parts = ("drafter", "drafter's lessons", "drafter's cache", "features")
+    assert [plain.memory["worker"].always[part] for part in parts] == [0, 0, 0, 0]
     learned = plan_for(model_config, "spec.source=eagle", "spec.top_k=1", "drafter.buffer_mb=64")
     added = [learned.memory["worker"].always[part] for part in parts]
     assert all(added) and added[-1] > 64 << 20
@@ -217,6 +217,17 @@ def test_too_little_memory_is_warned_about(model_config: PretrainedConfig, monke
     monkeypatch.setattr(launch.plan, "available_bytes", lambda device: 1_000_000)
     (warning,) = plan_for(model_config).warnings
     assert "may not fit in the 0.00 GB available" in warning
+
+
+def test_processes_on_one_machine_share_its_memory(
+    model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.plan, "available_bytes", lambda device: 12_000)
+    assert plan_for(model_config).available_bytes == 12_000
+    two = ["compute.backend=ray", "compute.workers=2"]
+    assert plan_for(model_config, *two).available_bytes == 6_000
+    separate = plan_for(model_config, *two, "compute.placement=separate", "compute.rollout_workers=1")
+    assert separate.available_bytes == 4_000
 
 
 def test_passes_over_the_prompts_are_told_where_their_number_is_known(model_config: PretrainedConfig) -> None:

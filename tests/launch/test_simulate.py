@@ -149,8 +149,9 @@ def test_the_table_says_what_is_simulated(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ragged())
     config = parse("data: {name: chain_sum}", [*RECIPE, "compute.backend=ray", "compute.workers=2"])
     out = StringIO()
-    Console(file=out, width=110).print(table(read_run(run), config, [1, 4]))
+    Console(file=out, width=80).print(table(read_run(run), config, [1, 4]))
     shown = out.getvalue()
+    assert "…" not in shown and "24.12" in shown, "no figure is cut in a terminal of 80 columns, nor in a pipe"
     assert "Seconds a step, simulated" in shown
     rows = [line for line in shown.splitlines() if "measured" in line or "simulated," in line]
     assert [row.split("  ")[0].strip() for row in rows] == [

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +266,23 @@ def test_what_cannot_be_written_is_missed_and_said_once(
     assert [record.getMessage() for record in caplog.records] == [
         "curve, lanes and traces of this run are incomplete: [Errno 28] No space left on device"
     ]
+
+
+def test_the_curve_of_a_step_of_half_a_second_has_points_and_that_of_a_long_one_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, looked = [0.0], [0.0]
+
+    async def passes(seconds: float) -> None:
+        now[0] += seconds
+        if now[0] > 3600.0:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr("rl.recorder.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rl.recorder.asyncio.sleep", passes)
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(module._again_and_again(lambda: looked.append(now[0])))
+    waits = [after - before for before, after in pairwise(looked)]
+    assert len([at for at in looked if at <= 0.5]) >= 8
+    assert max(waits[: looked.index(next(at for at in looked if at > 50))]) <= 0.26, "four a second for a minute"
+    assert max(waits) <= 1.01 and len(looked) < 4000

@@ -310,6 +310,18 @@ def test_pairs_of_sockets_are_of_one_family(cell: Cell) -> None:
     assert cell.feed(textwrap.dedent(program), "", timeout_s=60) == "True\n1\n1\n"
 
 
+def test_bubblewraps_namespaces_are_a_wall_of_their_own(program: Callable[[str], str]) -> None:
+    """seccomp refuses what leads out of them: were one shared again, no program above would succeed."""
+    program("bwrap")
+    cell = Cell("bubblewrap", memory_mb=512)
+    kinds = ("net", "pid", "ipc", "uts", "mnt")
+    shown = cell.feed(f"import os\nfor kind in {kinds}: print(os.readlink('/proc/self/ns/' + kind))", "", timeout_s=60)
+    cell.close()
+    assert shown is not None
+    ours = [os.readlink(f"/proc/self/ns/{kind}") for kind in kinds]
+    assert [kind for kind, own, theirs in zip(kinds, ours, shown.split(), strict=True) if own == theirs] == []
+
+
 def test_the_same_programs_succeed_where_nothing_holds_them(places: dict[str, Any]) -> None:
     """Those that do no harm on this machine: without it the tests above could pass for want of a working misdeed."""
     cell = Cell("none", memory_mb=2048)

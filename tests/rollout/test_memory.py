@@ -41,7 +41,14 @@ def test_the_engine_affords_a_cache_within_the_control_group(
     assert make_engine()._workspace._affordable_blocks() == 9
 
 
-def test_half_of_what_is_left_of_a_gpu_may_be_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kept", "halved"), [(0, 500), (400, 700)])
+def test_half_of_what_is_left_of_a_gpu_may_be_cache_and_what_torch_keeps_for_later_is_left_too(
+    kept: int, halved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1000, 4000))
-    assert cache_budget("cuda:0", reserved=200) == 400
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 2100)
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: 2100 + kept)
+    assert available_bytes("cuda") == 1000 + kept
+    assert cache_budget("cuda:0") == halved
+    assert cache_budget("cuda:0", reserved=200) == halved - 100
     assert cache_budget("cuda", reserved=2000) == 0

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 Paceline = Callable[..., subprocess.CompletedProcess[str]]
@@ -36,6 +38,43 @@ def actors_below(root: int) -> list[int]:
 def step_of(run: Path) -> int:
     status = run / "STATUS.json"
     return int(json.loads(status.read_text()).get("step", 0)) if status.exists() else 0
+
+
+LOCAL_RAY = """
+import sys
+from launch.cluster import protect_local_ray
+protect_local_ray()
+import ray
+from launch.joined import join
+join("local")
+ray.get(ray.remote(lambda: None).remote())  # a worker is there, too
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+
+
+def test_a_ray_of_our_own_listens_to_this_machine_alone_and_asks_for_a_token(tmp_path: Path) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"HOME": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCAL_RAY], env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as ours:
+        assert ours.stdin is not None and ours.stdout is not None
+        address = ours.stdout.readline().strip()
+        started = psutil.Process(ours.pid).children(recursive=True)
+        listening = [
+            one.laddr
+            for process in (*started, psutil.Process(ours.pid))
+            for one in process.net_connections(kind="tcp")
+            if one.status == psutil.CONN_LISTEN
+        ]
+        asks = {each.name(): each.environ().get("RAY_AUTH_MODE") for each in started}
+        ours.stdin.close()
+    assert ours.returncode == 0
+    assert {ip_address(each.ip.removeprefix("::ffff:")).is_loopback for each in listening} == {True}, listening
+    assert int(address.rpartition(":")[2]) in {each.port for each in listening}
+    assert asks["gcs_server"] == asks["raylet"] == "token"
+    assert not (tmp_path / ".ray" / "auth_token").exists(), "it is this run's own, not one for every run of the user"
 
 
 @pytest.mark.slow

@@ -54,6 +54,8 @@ def test_page_is_there_as_long_as_the_run(written, free_port: Callable[[], int])
     log = written.path / "monitor.log"
     with watched(written.path, MonitorConfig(port=port), log=log):
         eventually(lambda: state(port) is not None, "the page does not come up")
+        (hub,) = hubs(written.path)
+        assert os.getsid(hub) == hub, "Ctrl-C in the run's terminal would end it before the run has saved"
     assert state(port) is None and hubs(written.path) == []
     assert log.read_text() == ""
     assert (written.path / "monitoring" / "grafana" / "paceline.json").is_file()
@@ -84,6 +86,23 @@ def test_sinks_hold_the_last_step_when_the_run_ends(written) -> None:
     (events,) = (written.path / "tensorboard").iterdir()
     assert events.read_bytes().count(b"reward/mean") == 2
     assert (written.path / "monitor.log").read_text() == ""
+
+
+def test_sink_without_its_login_says_so_in_a_line_and_leaves_the_others(
+    written, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    log = tmp_path / "monitor.log"
+    with watched(written.path, MonitorConfig(sinks=("wandb", "tensorboard")), log=log):
+        written.step(1)
+        eventually(lambda: "API key" in (log.read_text() if log.exists() else ""), "nothing is said of the login")
+    said = log.read_text()
+    assert "the wandb sink holds nothing of this run: " in said and "WANDB_MODE=offline" in said
+    assert "Traceback" not in said
+    assert list((written.path / "tensorboard").iterdir())
 
 
 def test_hub_goes_with_a_run_that_is_killed(written, free_port: Callable[[], int]) -> None:
