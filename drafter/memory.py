@@ -80,7 +80,8 @@ def drafter_bytes(
     maps = 8 * shape.draft_vocab + shape.vocab_size
     return DrafterBytes(
         weights=parameters * (FLOAT32_BYTES + (NUM_HEADS + 1) * itemsize) + (NUM_HEADS + 1) * maps,
-        training=parameters * FLOAT32_BYTES * (4 if config.train else 1),
+        # what all agreed on and two moments, which a checkpoint may bring and the next one keeps; gradients
+        training=parameters * FLOAT32_BYTES * (4 if config.train else 3),
         rings=ring_bytes(
             hidden_size=shape.hidden_size,
             window=config.feature_window,

@@ -34,6 +34,7 @@ CASES = {
     "a reference": ["train.kl_coef=0.1"],
     "a head that begins": HEAD,
     "a head that goes on": [*HEAD, "drafter.init=TRAINED/head"],
+    "a head that stays as it is": [*HEAD, "drafter.init=TRAINED/head", "drafter.train=false"],
     "gates that learn": [*GATES, "sparse.gate=TRAINED/gates", "sparse.learn=true"],
     "drafts in eight bits": ["sparse.mode=draft", "sparse.weights=int8"],
 }
