@@ -134,9 +134,8 @@ class Publisher:
             served=1 + float(served.sum()),
             last_good=1 + float(last_good.sum()),
             num_tokens=len(batch.next_ids),
-            # of a sum of differences that are 0 on average: one window alone never tells
-            candidate_doubt=float((candidate - served).norm()) if self.version else 0.0,
-            last_good_doubt=float((last_good - served).norm()),
+            candidate_doubt=_doubt(candidate - served, batch) if self.version else 0.0,
+            last_good_doubt=_doubt(last_good - served, batch),
         )
 
     def follow(self, verdict: Outcome) -> None:
@@ -189,6 +188,18 @@ class Publisher:
 
     def _reached(self, head: EagleHead, batch: FeatureBatch) -> torch.Tensor:
         return reached_by_window(head, batch, embedding=self._embedding, lm_head=self._lm_head, config=self._config)
+
+
+def _doubt(gains: torch.Tensor, batch: FeatureBatch) -> float:
+    """The standard error of the sum of the windows' gains, [W], by what each is off its share of that sum.
+
+    Of one window all of it: it alone never tells.
+    """
+    count = len(gains)
+    if count == 1:
+        return abs(float(gains))
+    shares = batch.cu_seqlens.cpu().double().diff() / len(batch.next_ids)
+    return float((gains - shares * gains.sum()).norm()) * (count / (count - 1)) ** 0.5
 
 
 def is_finite(head: EagleHead) -> bool:
