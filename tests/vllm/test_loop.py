@@ -57,7 +57,7 @@ def test_a_drafter_learns_beside_vllm_and_is_published_to_it(served_dir: Path, t
     options = [
         "spec.source=eagle", "spec.depth=3", f"drafter.init={start}", "drafter.budget=1.0", "drafter.batch_tokens=512",
         "drafter.lr=3e-3", "rollout.prompts_per_step=16", "rollout.max_new_tokens=32", "rollout.temperature=0.3",
-        "train.steps=5", "train.lr=1e-5", "eval.every=0",
+        "train.steps=7", "train.lr=1e-5", "eval.every=0",
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", "train", str(recipe), *options],
