@@ -191,8 +191,9 @@ def _convert(value: Any, hint: Any, key: str, problems: list[Problem], *, defaul
     if origin is tuple and arguments[-1] is ...:
         if not isinstance(value, list):
             return reject("a list")
+        known = len(problems)
         kept = [_convert(item, arguments[0], f"{key}[{i}]", problems, default=None) for i, item in enumerate(value)]
-        return tuple(kept)
+        return tuple(kept) if len(problems) == known else default
     if origin is tuple:
         if not isinstance(value, list) or len(value) != len(arguments):
             return reject(f"a list of {len(arguments)}")

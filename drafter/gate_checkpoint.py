@@ -102,7 +102,10 @@ def read_gate_config(folder: Path, model_config: Any) -> GateConfig:
         theirs = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a config.json from elsewhere makes transformers raise errors of many libraries
         reason = str(error).strip().partition("\n")[0]
-        raise PreflightError(f"{folder} holds no gates that can be read ({type(error).__name__}: {reason})") from error
+        raise PreflightError(
+            f"{folder} holds no gates that can be read ({type(error).__name__}: {reason}); set sparse.gate to the"
+            " folder of `paceline gate train`, or to published gates"
+        ) from error
     for name, value in KIND.items():
         if (said := described.get(name, value)) != value:  # what it does not say, the tensors' names and shapes do
             raise PreflightError(f"{path} says {name}={said!r}; only gates with {value!r} can be used")

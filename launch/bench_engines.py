@@ -262,7 +262,12 @@ def sparse_drift(
     from configs.load import parse
 
     fixed = ["data.name=none", "rollout.block_size=64", "spec.source=off", "sparse.mode=rectified"]
-    sparse = parse("", [*fixed, *(overrides or [])], origin="sparse-drift").sparse
+    given = overrides or []
+    if stray := [each for each in given if not each.startswith(("sparse.", "rollout.block_size="))]:
+        raise ConfigError(f"{stray[0]}: only sparse.* changes what is measured; leave it out, or see --help")
+    sparse = parse("", [*fixed, *given], origin="sparse-drift").sparse
+    if sparse.mode != "rectified":
+        raise ConfigError(f"sparse.mode={sparse.mode}: rectified and plain are both measured; leave it out")
     prepare(out)
     from launch import bench_sparse_drift
     from launch.geometry import Subject

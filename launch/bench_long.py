@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from configs.errors import ConfigError
-from launch.bench_options import Device, Dtype, Json, Rounds, Seed, numbers, prepare, show
+from launch.bench_options import Device, Dtype, Json, Rounds, Seed, names, numbers, prepare, show
 
 Text = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="Natural text; Python's own documentation without.")
@@ -38,7 +38,7 @@ def selection(
     out: Json = None,
 ) -> None:
     """Attention kept, divergence of the next token and accept rate on a real model, by selector and budget."""
-    sizes = tuple(numbers("--budgets", budgets))
+    sizes, named = tuple(numbers("--budgets", budgets)), names("--selectors", selectors) if selectors else ()
     prepare(out)
     from configs.schema import SparseConfig
     from launch import bench_selection
@@ -46,11 +46,11 @@ def selection(
     from launch.natural_text import natural_tokens
     from rollout.pretrained import load_tokenizer
 
-    chosen = selectors.split(",") if selectors else [name for name in bench_selection.KNOWN if name != "gate" or gate]
+    chosen = named or tuple(name for name in bench_selection.KNOWN if name != "gate" or gate)
     subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
     assert subject.folder is not None
     sparse = SparseConfig(gate=gate, select_block=block, dense_layers=dense_layers)
-    job = bench_selection.Job(texts, tokens, places, draws, tuple(chosen), sizes, sparse, seed)
+    job = bench_selection.Job(texts, tokens, places, draws, chosen, sizes, sparse, seed)
     name, token_ids = natural_tokens(load_tokenizer(subject.folder), text)
     result = bench_selection.run(subject, job, name=name, token_ids=token_ids)
     show(result, bench_selection.table(result), out)
@@ -78,6 +78,7 @@ def sparse_rollout(
     out: Json = None,
 ) -> None:
     """Tokens per second of whole rollouts over long contexts: without drafts, drafted under selectors, and lossy."""
+    mode_names, selector_names = names("--modes", modes), names("--selectors", selectors)
     prepare(out)
     from configs.schema import SparseConfig
     from launch import bench_sparse_rollout
@@ -91,8 +92,8 @@ def sparse_rollout(
         sequences,
         prompt_tokens,
         new_tokens,
-        tuple(modes.split(",")),
-        tuple(selectors.split(",")),
+        mode_names,
+        selector_names,
         SparseConfig(budget_tokens=budget, depth=depth, every=every, weights=weights, gate=gate),
         rounds,
         seed,

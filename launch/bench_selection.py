@@ -86,6 +86,8 @@ def _check(job: Job, model: PreTrainedModel) -> None:
         raise ConfigError(f"--tokens {job.tokens} exceeds the model's context of {limit}")
     if job.tokens <= job.places + job.sparse.depth + 1:
         raise ConfigError(f"--tokens {job.tokens} leaves nothing before the last --places {job.places}; give more")
+    if job.sparse.dense_layers == (count := model.config.get_text_config().num_hidden_layers):
+        raise ConfigError(f"--dense-layers {count}: no layer is left to select in; give fewer")
     if unknown := [each for each in job.selectors if each not in KNOWN]:
         raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(KNOWN)}")
     if "gate" in job.selectors and not job.sparse.gate:

@@ -9,7 +9,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -40,6 +40,7 @@ COMPARED = 8  # rollouts of a mode whose first difference from "off" is looked i
 ALL_BUT = 0.9  # of the rollouts: what comes after so many have finished is the tail
 LIMIT = 2.0  # tokens a second of the best drafting mode over "off", at least (issue 6)
 MODES = ("off", "draft", "rectified", "plain")
+SELECTORS = get_args(get_type_hints(SparseConfig)["selector"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,10 @@ def make_sides(model: PreTrainedModel, job: Job) -> list[Side]:
     """What the job compares, in its order. Raises ConfigError, PreflightError."""
     if unknown := [mode for mode in job.modes if mode not in MODES]:
         raise ConfigError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
+    if unknown := [selector for selector in job.selectors if selector not in SELECTORS]:
+        raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(SELECTORS)}")
+    if (trained := {"gate", "duo"} & {*job.selectors}) and not job.sparse.gate:
+        raise ConfigError(f"--selectors {min(trained)} needs --gate: what sparse.gate names in a recipe")
     lossy = [mode for mode in job.modes if mode in UNDER]
     if lossy and job.sparse.budget_tokens < PROBE_TOKENS:
         raise ConfigError(

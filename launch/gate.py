@@ -42,7 +42,7 @@ def train(
     batch: Annotated[int, typer.Option(min=1, help="Sequences of an update.")] = 4,
     lr: Annotated[float, typer.Option(help="Learning rate, after a warm-up.")] = 1e-3,
     block: Annotated[int, typer.Option(help="Keys of a block that is selected or not: 16, 32 or 64.")] = 64,
-    budget: Annotated[int, typer.Option(help="Keys that the selection is measured with; 0 is an eighth.")] = 0,
+    budget: Annotated[int, typer.Option(min=0, help="Keys that the selection is measured with; 0 is an eighth.")] = 0,
     figures: Json = None,
 ) -> None:
     """Distil gates from a policy's own attention; its weights stay as they are."""
@@ -50,6 +50,8 @@ def train(
         raise ConfigError(f"--block {block} is none of {', '.join(map(str, BLOCKS))}")
     if not 0 < lr < 1:
         raise ConfigError(f"--lr {lr:g} is not between 0 and 1")
+    if 0 < budget < block:
+        raise ConfigError(f"--budget {budget} holds no block of {block} keys; give {block} or more")
     num_blocks = max(1, (budget or length // 8) // block)
     if num_blocks >= (length - 1) // block:
         raise ConfigError(

@@ -168,7 +168,7 @@ FIRST = "model.layers.0.self_attn.attn_gate."
         (_rewrite(lambda tensors: tensors[FIRST + LINEAR_Q].fill_(torch.nan)), "not finite"),
         (_describe(seerattn_q_head_pooling_type="Qavgproj"), "seerattn_q_head_pooling_type='Qavgproj'"),
         (_describe(seerattn_use_qk_norm=False), "seerattn_use_qk_norm=False"),
-        (_describe(seerattn_gate_block_size=None), "no gates that can be read"),
+        (_describe(seerattn_gate_block_size=None), "no gates that can be read .*; set sparse.gate to"),
         (_describe(num_hidden_layers=3, layer_types=None), "num_layers=3, not 2"),
         (_describe(num_hidden_layers=3), "no gates that can be read"),
         (_describe(num_key_value_heads=4), "num_kv_heads=4, not 2"),

@@ -148,6 +148,7 @@ def test_what_does_not_say_what_training_says_is_not_measured(
         ({"places": 295}, "--tokens 300 leaves nothing before the last --places 295"),
         ({"selectors": ("guess",)}, "'guess' is none of quest, resa, mean"),
         ({"selectors": ("gate",)}, "--selectors gate needs --gate FOLDER"),
+        ({"sparse": SparseConfig(dense_layers=2)}, "--dense-layers 2: no layer is left to select in; give fewer"),
         ({"sparse": SparseConfig(select_block=48)}, "blocks of 48 tokens do not divide 64"),
         ({"budgets": (256, 95), "sparse": SparseConfig()}, "--budgets 95: quest reads 96 tokens .*; give 96 or more"),
         ({"selectors": ("quest", "mean"), "budgets": (128,)}, "--budgets 128: mean reads 192 tokens in any case"),

@@ -83,6 +83,20 @@ def test_the_command_writes_every_modes_drift_and_where_it_was_measured(tmp_path
     assert len(result["kl_by_place"]) == 8
 
 
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("sparse.mode=plain", "sparse.mode=plain: rectified and plain are both measured; leave it out"),
+        ("rollout.temperature=0.5", "rollout.temperature=0.5: only sparse.* changes what is measured"),
+        ("sparse.every=65", "sparse.every=65: at most 64 tokens are forwarded again at once"),
+    ],
+)
+def test_keys_that_would_change_nothing_are_refused(key: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        app(["sparse-drift", "--geometry", "tiny", "--device", "cpu", key], standalone_mode=False)
+    assert says in str(refused.value)
+
+
 def test_texts_longer_than_the_context_are_refused(subject: Subject) -> None:
     with pytest.raises(ConfigError, match="--tokens 5000 exceeds the model's context of 4096"):
         bench_sparse_drift.run(subject, Job(1, 5000, 10, SparseConfig(mode="rectified"), 0))

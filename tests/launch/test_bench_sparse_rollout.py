@@ -98,6 +98,8 @@ def test_the_command_writes_its_modes_and_draws_a_line_for_each(tiny_model_dir: 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"selectors": ("quest", "best")}, "--selectors: 'best' is none of quest, resa, gate, "),
+        ({"selectors": ("gate",)}, "--selectors gate needs --gate"),
         ({"modes": ("off", "fast")}, "--modes: 'fast' is none of off, draft, rectified, plain"),
         (
             {"sparse": SparseConfig(budget_tokens=96)},

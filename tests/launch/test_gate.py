@@ -138,6 +138,7 @@ def test_what_is_harvested_is_what_the_policy_attends_to(tiny_model_dir: Path) -
     ("options", "error", "named"),
     [
         (("--block", "48"), ConfigError, "--block 48"),
+        (("--budget", "8"), ConfigError, "--budget 8 holds no block of 16 keys; give 16"),
         (("--lr", "7"), ConfigError, "--lr 7"),
         (("--budget", "240"), ConfigError, "nothing to select"),
         (("--length", "1024"), ConfigError, "512 positions"),

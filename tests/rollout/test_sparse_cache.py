@@ -1,6 +1,5 @@
 """Sparse attention beside the cache: what is known of committed keys and no others, and who is refused."""
 
-import asyncio
 import gc
 import random
 import weakref
@@ -8,7 +7,7 @@ from collections import abc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -18,14 +17,9 @@ from configs.errors import ConfigError, PreflightError
 from configs.schema import RolloutConfig, SparseConfig
 from drafter.selfdraft import SelfDrafter
 from drafter.types import OFF, Strategy
-from kernels.describe import describe, empty_descriptors
-from rollout.decoder import make_decoder
 from rollout.engine import NativeEngine
 from rollout.model import ATTENTION, PagedCache, load_policy
-from rollout.runner import pack
-from rollout.scheduler import Work
 from rollout.selectors import DescribedSelector, choice_of, make_sparse, share_of_cache
-from rollout.sequence import Sequence
 from rollout.sparse import SparseAttention
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
@@ -108,64 +102,6 @@ def test_rows_that_grow_leave_no_prefix_that_the_selector_knows_nothing_of(
     rollouts = collect(engine, long_prompts, longer)
     assert engine._workspace.cache is cache and engine._workspace.residency is not rows
     assert_same(rollouts, collect(sampling_sparsely(), long_prompts, longer))
-
-
-@torch.inference_mode()
-def fresh_prefill(policy: PreTrainedModel, tokens: list[int], kind: Any) -> tuple[PagedCache, torch.Tensor]:
-    """A cache of a sequence's tokens but for the last, computed at once, and the descriptors of its keys."""
-    sequence = Sequence(
-        prompt=Prompt("fresh", tokens, ""), sample=0, noise_key=0, max_length=len(tokens) + 1, block_size=16
-    )
-    count = -(-len(tokens) // 16)
-    sequence.block_table[:] = range(len(sequence.block_table))
-    sequence.num_blocks = count
-    cache = PagedCache(policy.config, num_blocks=count + 1, block_size=16, device="cpu", dtype=policy.dtype)
-    packed = pack([Work(sequence, len(tokens) - 1)], block_size=16, device=torch.device("cpu"))
-    decoder = make_decoder(policy)
-    decoder.reach(len(tokens))
-    decoder.forward(packed.token_ids, packed.positions, packed.seqs, cache)
-    descriptors = empty_descriptors(kind, cache.storage, select_block=4)
-    ends = torch.tensor([len(tokens) - 1], dtype=torch.int32)
-    tables = packed.seqs.block_tables
-    describe(
-        kind, cache.storage, descriptors, block_tables=tables, begins=0 * ends, ends=ends, max_tokens=len(tokens) - 1
-    )
-    return cache, descriptors
-
-
-@pytest.mark.parametrize("selector", ["quest", "mean"])
-def test_after_rejections_cache_and_descriptors_are_those_of_a_fresh_dense_prefill(
-    selector: Literal["quest", "mean"], policy: PreTrainedModel, long_prompts: list[Prompt]
-) -> None:
-    engine = drafting(policy, selector)
-    sampling = replace(SAMPLING, max_new_tokens=60, stop_token_ids=(2, 40, 80, 120, 160, 200))
-
-    async def compare_midway() -> int:
-        compared = 0
-        rollouts = engine.generate(long_prompts, sampling)
-        async for _ in rollouts:
-            running, scheduler = engine._running, engine._scheduler
-            assert running is not None and scheduler is not None and engine.sparse is not None
-            engine._finished += running.drain()
-            chosen = engine.sparse.selector
-            assert isinstance(chosen, DescribedSelector) and engine._workspace.cache is not None
-            for sequence in scheduler.running:
-                if sequence.num_uncached > 1 or not sequence.logprobs:
-                    continue
-                length = len(sequence.tokens) - 1
-                cache, descriptors = fresh_prefill(policy, sequence.tokens, chosen.kind)
-                slots = torch.tensor([sequence.slot(index) for index in range(length)])
-                ours = engine._workspace.cache.storage.flatten(2, 3)[:, :, slots]
-                # 1e-4: float32 sums in another order
-                torch.testing.assert_close(ours, cache.storage.flatten(2, 3)[:, :, :length], atol=1e-4, rtol=1e-4)
-                blocks = torch.arange(-(-length // 4))
-                tables = torch.from_numpy(sequence.block_table.copy()).long()
-                found = chosen.descriptors[:, tables[blocks // 4], blocks % 4]
-                torch.testing.assert_close(found, descriptors[:, blocks // 4, blocks % 4], atol=1e-4, rtol=1e-4)
-                compared += sum(sequence.proposed_by_depth) > sum(sequence.accepted_by_depth)
-        return compared
-
-    assert asyncio.run(compare_midway()) > 5, "sequences in the middle of their drafts"
 
 
 def test_a_policy_that_decodes_through_its_own_module_is_refused(long_prompts: list[Prompt], collect: Collect) -> None:

@@ -84,6 +84,13 @@ def test_it_stays_off_where_the_cache_is_small() -> None:
     assert share < 0.05 and speedup > 0.98
 
 
+@pytest.mark.parametrize("context", [500.0, 1_000.0, 2_000.0])
+def test_what_it_tries_there_is_known_to_be_dear(context: float) -> None:
+    # unpriced, the first cycles are 5 to 10 % slower than plain ones
+    _, speedup = played(rows=16, context=context, acceptance=0.9, cycles=30, capture_s=0.5)
+    assert speedup > 0.965
+
+
 def test_its_drafts_are_priced_before_they_are_tried() -> None:
     tokens, shorter = [1, 9, 9], [0, 0, 0]
     table = CostTable(tokens, shorter, rounds=[0, 0, 8], drafting=SelfDrafting(cached=1024))

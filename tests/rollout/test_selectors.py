@@ -1,0 +1,69 @@
+"""What selectors pick, one list at a time: whose heads see everything, whose weights count, what is always read."""
+
+import torch
+from transformers import PreTrainedModel
+
+from configs.schema import SparseConfig
+from kernels.attention import PagedSequences, paged_sequences
+from rollout.model import PagedCache
+from rollout.selectors import HeadsSelector, NewestSelector, choice_of
+from rollout.sparse import Selector
+from rollout.verified import VerifiedSelector
+
+CONFIG = SparseConfig(mode="draft", select_block=4, budget_tokens=20, sinks=1, window=4)
+BLOCKS = 10  # complete ones before the new token's
+
+
+def sequence() -> PagedSequences:
+    """One sequence with a new token."""
+    return paged_sequences(
+        cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
+        max_seqlen_q=1,
+        context_lens=torch.tensor([4 * BLOCKS], dtype=torch.int32),
+        max_context=4 * BLOCKS,
+        block_tables=torch.arange(3, dtype=torch.int32)[None],
+        slots=torch.tensor([4 * BLOCKS]),
+        block_size=16,
+    )
+
+
+def picked(selector: Selector, layer: int) -> list[list[int]]:
+    """The blocks of each key head of the tiny policy, whose cache says nothing."""
+    lists = selector.select(layer, torch.zeros(1, 4, 16), torch.tensor([4 * BLOCKS]), sequence(), torch.tensor([0]))
+    return [blocks[:count] for blocks, count in zip(lists.blocks[0].tolist(), lists.counts[0].tolist(), strict=True)]
+
+
+def attach(policy: PreTrainedModel, selector: Selector) -> None:
+    cache = PagedCache(policy.config, num_blocks=4, block_size=16, device="cpu", dtype=policy.dtype)
+    selector.attach(cache, num_texts=1, num_rows=1, table_width=3)
+
+
+def test_retrieval_heads_see_everything_and_others_sinks_and_the_newest(policy: PreTrainedModel) -> None:
+    selector = HeadsSelector(torch.tensor([[True, False], [False, True]]), choice_of(CONFIG), select_block=4)
+    attach(policy, selector)
+    everything, newest = [*range(BLOCKS + 1)], [0, 7, 8, 9, 10]
+    assert picked(selector, 0) == [everything, newest]
+    assert picked(selector, 1) == [newest, everything]
+
+
+def test_what_a_layer_attended_to_is_what_it_reads(policy: PreTrainedModel) -> None:
+    selector = VerifiedSelector(choice_of(CONFIG), select_block=4)
+    attach(policy, selector)
+    selector.weights.fill_(-9.0)
+    for layer, head, block in ((0, 0, 3), (0, 1, 4), (1, 0, 5), (1, 1, 6)):
+        selector.weights[layer, 0, head, block] = -1.0
+    # the sink, the window, the token's own, and of the others the best and then the newest
+    assert picked(selector, 0) == [[0, 3, 8, 9, 10], [0, 4, 8, 9, 10]]
+    assert picked(selector, 1) == [[0, 5, 8, 9, 10], [0, 6, 8, 9, 10]]
+
+
+def test_sinks_and_the_window_are_read_whatever_the_rest_scores(policy: PreTrainedModel) -> None:
+    choice = choice_of(SparseConfig(select_block=4, budget_tokens=20, sinks=2, window=6))
+    assert (choice.sinks, choice.recent, choice.budget_blocks) == (2, 2, 5)
+    streaming = NewestSelector(choice, select_block=4)
+    attach(policy, streaming)
+    assert picked(streaming, 0) == [[0, 1, 8, 9, 10]] * 2
+    verified = VerifiedSelector(choice, select_block=4)
+    attach(policy, verified)
+    verified.weights[:, :, :, 2:8] = 5.0
+    assert picked(verified, 0) == [[0, 1, 8, 9, 10]] * 2
