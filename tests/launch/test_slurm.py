@@ -232,7 +232,7 @@ def test_a_job_told_to_stop_saves_is_queued_again_and_goes_on(
     cluster("scancel", "--signal=TERM", "--batch", job)
     wait_for(lambda: cluster.job(job)["Restarts"] == "1", "the requeue")
     assert '"code": 75' in (Path(plan.run_dir) / "EXIT.json").read_text()
-    # Slurm would wait two minutes; in the second in which it ended a job it refuses to start that job ("already killed")
+    # Slurm would wait two minutes; in the second in which it ended a job it does not start it ("already killed")
     cluster("scontrol", "update", f"JobId={job}", "StartTime=now+5")
     assert cluster.ended(job) == ("COMPLETED", "0:0"), log_of(plan, job)
     assert (Path(plan.run_dir) / "events.jsonl").read_text().count('"event": "attempt"') == 2
