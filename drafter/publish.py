@@ -6,7 +6,7 @@ ones, in the precision they are served in. A few windows say little: what is no 
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, isfinite
 from typing import Literal, Protocol
@@ -73,21 +73,16 @@ def pooled(judgements: Sequence[Judgement]) -> Judgement:
     """Several workers' judgements as one, each by its share of the positions."""
     total = sum(judgement.num_tokens for judgement in judgements)
 
-    def mean(values: Sequence[float]) -> float:
-        weighted = zip(values, judgements, strict=True)
-        return sum(value * judgement.num_tokens for value, judgement in weighted) / total
-
-    def doubt(values: Sequence[float]) -> float:
-        weighted = zip(values, judgements, strict=True)
-        return hypot(*(value * judgement.num_tokens for value, judgement in weighted)) / total
+    def shares(values: Iterable[float]) -> list[float]:
+        return [value * each.num_tokens / total for value, each in zip(values, judgements, strict=True)]
 
     return Judgement(
-        candidate=mean([judgement.candidate for judgement in judgements]),
-        served=mean([judgement.served for judgement in judgements]),
-        last_good=mean([judgement.last_good for judgement in judgements]),
+        candidate=sum(shares(each.candidate for each in judgements)),
+        served=sum(shares(each.served for each in judgements)),
+        last_good=sum(shares(each.last_good for each in judgements)),
         num_tokens=total,
-        candidate_doubt=doubt([judgement.candidate_doubt for judgement in judgements]),
-        last_good_doubt=doubt([judgement.last_good_doubt for judgement in judgements]),
+        candidate_doubt=hypot(*shares(each.candidate_doubt for each in judgements)),
+        last_good_doubt=hypot(*shares(each.last_good_doubt for each in judgements)),
     )
 
 

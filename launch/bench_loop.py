@@ -249,22 +249,9 @@ def _require_peer(python: Path, peer: str) -> None:
 
 def _prompts(config: "Config") -> tuple[Path, tuple[int, ...], list["Prompt"]]:
     """Model folder, stop tokens, and the prompts of every step as the loop will draw them."""
-    from launch.cluster import stop_token_ids
-    from rl.data import load_data
-    from rollout.model import context_length, load_config
-    from rollout.pretrained import load_tokenizer, resolve
+    from launch.cluster import read_inputs, stop_token_ids
 
-    model = resolve(config.model)
-    tokenizer = load_tokenizer(model)
-    data = load_data(
-        config.data,
-        tokenizer,
-        seed=config.run.seed,
-        context_length=context_length(load_config(model)),
-        max_new_tokens=config.rollout.max_new_tokens,
-        num_heldout=0,
-        quarantine=None,
-    )
+    model, tokenizer, data = read_inputs(config, num_heldout=0, quarantine=None)
     count = config.rollout.prompts_per_step
     prompts = [prompt for step in range(config.train.steps) for prompt in data.prompts(step, count)]
     return model, stop_token_ids(model, tokenizer), prompts

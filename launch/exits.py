@@ -34,8 +34,6 @@ def run_command(command: Callable[[], object]) -> int:
         if exited := command():
             raise SystemExit(exited)
     except BaseException as error:
-        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-            return UNREAD  # typer makes an exit of it
         code, reason = outcome(error)
         if code == BUG and not isinstance(error, EndedError):
             traceback.print_exception(error)
@@ -101,6 +99,8 @@ def outcome(error: BaseException) -> tuple[int, str]:
             return outcome((users or error).exceptions[0])
         case KeyboardInterrupt() | typer.Abort():
             return INTERRUPTED, "interrupted"
+        case SystemExit(__context__=BrokenPipeError()):  # typer makes an exit of it
+            return UNREAD, ""
         case SystemExit(code=int(code)):
             return code, "interrupted" if code == INTERRUPTED else f"exit {code}"
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):

@@ -37,7 +37,7 @@ class Hearing:
         begun, owing = clock(), set[int]()
         while True:
             now = set(sampling)
-            owing = now | (now | owing) - self._ask(now | owing)
+            owing = now | (owing - self._ask(now | owing))
             await asyncio.sleep(sooner(HEAR_S, clock() - begun))
 
     def _ask(self, numbers: Iterable[int]) -> set[int]:

@@ -85,6 +85,13 @@ class Toy:
             dtype=torch.float32,
         )
 
+    def taught(self, updates: int) -> Learner:
+        """A learner after so many updates, none of them judged."""
+        learner = self.learner()
+        learner.begin(COUNTS)
+        learner.learn(budget_s=600, until=steps(updates))
+        return learner
+
 
 def steps(count: int) -> Callable[[], bool]:
     """An until that allows so many steps."""
@@ -135,9 +142,7 @@ def test_a_step_that_would_exceed_the_budget_is_not_taken() -> None:
 
 def test_equal_weights_are_not_published_again() -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(30))
+    learner = toy.taught(30)
     assert learner.settle(0).outcome == "published"
     assert learner.settle(0).outcome == "kept", "nothing was learned since"
     learner._unjudged = True
@@ -148,9 +153,7 @@ def test_equal_weights_are_not_published_again() -> None:
 
 def test_updates_that_are_not_finite_leave_the_weights_and_at_last_turn_the_drafter_off() -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(20))
+    learner = toy.taught(20)
     learner.settle(0)
     before = weights_of(learner)
     toy.embedding[:] = torch.nan
@@ -165,9 +168,7 @@ def test_updates_that_are_not_finite_leave_the_weights_and_at_last_turn_the_draf
 
 def test_a_trainer_that_dies_costs_what_it_had_learned_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(20))
+    learner = toy.taught(20)
     learner.settle(0)
     before = weights_of(learner)
     step = DrafterTrainer.step
@@ -200,9 +201,7 @@ def test_training_that_finds_no_memory_says_what_to_lower(monkeypatch: pytest.Mo
 
 def test_a_ruined_copy_starts_again_from_the_last_good_weights() -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(40))
+    learner = toy.taught(40)
     learner.settle(0)
     before = weights_of(learner)
     with torch.no_grad():
@@ -229,9 +228,7 @@ def test_weights_that_are_not_finite_are_never_served(temperature: float) -> Non
 
 def test_a_head_that_turns_out_worse_gives_way_to_the_one_before() -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(40))
+    learner = toy.taught(40)
     learner.settle(0)
     good = checksum(toy.served.state)
     publisher = learner._publisher
@@ -350,9 +347,7 @@ def test_a_worker_that_refuses_another_ones_head_tells_by_what_it_serves() -> No
 
 def test_a_drafter_that_is_given_up_drafts_no_more_and_learns_no_more(tmp_path: Path) -> None:
     toy, other = Toy(), Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(30))
+    learner = toy.taught(30)
     learner.settle(0)
     assert learner.give_up("workers differ") == (0, "")
     assert toy.served.state == {} and learner.learn(budget_s=600, until=lambda: False).num_steps == 0
@@ -380,9 +375,7 @@ def test_a_gain_within_two_standard_errors_changes_nothing() -> None:
 
 def test_heads_that_differ_by_chance_alone_seldom_change_places(monkeypatch: pytest.MonkeyPatch) -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(40))
+    learner = toy.taught(40)
     assert learner.settle(0).outcome == "published"
     publisher, heldout = learner._publisher, toy.buffer.heldout(1000, version=0)
     assert heldout is not None
@@ -407,9 +400,7 @@ def test_heads_that_differ_by_chance_alone_seldom_change_places(monkeypatch: pyt
 
 def test_windows_add_up_to_the_accept_length_and_one_alone_tells_nothing() -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(40))
+    learner = toy.taught(40)
     learner.settle(0)
     learner.learn(budget_s=600, until=steps(40))
     publisher = learner._publisher
@@ -435,9 +426,7 @@ def test_pooled_judgements_weigh_by_positions() -> None:
 
 def test_a_head_is_judged_by_features_of_the_present_policy_alone() -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(40))
+    learner = toy.taught(40)
     assert learner.judge(1) is None, "the features are of version 0"
     assert learner.settle(1).outcome == "kept" and toy.served.versions == []
     assert learner.settle(0).outcome == "published", "what was not judged then is judged now"
@@ -445,9 +434,7 @@ def test_a_head_is_judged_by_features_of_the_present_policy_alone() -> None:
 
 def test_too_few_held_out_positions_publish_nothing_and_the_next_step_judges() -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(40))
+    learner = toy.taught(40)
     judgement = learner.judge(0)
     assert judgement is not None and judgement.verdict == "published"
     report = learner.conclude(replace(judgement, num_tokens=MIN_JUDGED - 1))
@@ -459,9 +446,7 @@ def test_too_few_held_out_positions_publish_nothing_and_the_next_step_judges() -
 
 def test_steps_without_a_held_out_prompt_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(5))
+    learner = toy.taught(5)
     for _ in range(PATIENCE - 1):
         learner.settle(1)
     assert not caplog.text
@@ -472,9 +457,7 @@ def test_steps_without_a_held_out_prompt_are_told_of_once(caplog: pytest.LogCapt
 
 def test_a_resumed_drafter_is_the_saved_one_bit_for_bit(tmp_path: Path) -> None:
     toy, other = Toy(), Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(20))
+    learner = toy.taught(20)
     learner.settle(0)
     learner.learn(budget_s=600, until=steps(3))  # ahead of what is served
     assert learner.save(tmp_path / "drafter") > 0
@@ -502,9 +485,7 @@ def test_a_resumed_drafter_is_the_saved_one_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_the_heads_tensors_and_nothing_of_the_policy(tmp_path: Path) -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(2))
+    learner = toy.taught(2)
     for _ in range(2):
         learner._publisher.propose(learner._trainer.head.state_dict())
         learner._publisher.follow("published")
@@ -522,9 +503,7 @@ def test_a_checkpoint_holds_the_heads_tensors_and_nothing_of_the_policy(tmp_path
 
 def test_a_resumed_drafter_goes_back_to_the_last_good_head_as_the_saved_one_would(tmp_path: Path) -> None:
     toy, other = Toy(), Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(40))
+    learner = toy.taught(40)
     learner.settle(0)
     good = checksum(toy.served.state)
     bad = EagleHead(SHAPE, seed=3).state_dict()
@@ -547,9 +526,7 @@ def test_a_resumed_drafter_goes_back_to_the_last_good_head_as_the_saved_one_woul
 @pytest.mark.parametrize("failures", [MAX_FAILURES - 1, MAX_FAILURES])
 def test_a_resumed_drafter_remembers_its_failures_and_why_it_is_off(tmp_path: Path, failures: int) -> None:
     toy, other = Toy(), Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(20))
+    learner = toy.taught(20)
     learner.settle(0)
     toy.embedding[:] = torch.nan
     for _ in range(failures):
@@ -604,9 +581,7 @@ def test_a_checksum_tells_any_change_and_any_exchange() -> None:
 
 def test_a_ruined_copy_goes_back_to_the_head_served_though_settles_were_skipped_since() -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(40))
+    learner = toy.taught(40)
     assert learner.settle(0).outcome == "published"
     with torch.no_grad():
         for parameter in learner._trainer.head.parameters():
@@ -622,9 +597,7 @@ def test_a_ruined_copy_goes_back_to_the_head_served_though_settles_were_skipped_
 
 def test_the_served_accept_length_is_of_the_head_served_from_now_on() -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(40))
+    learner = toy.taught(40)
     judgement = learner.judge(0)
     assert judgement is not None
     report = learner.conclude(judgement)
@@ -633,9 +606,7 @@ def test_the_served_accept_length_is_of_the_head_served_from_now_on() -> None:
 
 def test_a_drafter_that_refuses_new_weights_leaves_the_old_ones_known_as_served() -> None:
     toy = Toy()
-    learner = toy.learner()
-    learner.begin(COUNTS)
-    learner.learn(budget_s=600, until=steps(20))
+    learner = toy.taught(20)
     first = learner.settle(0)
     assert first.outcome == "published"
 

@@ -232,6 +232,15 @@ def make_sequence() -> Callable[..., RolloutSequence]:
 
 
 @pytest.fixture(scope="session")
+def long_prompts() -> list[Prompt]:
+    """Three of many times a sparse budget, two of which begin alike."""
+    choices = random.Random(1)
+    common, *ends = ([choices.randrange(3, 259) for _ in range(count)] for count in (70, 9, 23, 100))
+    texts = [common + ends[0], common + ends[1], ends[2]]
+    return [Prompt(id=f"p{number}", token_ids=text, answer="") for number, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="session")
 def policy(tiny_model_dir: Path) -> PreTrainedModel:
     """The tiny model in float32."""
     return load_policy(tiny_model_dir, device="cpu", dtype="float32")

@@ -1,7 +1,6 @@
 """Sparse attention beside the cache: what is known of committed keys and no others, and who is refused."""
 
 import gc
-import random
 import weakref
 from collections import abc
 from collections.abc import Callable
@@ -34,15 +33,6 @@ SPARSE = SparseConfig(mode="draft", select_block=4, budget_tokens=24, window=4, 
 STRATEGY = Strategy("sparse", 5, 1, 5)
 SAMPLING = Sampling(num_samples=2, max_new_tokens=24, stop_token_ids=(2,), seed=3, step=5, temperature=0.7)
 OPTIONS = RolloutConfig(block_size=16, max_running=6)
-
-
-@pytest.fixture(scope="module")
-def long_prompts() -> list[Prompt]:
-    """Three of many times the budget, two of which begin alike."""
-    choices = random.Random(1)
-    common, *ends = ([choices.randrange(3, 259) for _ in range(count)] for count in (70, 9, 23, 100))
-    texts = [common + ends[0], common + ends[1], ends[2]]
-    return [Prompt(id=f"p{number}", token_ids=text, answer="") for number, text in enumerate(texts)]
 
 
 def drafting(policy: PreTrainedModel, selector: Literal["quest", "mean", "streaming", "verified"]) -> NativeEngine:
