@@ -255,11 +255,15 @@ def _learned_gates(config: Config) -> Iterator[tuple[str, str]]:
 
 def _lossy(config: Config) -> Iterator[tuple[str, str]]:
     """What sampling from another distribution than the policy's needs of training, and what it leaves no room for."""
-    sparse = config.sparse
+    sparse, spec = config.sparse, config.spec
     if config.train.importance_cap == 0:
         yield "train.importance_cap", f"sparse.mode={sparse.mode} samples from another distribution; set 2"
-    if config.spec.source != "off":
+    if spec.source != "off":
         yield "spec.source", f"drafts are verified densely, which sparse.mode={sparse.mode} is to avoid; set off"
+    if spec.choice not in ("auto", "fixed"):
+        yield "spec.choice", f"sparse.mode={sparse.mode} leaves nothing to choose; set auto"
+    if spec.below:
+        yield "spec.below", f"sparse.mode={sparse.mode} is for any number of sequences; set 0"
     if sparse.inner != "off":
         yield "sparse.inner", f"is of sparse.mode=draft, not of {sparse.mode}; set off"
     if sparse.mode == "rectified" and sparse.every > 64:  # a window is verified as a chain of one less
