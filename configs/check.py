@@ -219,9 +219,10 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
         yield "sparse.select_block", f"{longest} tokens are more than {MOST_BLOCKS} blocks of {block}; set {wanted}"
     always = sparse.always_tokens
     if always > sparse.budget_tokens > 0:
+        recent = "depth" if sparse.recent_blocks > -(-sparse.window // block) else "window"
         yield (
             "sparse.budget_tokens",
-            f"sparse.sinks, sparse.window and the present block take {always} tokens by themselves;"
+            f"sparse.sinks, sparse.{recent} and the present block take {always} tokens by themselves;"
             f" set {always} or more",
         )
     needed = {"gate": "the folder of trained gates", "duo": "DuoAttention's full_attention_heads.tsv"}

@@ -122,7 +122,7 @@ class SparseConfig:
     dense_layers: int = 0  # first layers that attend to everything
     dense: tuple[int, ...] = ()  # other layers that do, by number
     sinks: int = 1  # first blocks that are always picked
-    window: int = 64  # newest tokens, rounded up to blocks, that are always picked
+    window: int = 64  # newest tokens, rounded up to blocks, that are always picked; drafted ones are in any case
     depth: int = 8  # draft: tokens drafted at most
     # draft: the weights it reads, the policy's own or a copy in eight bits, smoothed, remade with every version
     weights: Literal["policy", "int8", "fp8"] = "policy"
@@ -135,10 +135,18 @@ class SparseConfig:
         return self.select_block or (64 if self.selector in ("gate", "mean") else 16)
 
     @property
+    def recent_blocks(self) -> int:
+        """Newest complete blocks that are read whatever is picked: the window's, and those that a draft fills.
+
+        Nothing is known of these before their tokens are verified. Of d drafted tokens the last is read by none.
+        """
+        drafted = self.depth - 1 if self.mode == "draft" else 0
+        return -(-max(self.window, drafted) // max(self.block_tokens, 1))
+
+    @property
     def always_tokens(self) -> int:
-        """Tokens that are read whatever is picked: sinks, window and the block that is being written."""
-        block = max(self.block_tokens, 1)
-        return (self.sinks + -(-self.window // block) + 1) * block
+        """Tokens that are read whatever is picked: sinks, recent blocks and the block that is being written."""
+        return (self.sinks + self.recent_blocks + 1) * max(self.block_tokens, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,7 +195,7 @@ def choice_of(config: SparseConfig) -> Choice:
     """How many blocks are read, and which in any case."""
     block = config.block_tokens
     budget = max(RESA_BLOCKS if config.selector == "resa" else 1, config.budget_tokens // block)
-    recent = -(-config.window // block)
+    recent = config.recent_blocks
     # a forward of a few drafted tokens touches more than its budget may be
     room = max(budget, config.sinks + recent + most_touched(1 + INNER_DEPTH, block))
     return Choice(
