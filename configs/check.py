@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.placement import placement
 from configs.redact import holds_secret, is_secret, redact
-from configs.schema import Config
+from configs.schema import Config, SparseConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,14 +217,8 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
     if longest > block * MOST_BLOCKS:
         wanted = block << (-(-longest // (block * MOST_BLOCKS)) - 1).bit_length()
         yield "sparse.select_block", f"{longest} tokens are more than {MOST_BLOCKS} blocks of {block}; set {wanted}"
-    always = sparse.always_tokens
-    if always > sparse.budget_tokens > 0:
-        recent = "depth" if sparse.recent_blocks > -(-sparse.window // block) else "window"
-        yield (
-            "sparse.budget_tokens",
-            f"sparse.sinks, sparse.{recent} and the present block take {always} tokens by themselves;"
-            f" set {always} or more",
-        )
+    if sparse.least_tokens > sparse.budget_tokens > 0:
+        yield "sparse.budget_tokens", _too_little(sparse)
     needed = {"gate": "the folder of trained gates", "duo": "DuoAttention's full_attention_heads.tsv"}
     if sparse.selector in needed and not sparse.gate:
         yield "sparse.gate", f"name {needed[sparse.selector]}, which sparse.selector={sparse.selector} reads"
@@ -243,6 +237,18 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
         yield "sparse.dense", "layers are numbered from 0"
     if sparse.mode in ("rectified", "plain"):
         yield from _lossy(config)
+
+
+def _too_little(sparse: SparseConfig) -> str:
+    """What reads more than the budget in any case, and the remedy."""
+    least, block = sparse.least_tokens, max(sparse.block_tokens, 1)
+    if least > sparse.always_tokens:
+        return (
+            f"sparse.selector={sparse.selector} reads {sparse.min_blocks} blocks in any case; set {least} or more, or a"
+            " smaller sparse.select_block"
+        )
+    recent = "depth" if sparse.recent_blocks > -(-sparse.window // block) else "window"
+    return f"sparse.sinks, sparse.{recent} and the present block take {least} tokens by themselves; set {least} or more"
 
 
 def _learned_gates(config: Config) -> Iterator[tuple[str, str]]:

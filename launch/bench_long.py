@@ -21,7 +21,7 @@ MAX_DEPTH = 63  # a tree's nodes are the bits of a word
 def selection(
     model: RealModel = DEFAULT_MODEL,
     selectors: Annotated[
-        str, typer.Option(help="Of quest, resa, mean, streaming, verified, gate, and best: by hindsight. '': all.")
+        str, typer.Option(help="Of quest (or resa), mean, streaming, verified, gate, and best: by hindsight. '': all.")
     ] = "",
     budgets: Annotated[str, typer.Option(help="Tokens that are attended to.")] = "256,512,1024,2048",
     gate: Gate = "",
@@ -46,7 +46,7 @@ def selection(
     from launch.natural_text import natural_tokens
     from rollout.pretrained import load_tokenizer
 
-    chosen = named or tuple(name for name in bench_selection.KNOWN if name != "gate" or gate)
+    chosen = named or tuple(name for name in bench_selection.KNOWN if name != "resa" and (name != "gate" or gate))
     subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
     assert subject.folder is not None
     sparse = SparseConfig(gate=gate, select_block=block, dense_layers=dense_layers)

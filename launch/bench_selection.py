@@ -27,7 +27,7 @@ from launch.weighed import BEST, Side, Weighed
 from rollout.model import context_length, forward_packed
 from rollout.selectors import make_sparse
 
-KNOWN = ("quest", "resa", "mean", "streaming", "verified", "gate", BEST)
+KNOWN = ("quest", "mean", "streaming", "verified", "gate", BEST, "resa")  # the last is the first by another name
 ROWS = 64  # places of a text forwarded at once
 # nats by which a dense forward may differ from training's, and one that reads everything from a dense one
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

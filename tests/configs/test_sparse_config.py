@@ -37,7 +37,15 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
     [
         (["sparse.select_block=24"], r"sparse\.select_block=24: .* set rollout\.block_size=24"),
         (["sparse.selector=mean"], r"rollout\.block_size=16: .* blocks of 64 .* set rollout\.block_size=64"),
-        (["sparse.budget_tokens=64"], r"sparse\.budget_tokens=64: .* take 96 tokens .* set 96 or more"),
+        (
+            ["sparse.selector=streaming", "sparse.budget_tokens=64"],
+            r"sparse\.budget_tokens=64: sparse\.sinks, sparse\.window .* take 96 tokens .* set 96 or more",
+        ),
+        (
+            ["sparse.budget_tokens=255"],
+            r"=255: sparse\.selector=quest reads 16 blocks in any case; set 256 or more, or a smaller sparse\.select",
+        ),
+        (["sparse.budget_tokens=64"], r"sparse\.budget_tokens=64: sparse\.selector=quest .* set 256 or more"),
         (
             [
                 "sparse.budget_tokens=64",

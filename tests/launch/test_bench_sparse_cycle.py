@@ -29,7 +29,7 @@ def model() -> PreTrainedModel:
 
 def make_job(**changes: Any) -> bench_sparse_cycle.Job:
     how: dict[str, Any] = {"ratios": (1,), "depths": (4,), "rows": 2, "accept_rates": (0.9,), "rounds": 1, "seed": 0}
-    sparse = SparseConfig(mode="draft", budget_tokens=128)
+    sparse = SparseConfig(mode="draft", budget_tokens=256)
     return bench_sparse_cycle.Job(**({"sparse": sparse} | how | changes))
 
 
@@ -59,10 +59,10 @@ def test_drafts_that_read_a_copy_in_eight_bits_are_drafted_with_it(model: PreTra
     rows.draft_ms(5, 1)
     rows.verify_ms(5, 1)
     assert 0 < sum(rows.accepted()) <= 15
-    sparse = make_sparse(SparseConfig(mode="draft", weights="int8", budget_tokens=128), model)
+    sparse = make_sparse(SparseConfig(mode="draft", weights="int8", budget_tokens=256), model)
     parts = bench_sparse_cycle.predicted(model, sparse, make_job(), 1024, 1, 1000.0)
     assert sparse.lowbit is not None and sparse.lowbit.num_bytes < step_weight_bytes(model) / 3  # of float32
-    read = 2 * 1024 * TOKEN_BYTES * (128 / 1024 + 1 / 16)
+    read = 2 * 1024 * TOKEN_BYTES * (256 / 1024 + 1 / 16)
     assert parts["draft_ms"] == pytest.approx((sparse.lowbit.num_bytes + read) / 1e9)
 
 
@@ -102,7 +102,7 @@ def test_the_cost_model_counts_bytes(model: PreTrainedModel) -> None:
 def test_the_command_writes_parts_and_speed_ups(tmp_path: Path) -> None:
     out = tmp_path / "cycle.json"
     options = ["--geometry", "tiny", "--layers", "1", "--ratios", "1,2", "--rows", "2", "--depths", "2,3"]
-    options += ["--budget", "128", "--rounds", "1", "--device", "cpu", "--json", str(out)]
+    options += ["--budget", "256", "--rounds", "1", "--device", "cpu", "--json", str(out)]
     done = CliRunner().invoke(app, ["sparse-cycle", *options])
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())

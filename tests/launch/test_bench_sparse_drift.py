@@ -69,11 +69,11 @@ def test_figures_are_means_of_positions_and_of_places_in_a_window() -> None:
 def test_the_command_writes_every_modes_drift_and_where_it_was_measured(tmp_path: Path) -> None:
     out = tmp_path / "drift.json"
     options = ["--geometry", "tiny", "--device", "cpu", "--batch", "1", "--tokens", "100", "--bin-tokens", "20"]
-    keys = ["sparse.select_block=4", "sparse.budget_tokens=32", "sparse.window=8", "sparse.every=8"]
+    keys = ["sparse.select_block=4", "sparse.budget_tokens=64", "sparse.window=8", "sparse.every=8"]
     done = CliRunner().invoke(app, ["sparse-drift", *options, *keys, "--json", str(out)])
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
-    assert result["sparse"]["budget_tokens"] == 32 and {"command", "commit", "gpu"} <= result.keys()
+    assert result["sparse"]["budget_tokens"] == 64 and {"command", "commit", "gpu"} <= result.keys()
     assert [line["position"] for line in result["kl"]["plain"]] == [64, 84]
     assert {name: sum(line["tokens"] for line in lines) for name, lines in result["kl"].items()} == {
         "dense": 36,

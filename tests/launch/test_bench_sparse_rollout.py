@@ -32,7 +32,7 @@ def make_job(**changes: Any) -> bench_sparse_rollout.Job:
         "new_tokens": 12,
         "modes": ("off", "draft", "rectified", "plain"),
         "selectors": ("quest", "verified"),
-        "sparse": SparseConfig(budget_tokens=BUDGET, depth=4, every=5, window=16),
+        "sparse": SparseConfig(budget_tokens=BUDGET, select_block=8, depth=4, every=5, window=16),
         "rounds": 1,
         "seed": 0,
     }
@@ -67,7 +67,7 @@ def test_engines_that_do_not_fit_together_take_turns_in_memory(
 
 
 def test_drafts_alone_read_a_copy_of_the_weights(subject: Subject) -> None:
-    sparse = SparseConfig(budget_tokens=BUDGET, weights="int8")
+    sparse = SparseConfig(budget_tokens=BUDGET, select_block=8, weights="int8")
     sides = bench_sparse_rollout.make_sides(subject.model, make_job(sparse=sparse, selectors=("streaming",)))
     assert [side.config.weights for side in sides] == ["policy", "int8", "policy", "policy"]
 
@@ -85,7 +85,7 @@ def test_a_timed_run_finds_all_its_rows_made(subject: Subject) -> None:
 def test_the_command_writes_its_modes_and_draws_a_line_for_each(tiny_model_dir: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "rollout.json", tmp_path / "text.txt"
     text.write_text(TEXT)
-    options = ["--sequences", "2", "--prompt-tokens", "100", "--new-tokens", "4", "--budget", "128", "--depth", "2"]
+    options = ["--sequences", "2", "--prompt-tokens", "100", "--new-tokens", "4", "--budget", "256", "--depth", "2"]
     options += ["--modes", "off,plain", "--rounds", "1", "--text", str(text), "--device", "cpu", "--json", str(out)]
     done = CliRunner().invoke(app, ["sparse-rollout", "--model", str(tiny_model_dir), *options])
     assert done.exit_code == 0, done.output
