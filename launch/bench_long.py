@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from configs.errors import ConfigError
-from launch.bench_options import Device, Dtype, Json, Rounds, Seed, names, numbers, prepare, show
+from launch.bench_options import Device, Dtype, Json, Rounds, Seed, names, numbers, prepare, require_budget, show
 
 Text = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="Natural text; Python's own documentation without.")
@@ -43,16 +43,20 @@ def selection(
     from configs.schema import SparseConfig
     from launch import bench_selection
     from launch.geometry import Subject
-    from launch.natural_text import natural_tokens
-    from rollout.pretrained import load_tokenizer
+    from launch.natural_text import last_pieces, natural_tokens
+    from rollout.model import load_config
+    from rollout.pretrained import load_tokenizer, resolve
 
     chosen = named or tuple(name for name in bench_selection.KNOWN if name != "resa" and (name != "gate" or gate))
-    subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
-    assert subject.folder is not None
     sparse = SparseConfig(gate=gate, select_block=block, dense_layers=dense_layers)
     job = bench_selection.Job(texts, tokens, places, draws, chosen, sizes, sparse, seed)
-    name, token_ids = natural_tokens(load_tokenizer(subject.folder), text)
-    result = bench_selection.run(subject, job, name=name, token_ids=token_ids)
+    bench_selection.require(job)
+    folder = resolve(model)
+    bench_selection.require_fit(job, load_config(folder))
+    name, token_ids = natural_tokens(load_tokenizer(folder), text)
+    pieces = last_pieces(name, token_ids, texts, tokens)
+    subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
+    result = bench_selection.run(subject, job, name=name, pieces=pieces)
     show(result, bench_selection.table(result), out)
 
 
@@ -83,11 +87,10 @@ def sparse_rollout(
     from configs.schema import SparseConfig
     from launch import bench_sparse_rollout
     from launch.geometry import Subject
-    from launch.natural_text import natural_tokens
-    from rollout.pretrained import load_tokenizer
+    from launch.natural_text import natural_tokens, overlapping_pieces
+    from rollout.model import load_config
+    from rollout.pretrained import load_tokenizer, resolve
 
-    subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
-    assert subject.folder is not None
     job = bench_sparse_rollout.Job(
         sequences,
         prompt_tokens,
@@ -98,8 +101,13 @@ def sparse_rollout(
         rounds,
         seed,
     )
-    name, token_ids = natural_tokens(load_tokenizer(subject.folder), text)
-    result = bench_sparse_rollout.run(subject, job, name=name, token_ids=token_ids)
+    bench_sparse_rollout.require(job)
+    folder = resolve(model)
+    bench_sparse_rollout.require_fit(job, load_config(folder))
+    name, token_ids = natural_tokens(load_tokenizer(folder), text)
+    pieces = overlapping_pieces(name, token_ids, sequences, prompt_tokens)
+    subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
+    result = bench_sparse_rollout.run(subject, job, name=name, pieces=pieces)
     show(result, bench_sparse_rollout.table(result), out)
 
 
@@ -137,6 +145,7 @@ def sparse_cycle(
 
     where, kind = placement(device, dtype)
     sparse = SparseConfig(mode="draft", selector=selector, budget_tokens=budget, depth=max(lengths), weights=weights)
+    require_budget("--budget", sparse)
     rates = tuple(each / 100 for each in percent)
     job = bench_sparse_cycle.Job(tuple(wanted), tuple(lengths), rows, rates, sparse, rounds, seed)
     model = random_policy(geometry, device=where, dtype=kind, seed=seed, num_layers=layers or None)

@@ -16,7 +16,6 @@ from configs.errors import ConfigError
 from configs.schema import SparseConfig
 from launch import bench_sparse_rollout
 from launch.agreement import verify
-from launch.bench_options import require_budget
 from launch.bench_report import WrongResultError, plain_table, provenance, say, shape, spread, step_weight_bytes
 from launch.long_rows import BLOCK_SIZE, LongRows, accept_length, rows_tokens
 from rollout.model import bytes_per_block, context_length
@@ -42,7 +41,6 @@ def run(name: str, model: PreTrainedModel, job: Job) -> dict[str, Any]:
 
     Raises ConfigError, ResourceError, WrongResultError.
     """
-    require_budget("--budget", job.sparse)
     contexts = {ratio: context_of(model, job, ratio) for ratio in job.ratios}
     found = provenance(device=str(model.device), seed=job.seed)
     verified = prove(model, job)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, PacelineError
 from configs.schema import SparseConfig
 from kernels.attention import PackedSequences, paged_sequences
 from kernels.select import BlockLists
@@ -39,7 +39,9 @@ def make_job(**changes: object) -> bench_selection.Job:
 
 def measured(subject: Subject, job: bench_selection.Job) -> dict[tuple[str, int], dict[str, float]]:
     token_ids = load_tokenizer(Path(str(subject.folder))).encode(TEXT)
-    result = bench_selection.run(subject, job, name="the text", token_ids=token_ids)
+    bench_selection.require(job)
+    pieces = last_pieces("the text", token_ids, job.batch, job.tokens)
+    result = bench_selection.run(subject, job, name="the text", pieces=pieces)
     return {(cell["selector"], cell["budget"]): cell for cell in result["cells"]}
 
 
@@ -148,8 +150,11 @@ def test_what_does_not_say_what_training_says_is_not_measured(
         ({"places": 295}, "--tokens 300 leaves nothing before the last --places 295"),
         ({"selectors": ("guess",)}, "'guess' is none of quest, mean"),
         ({"selectors": ("gate",)}, "--selectors gate needs --gate FOLDER"),
-        ({"sparse": SparseConfig(dense_layers=2)}, "--dense-layers 2: no layer is left to select in; give fewer"),
-        ({"sparse": SparseConfig(select_block=48)}, "blocks of 48 tokens do not divide 64"),
+        (
+            {"sparse": SparseConfig(dense_layers=2, window=16, select_block=4)},
+            "--dense-layers 2: no layer of 2 is left to select in; give fewer",
+        ),
+        ({"sparse": SparseConfig(select_block=48)}, "--block 48 does not divide 64; give 16, 32 or 64"),
         ({"budgets": (256, 95), "sparse": SparseConfig()}, "--budgets 95: quest reads 256 tokens .*; give 256"),
         (
             {"selectors": ("streaming",), "budgets": (95,), "sparse": SparseConfig()},
@@ -163,14 +168,39 @@ def test_what_does_not_say_what_training_says_is_not_measured(
             {"selectors": ("resa",), "budgets": (128,), "sparse": SparseConfig()},
             "--budgets 128: resa reads 256 tokens in any case",
         ),
-        ({"batch": 9}, "9 texts of 300 tokens are 2700, and the text has"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
     subject: Subject, changes: dict[str, object], says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says):
-        measured(subject, make_job(**changes))
+        bench_selection.require(job := make_job(**changes))
+        bench_selection.require_fit(job, subject.model.config)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--selectors", "guess"], "--selectors: 'guess' is none of quest"),
+        (["--selectors", "gate"], "--selectors gate needs --gate FOLDER"),
+        (["--gate", "/no/such/gates"], "/no/such/gates holds no gates"),
+        (["--budgets", "100"], "--budgets 100: quest reads 256 tokens in any case"),
+        (["--block", "48"], "--block 48 does not divide 64; give 16, 32 or 64"),
+        (["--tokens", "1024"], "--tokens 1024 exceeds the model's context of 512; give fewer"),
+        (["--texts", "9"], "9 texts of 300 tokens are 2700, and"),
+        (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_before_the_weights_are_read(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str
+) -> None:
+    monkeypatch.delattr(Subject, "load")
+    (tmp_path / "text.txt").write_text(TEXT)
+    usual = ["--text", str(tmp_path / "text.txt"), "--texts", "1", "--tokens", "300", "--places", "4"]
+    usual += ["--budgets", "256", "--device", "cpu", "--model", str(tiny_model_dir)]
+    with pytest.raises(PacelineError, match=says):
+        app(["selection", *usual, *options], standalone_mode=False)
 
 
 def test_pieces_come_from_the_end_of_a_text_or_begin_evenly_apart() -> None:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, PacelineError
 from configs.schema import SparseConfig
 from launch import bench_sparse_rollout
 from launch.bench import app
 from launch.bench_rollout import sampling
 from launch.geometry import Subject
+from launch.natural_text import overlapping_pieces
 from rollout.model import load_policy
 from rollout.types import Prompt
 
@@ -40,7 +41,10 @@ def make_job(**changes: Any) -> bench_sparse_rollout.Job:
 
 
 def measured(subject: Subject, job: bench_sparse_rollout.Job) -> dict[str, dict[str, Any]]:
-    result = bench_sparse_rollout.run(subject, job, name="the text", token_ids=[3 + byte for byte in TEXT.encode()])
+    token_ids = [3 + byte for byte in TEXT.encode()]
+    bench_sparse_rollout.require(job)
+    pieces = overlapping_pieces("the text", token_ids, job.sequences, job.prompt_tokens)
+    result = bench_sparse_rollout.run(subject, job, name="the text", pieces=pieces)
     assert result["kv_bytes"] == 3 * 256 * 2 * 2 * 2 * 16 * 4  # sequences, tokens in blocks, layers, K and V, heads
     return {cell["name"]: cell for cell in result["cells"]}
 
@@ -111,4 +115,31 @@ def test_the_command_writes_its_modes_and_draws_a_line_for_each(tiny_model_dir: 
 )
 def test_what_cannot_be_sampled_is_refused_in_one_line(subject: Subject, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        measured(subject, make_job(**changes))
+        bench_sparse_rollout.require(job := make_job(**changes))
+        bench_sparse_rollout.require_fit(job, subject.model.config)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--modes", "off,fast"], "--modes: 'fast' is none of off, draft"),
+        (["--selectors", "guess"], "--selectors: 'guess' is none of quest"),
+        (["--selectors", "gate"], "--selectors gate needs --gate"),
+        (["--selectors", "gate,duo", "--gate", "G"], "--selectors: gate and duo each read another --gate"),
+        (["--selectors", "duo", "--gate", "/no/such/heads"], "/no/such/heads is no full_attention_heads.tsv"),
+        (["--budget", "200"], "--budget 200: quest reads 256 tokens in any case; give 256 or more"),
+        (["--new-tokens", "413"], "prompts and answers of 513 tokens exceed the model's context of 512"),
+        (["--sequences", "9999"], "9999 texts of 100 tokens cannot differ"),
+        (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_before_the_weights_are_read(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str
+) -> None:
+    monkeypatch.delattr(Subject, "load")
+    (tmp_path / "text.txt").write_text(TEXT)
+    usual = ["--text", str(tmp_path / "text.txt"), "--sequences", "2", "--prompt-tokens", "100", "--new-tokens", "4"]
+    usual += ["--budget", "256", "--device", "cpu", "--model", str(tiny_model_dir)]
+    with pytest.raises(PacelineError, match=says):
+        app(["sparse-rollout", *usual, *options], standalone_mode=False)
