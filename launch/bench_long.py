@@ -13,6 +13,10 @@ Text = Annotated[
 ]
 RealModel = Annotated[str, typer.Option("--model", metavar="MODEL", help="A model folder or a shipped name.")]
 Gate = Annotated[str, typer.Option(metavar="FOLDER", help="Trained gates, for the selector of that name.")]
+GateOrHeads = Annotated[
+    str,
+    typer.Option("--gate", metavar="PATH", help="Of gate: trained gates; of duo: full_attention_heads.tsv."),
+]
 Weights = Annotated[Literal["policy", "int8", "fp8"], typer.Option(help="That drafts read: the policy's or a copy.")]
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_DEPTH = 63  # a tree's nodes are the bits of a word
@@ -21,7 +25,11 @@ MAX_DEPTH = 63  # a tree's nodes are the bits of a word
 def selection(
     model: RealModel = DEFAULT_MODEL,
     selectors: Annotated[
-        str, typer.Option(help="Of quest (or resa), mean, streaming, verified, gate, and best: by hindsight. '': all.")
+        str,
+        typer.Option(
+            help="Of quest (or resa), mean, streaming, verified, gate, and best: by hindsight. '': all. Not duo, which "
+            "picks heads by a calibration of their own, not blocks by budget: see sparse-rollout."
+        ),
     ] = "",
     budgets: Annotated[str, typer.Option(help="Tokens that are attended to.")] = "256,512,1024,2048",
     gate: Gate = "",
@@ -66,7 +74,7 @@ def sparse_rollout(
     selectors: Annotated[
         str, typer.Option(help="draft goes by each of them in turn, the lossy modes by the first.")
     ] = "quest,mean,streaming,verified",
-    gate: Gate = "",
+    gate: GateOrHeads = "",
     text: Text = None,
     sequences: Annotated[int, typer.Option(min=1, help="Rollouts at once.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 4096,

@@ -84,6 +84,11 @@ def run(subject: Subject, job: Job, *, name: str, pieces: list[list[int]]) -> di
 
 def require(job: Job) -> None:
     """Hold what was asked against what there is, before a model is looked for. Raises ConfigError."""
+    if "duo" in job.selectors:
+        raise ConfigError(
+            "--selectors duo: it picks heads, by a calibration of their own, and no blocks by budget;"
+            " `paceline bench sparse-rollout --selectors duo --gate FILE` measures it"
+        )
     if unknown := [each for each in job.selectors if each not in KNOWN]:
         raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(KNOWN)}")
     if "gate" in job.selectors and not job.sparse.gate:

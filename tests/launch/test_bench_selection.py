@@ -149,6 +149,10 @@ def test_what_does_not_say_what_training_says_is_not_measured(
         ({"tokens": 1024}, "--tokens 1024 exceeds the model's context of 512"),
         ({"places": 295}, "--tokens 300 leaves nothing before the last --places 295"),
         ({"selectors": ("guess",)}, "'guess' is none of quest, mean"),
+        (
+            {"selectors": ("quest", "duo")},
+            "duo: .* sparse-rollout --selectors duo --gate FILE` measures",
+        ),
         ({"selectors": ("gate",)}, "--selectors gate needs --gate FOLDER"),
         (
             {"sparse": SparseConfig(dense_layers=2, window=16, select_block=4)},
