@@ -149,8 +149,11 @@ def sparse_cycle(
     prepare(out)
     from configs.schema import SparseConfig
     from launch import bench_sparse_cycle
+    from launch.geometry import geometry as shape_of
     from launch.geometry import placement, random_policy
 
+    if layers > (own := shape_of(geometry).num_hidden_layers):
+        raise ConfigError(f"--layers {layers}: {geometry} has {own}; give {own} or fewer, or 0 for all")
     where, kind = placement(device, dtype)
     sparse = SparseConfig(mode="draft", selector=selector, budget_tokens=budget, depth=max(lengths), weights=weights)
     require_budget("--budget", sparse)

@@ -52,6 +52,12 @@ def require_budget(option: str, sparse: "SparseConfig") -> None:
         )
 
 
+def require_part(said: str, budget: int, tokens: int, remedy: str) -> None:
+    """Raise ConfigError for a budget, in the words it was given in, that is all of a text of so many tokens."""
+    if budget >= tokens:
+        raise ConfigError(f"{said} is all of {tokens} tokens, and nothing is left to pick; {remedy}")
+
+
 def names(option: str, text: str) -> tuple[str, ...]:
     """The names of a comma-separated list, in order. Raises ConfigError."""
     found = tuple(text.split(","))

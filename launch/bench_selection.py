@@ -18,7 +18,7 @@ from configs.errors import ConfigError
 from configs.schema import SparseConfig
 from kernels.attention import PackedSequences
 from kernels.sample import noise_key, sample
-from launch.bench_options import require_budget
+from launch.bench_options import require_budget, require_part
 from launch.bench_report import WrongResultError, plain_table, provenance, say, shape
 from launch.geometry import Subject
 from launch.teacher_forced import BLOCK_SIZE, Forced, Places
@@ -93,9 +93,12 @@ def require(job: Job) -> None:
         raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(KNOWN)}")
     if "gate" in job.selectors and not job.sparse.gate:
         raise ConfigError("--selectors gate needs --gate FOLDER, as `paceline gate train` writes it")
+    if job.sparse.gate and "gate" not in job.selectors:
+        raise ConfigError(f"--gate {job.sparse.gate}: nobody reads it; add gate to --selectors, or leave it out")
     if job.tokens <= job.places + job.sparse.depth + 1:
         raise ConfigError(f"--tokens {job.tokens} leaves nothing before the last --places {job.places}; give more")
     for budget in job.budgets:
+        require_part(f"--budgets {budget}", budget, job.tokens, "give less, or more --tokens")
         for selector in job.selectors:
             config = config_of(job, selector, budget)
             if BLOCK_SIZE % config.block_tokens:

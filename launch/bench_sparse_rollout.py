@@ -20,7 +20,7 @@ from drafter.selfdraft import SelfDrafter
 from drafter.types import OFF, Strategy
 from launch.agreement import verify
 from launch.bench_drift import Key, diverge, summary
-from launch.bench_options import require_budget
+from launch.bench_options import require_budget, require_part
 from launch.bench_report import in_turns, plain_table, provenance, say, shape, spread
 from launch.bench_rollout import PREFILL_TOKENS, PROBE_TOKENS, generate, random_prompts, sampling, synchronize
 from launch.geometry import Subject
@@ -127,8 +127,12 @@ def require(job: Job) -> None:
         raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(SELECTORS)}")
     if (trained := GATED & {*job.selectors}) and not job.sparse.gate:
         raise ConfigError(f"--selectors {min(trained)} needs --gate: what sparse.gate names in a recipe")
+    if job.sparse.gate and not trained:
+        raise ConfigError(f"--gate {job.sparse.gate}: nobody reads it; add gate or duo to --selectors, or leave it out")
     if trained == GATED:
         raise ConfigError("--selectors: gate and duo each read another --gate; measure one at a time")
+    if job.sparse.weights != "policy" and "draft" not in job.modes:
+        raise ConfigError(f"--weights {job.sparse.weights}: drafts alone read them; add draft to --modes, or give none")
     lossy = [mode for mode in job.modes if mode in UNDER]
     if lossy and job.sparse.budget_tokens < PROBE_TOKENS:
         raise ConfigError(
@@ -139,6 +143,10 @@ def require(job: Job) -> None:
         raise ConfigError("--selectors: plain goes by the first, and verifies nothing; put another before verified")
     for config in configs_of(job):
         if config.mode != "off":
+            total = job.prompt_tokens + job.new_tokens
+            require_part(
+                f"--budget {config.budget_tokens}", config.budget_tokens, total, "give less, or more --prompt-tokens"
+            )
             require_budget("--budget", config)
 
 

@@ -39,7 +39,6 @@ def make_job(**changes: object) -> bench_selection.Job:
 
 def measured(subject: Subject, job: bench_selection.Job) -> dict[tuple[str, int], dict[str, float]]:
     token_ids = load_tokenizer(Path(str(subject.folder))).encode(TEXT)
-    bench_selection.require(job)
     pieces = last_pieces("the text", token_ids, job.batch, job.tokens)
     result = bench_selection.run(subject, job, name="the text", pieces=pieces)
     return {(cell["selector"], cell["budget"]): cell for cell in result["cells"]}
@@ -188,6 +187,11 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
         (["--selectors", "guess"], "--selectors: 'guess' is none of quest"),
         (["--selectors", "gate"], "--selectors gate needs --gate FOLDER"),
         (["--gate", "/no/such/gates"], "/no/such/gates holds no gates"),
+        (
+            ["--gate", "G", "--selectors", "quest"],
+            "--gate G: nobody reads it; add gate to --selectors, or leave it out",
+        ),
+        (["--budgets", "256,300"], "--budgets 300 is all of 300 tokens, .* give less, or more --tokens"),
         (["--budgets", "100"], "--budgets 100: quest reads 256 tokens in any case"),
         (["--block", "48"], "--block 48 does not divide 64; give 16, 32 or 64"),
         (["--tokens", "1024"], "--tokens 1024 exceeds the model's context of 512; give fewer"),

@@ -89,7 +89,7 @@ def test_a_timed_run_finds_all_its_rows_made(subject: Subject) -> None:
 def test_the_command_writes_its_modes_and_draws_a_line_for_each(tiny_model_dir: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "rollout.json", tmp_path / "text.txt"
     text.write_text(TEXT)
-    options = ["--sequences", "2", "--prompt-tokens", "100", "--new-tokens", "4", "--budget", "256", "--depth", "2"]
+    options = ["--sequences", "2", "--prompt-tokens", "300", "--new-tokens", "4", "--budget", "256", "--depth", "2"]
     options += ["--modes", "off,plain", "--rounds", "1", "--text", str(text), "--device", "cpu", "--json", str(out)]
     done = CliRunner().invoke(app, ["sparse-rollout", "--model", str(tiny_model_dir), *options])
     assert done.exit_code == 0, done.output
@@ -127,9 +127,12 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(subject: Subject, changes
         (["--selectors", "gate"], "--selectors gate needs --gate"),
         (["--selectors", "gate,duo", "--gate", "G"], "--selectors: gate and duo each read another --gate"),
         (["--selectors", "duo", "--gate", "/no/such/heads"], "/no/such/heads is no full_attention_heads.tsv"),
+        (["--gate", "G"], "--gate G: nobody reads it; add gate or duo to --selectors, or leave it out"),
+        (["--modes", "off,plain", "--weights", "int8"], "--weights int8: drafts alone read them; add draft to --modes"),
+        (["--budget", "304"], "--budget 304 is all of 304 tokens, .* give less, or more --prompt-tokens"),
         (["--budget", "200"], "--budget 200: quest reads 256 tokens in any case; give 256 or more"),
-        (["--new-tokens", "413"], "prompts and answers of 513 tokens exceed the model's context of 512"),
-        (["--sequences", "9999"], "9999 texts of 100 tokens cannot differ"),
+        (["--new-tokens", "413"], "prompts and answers of 713 tokens exceed the model's context of 512"),
+        (["--sequences", "9999"], "9999 texts of 300 tokens cannot differ"),
         (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -139,7 +142,7 @@ def test_mistakes_are_told_before_the_weights_are_read(
 ) -> None:
     monkeypatch.delattr(Subject, "load")
     (tmp_path / "text.txt").write_text(TEXT)
-    usual = ["--text", str(tmp_path / "text.txt"), "--sequences", "2", "--prompt-tokens", "100", "--new-tokens", "4"]
+    usual = ["--text", str(tmp_path / "text.txt"), "--sequences", "2", "--prompt-tokens", "300", "--new-tokens", "4"]
     usual += ["--budget", "256", "--device", "cpu", "--model", str(tiny_model_dir)]
     with pytest.raises(PacelineError, match=says):
         app(["sparse-rollout", *usual, *options], standalone_mode=False)
