@@ -184,8 +184,8 @@ def measure(forced: Forced, places: Places, totals: dict[Side, Totals], job: Job
     """Forward some places densely, then under every side, and add what differs."""
     dense = forced.logits(places, None)
     keys = [
-        torch.full_like(places.positions, noise_key(seed=job.seed, step=draw, prompt_id="selection", sample=text))
-        for draw in range(job.draws)
+        torch.full_like(places.positions, noise_key(seed=job.seed, step=number, prompt_id="selection", sample=text))
+        for number in range(job.draws)
     ]
     drawn = [draw(dense, key, places.positions + 1) for key in keys]
     for side, total in totals.items():
