@@ -165,7 +165,7 @@ class Totals:
         return {
             "selector": side.selector,
             "budget": side.config.budget_tokens,
-            "select_block": side.sparse.selector.select_block,
+            "select_block": side.config.block_tokens,
             "places": self.places,
             "mass": sum(mass.values()) / len(mass),
             "mass_of_worst_layer": mass[worst],

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from kernels.attention import BlockMaxima, PagedSequences, paged_attention
 from kernels.select import BlockLists, Choice, choose_blocks, num_selection_blocks, verified_scores
 from kernels.upload import upload
-from rollout.model import PagedCache, kv_shape
+from rollout.model import kv_shape
 
 
 class VerifiedSelector:
@@ -31,11 +31,11 @@ class VerifiedSelector:
         self._slots: dict[int, int] = {}  # of the texts that are being written
         self._choice = replace(choice, threshold=log(choice.threshold) if choice.threshold else None)
 
-    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
+    def attach(self, storage: torch.Tensor, *, num_texts: int, num_rows: int, table_width: int) -> None:
         """Room for what a text on each row attends to."""
-        layers, _, _, block_size, num_kv_heads, _ = cache.storage.shape
+        layers, _, _, block_size, num_kv_heads, _ = storage.shape
         blocks = table_width * (block_size // self.select_block)
-        device = cache.storage.device
+        device = storage.device
         self.weights = torch.zeros(layers, num_rows + 1, num_kv_heads, blocks, device=device)
         self._slot_of = torch.full((num_texts,), num_rows, dtype=torch.int64, device=device)
         self._slots.clear()
@@ -74,10 +74,10 @@ class VerifiedSelector:
         return choose_blocks(self.weights[layer, kept], seqs, self._choice, select_block=self.select_block)
 
 
-def weight_bytes(model_config: PretrainedConfig, *, num_rows: int, num_blocks: int) -> int:
-    """What is kept of the texts of so many rows, and of nobody's, of so many selection blocks each."""
-    layers, num_kv_heads, _ = kv_shape(model_config)
-    return layers * (num_rows + 1) * num_kv_heads * num_blocks * torch.float32.itemsize
+def weight_bytes(model_config: PretrainedConfig, *, num_layers: int, num_rows: int, num_blocks: int) -> int:
+    """What so many layers keep of the texts of so many rows, and of nobody's, of so many selection blocks each."""
+    _, num_kv_heads, _ = kv_shape(model_config)
+    return num_layers * (num_rows + 1) * num_kv_heads * num_blocks * torch.float32.itemsize
 
 
 @dataclass(frozen=True, slots=True)

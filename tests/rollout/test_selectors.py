@@ -35,7 +35,7 @@ def picked(selector: Selector, layer: int) -> list[list[int]]:
 
 def attach(policy: PreTrainedModel, selector: Selector) -> None:
     cache = PagedCache(policy.config, num_blocks=4, block_size=16, device="cpu", dtype=policy.dtype)
-    selector.attach(cache, num_texts=1, num_rows=1, table_width=3)
+    selector.attach(cache.storage, num_texts=1, num_rows=1, table_width=3)
 
 
 def test_retrieval_heads_see_everything_and_others_sinks_and_the_newest(policy: PreTrainedModel) -> None:
