@@ -75,6 +75,14 @@ class WatchingSelector(Protocol):
         """Dense attention of these rows, which keeps there what the selector goes by."""
 
 
+@runtime_checkable
+class HoldingSelector(Protocol):
+    """A selector whose lists hold for all that is drafted until the next verification."""
+
+    def hold(self, seqs: PagedSequences, kept: torch.Tensor) -> Sequence[BlockLists]:
+        """The blocks to read of each layer, whichever of the new tokens is forwarded. seqs: as if all were at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Neighbouring layers that attend sparsely, and their selector, which numbers them from 0 and knows their keys."""
@@ -141,10 +149,15 @@ class SparseAttention:
             if texts and isinstance(part.selector, WatchingSelector):
                 part.selector.begin(texts, beside=beside)
 
-    def forward(self, rows: Rows, num_rows: int) -> LayerAttention:
-        """The attention of a forward of the first rows."""
+    def forward(self, rows: Rows, num_rows: int, *, ahead: PagedSequences | None = None) -> LayerAttention:
+        """The attention of a forward of the first rows. ahead: of all the tokens of a draft, forwarded one by one."""
         text = rows.text[:num_rows]
-        selected = [(part.layers, _Selected(part.selector, kept(part.selector, text))) for part in self.parts]
+        selected: list[tuple[range, LayerAttention]] = []
+        for part in self.parts:
+            known, held = kept(part.selector, text), None
+            if ahead is not None and isinstance(part.selector, HoldingSelector):
+                held = part.selector.hold(ahead, known)
+            selected.append((part.layers, _Selected(part.selector, known, held)))
         return _InParts(tuple(selected))
 
     def watch(self, rows: Rows, num_rows: int, *, beside: LayerAttention | None = None) -> LayerAttention | None:
@@ -233,10 +246,14 @@ class _InParts:
 
 @dataclass(frozen=True, slots=True)
 class _Selected:
-    """Attention of one forward to what a selector picks, in all of its layers: rollout.fused.LayerAttention."""
+    """Attention of one forward to what a selector picks, in all of its layers: rollout.fused.LayerAttention.
+
+    held: of each layer, what was picked before.
+    """
 
     selector: Selector
     kept: torch.Tensor
+    held: Sequence[BlockLists] | None
 
     def takes(self, layer: int) -> bool:
         """Every one."""
@@ -254,7 +271,10 @@ class _Selected:
         scale: float,
     ) -> torch.Tensor:
         """Over the blocks that are picked."""
-        lists = self.selector.select(layer, query, positions, seqs, self.kept)
+        if self.held is None:
+            lists = self.selector.select(layer, query, positions, seqs, self.kept)
+        else:
+            lists = self.held[layer]
         return sparse_attention(query, key_cache, value_cache, seqs, lists, scale=scale)
 
 
@@ -282,11 +302,23 @@ class SparsePolicy:
         """Where to leave them, if at all."""
         return None if self._logprobs is None else self._logprobs(num_rows, num_nodes)
 
+    def ahead(self, rows: Rows, contexts: torch.Tensor, *, num_rows: int, num_new: int) -> "SparseDraft":
+        """The forwards of one draft."""
+        ahead = self._forward.sequences(rows, contexts, num_rows=num_rows, num_new=num_new)
+        return SparseDraft(self._forward, self._sparse.forward(rows, num_rows, ahead=ahead))
+
+
+@dataclass(frozen=True, slots=True)
+class SparseDraft:
+    """The policy's forwards under one attention: drafter.selfdraft.Drawing."""
+
+    forward: RowForward
+    attention: LayerAttention
+
     def draw(
         self, rows: Rows, inputs: CycleInputs, *, num_rows: int, num_nodes: int, aux_layers: Sequence[int]
     ) -> Drawn:
-        """As RowForward, under the selector."""
-        attention = self._sparse.forward(rows, num_rows)
-        return self._forward(
-            rows, inputs, num_rows=num_rows, num_nodes=num_nodes, aux_layers=aux_layers, attention=attention
+        """As RowForward, under the attention."""
+        return self.forward(
+            rows, inputs, num_rows=num_rows, num_nodes=num_nodes, aux_layers=aux_layers, attention=self.attention
         )

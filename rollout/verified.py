@@ -9,9 +9,12 @@ import torch
 from transformers import PretrainedConfig
 
 from kernels.attention import BlockMaxima, PagedSequences, paged_attention
+from kernels.describe import most_touched
 from kernels.select import BlockLists, Choice, choose_blocks, num_selection_blocks, verified_scores
 from kernels.upload import upload
 from rollout.model import kv_shape
+
+CHOSEN_FROM = 1 << 23  # weights that lists are made of at once: 32 MiB are copied
 
 
 class VerifiedSelector:
@@ -72,6 +75,31 @@ class VerifiedSelector:
     ) -> BlockLists:
         """The blocks of the largest weights."""
         return choose_blocks(self.weights[layer, kept], seqs, self._choice, select_block=self.select_block)
+
+    def hold(self, seqs: PagedSequences, kept: torch.Tensor) -> list[BlockLists]:
+        """Lists of all layers at once, which hold every block that the new tokens fill."""
+        lists: list[BlockLists] = []
+        always = self._choice.sinks + self._choice.recent + most_touched(seqs.max_seqlen_q, self.select_block)
+        choice = replace(self._choice, max_blocks=max(self._choice.max_blocks, always))
+        num_rows, (num_kv_heads, num_blocks) = len(kept), self.weights.shape[2:]
+        together = max(1, CHOSEN_FROM // (num_rows * num_kv_heads * num_blocks))
+        for weights in self.weights.split(together):
+            chosen = choose_blocks(
+                weights.index_select(1, kept).flatten(0, 1),
+                _repeated(seqs, len(weights)),
+                choice,
+                select_block=self.select_block,
+            )
+            rows = zip(chosen.blocks.split(num_rows), chosen.counts.split(num_rows), strict=True)
+            lists += [BlockLists(blocks, counts, self.select_block, held=True) for blocks, counts in rows]
+        return lists
+
+
+def _repeated(seqs: PagedSequences, times: int) -> PagedSequences:
+    """The sequences so many times over, as far as lists go by them."""
+    num_rows = len(seqs.context_lens)
+    bounds = torch.arange(times * num_rows + 1, dtype=torch.int32, device=seqs.context_lens.device)
+    return replace(seqs, context_lens=seqs.context_lens.repeat(times), cu_seqlens_q=bounds * seqs.max_seqlen_q)
 
 
 def weight_bytes(model_config: PretrainedConfig, *, num_layers: int, num_rows: int, num_blocks: int) -> int:
