@@ -1,10 +1,11 @@
 """What a configuration's values must satisfy beyond their types."""
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
+from configs.layers import Setting, layer_problems, settings
 from configs.placement import placement
 from configs.redact import holds_secret, is_secret, redact
 from configs.schema import Config, SparseConfig
@@ -116,14 +117,15 @@ def check(config: Config) -> list[Problem]:
     problems += [*_run_and_data(config), *_reward(config), *_rollout(config), *_train(config), *placement(config)]
     problems += _sparse(config)
     problems += _secrets(config)
-    return [Problem(key, redact(f"{key}={value_of(config, key)!r}: {remedy}")) for key, remedy in problems]
+    plain, found = asdict(config), dict.fromkeys(problems)
+    return [Problem(key, redact(f"{key}={value_of(plain, key)!r}: {remedy}")) for key, remedy in found]
 
 
-def value_of(config: Config, key: str) -> Any:
-    """The value under a dotted key."""
-    value: Any = config
+def value_of(config: Any, key: str) -> Any:
+    """The value under a dotted key, of a Config or of its mappings."""
+    value = config
     for name in key.split("."):
-        value = getattr(value, name)
+        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
     return value
 
 
@@ -194,18 +196,47 @@ def _rollout(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _sparse(config: Config) -> Iterator[tuple[str, str]]:
-    """What sparse attention needs of the cache, the selector and the others that draft."""
-    sparse, block_size = config.sparse, config.rollout.block_size
+    """What sparse attention needs of the cache, the selectors and the others that draft."""
+    sparse, found = config.sparse, list(settings(config.sparse))
+    selectors = {setting.sparse.selector for setting in found}
     if sparse.weights != "policy" and sparse.mode != "draft":
         yield "sparse.weights", "is of drafts, which dense verification corrects; set policy, or sparse.mode=draft"
     if sparse.learn:
-        yield from _learned_gates(config)
+        yield from _learned_gates(sparse, selectors)
     if sparse.mode == "off":
         return
     if config.rollout.backend == "vllm":
         yield "sparse.mode", "rollout.backend=vllm attends to everything; set off, or rollout.backend=native"
+    yield from layer_problems(sparse)
+    for setting in found:
+        yield from _setting(config, setting)
+    needed = {"gate": "the folder of trained gates", "duo": "DuoAttention's full_attention_heads.tsv"}
+    readers = [setting for setting in found if setting.sparse.selector in needed]
+    if {"gate", "duo"} <= selectors:
+        yield "sparse.gate", "names gates, or DuoAttention's heads: select by one of them, not by both"
+    elif readers and not sparse.gate:
+        reader, key = readers[0].sparse.selector, readers[0].selector_key
+        yield "sparse.gate", f"name {needed[reader]}, which {key}={reader} reads"
+    elif sparse.gate and not readers:
+        yield (
+            "sparse.gate",
+            f"sparse.selector={sparse.selector} reads none; set '', or sparse.selector=gate",
+        )
+    if sparse.mode == "draft" and sparse.inner == "eagle" and config.spec.source not in ("eagle", "auto"):
+        yield "sparse.inner", "there is no head; set spec.source=eagle or auto, or sparse.inner=suffix"
+    # where spec.source drafts, this is judged with the rest of spec
+    is_judged = config.spec.source != "off" or (sparse.mode, sparse.inner) != ("draft", "suffix")
+    if config.spec.min_match < 1 and not is_judged:
+        yield "spec.min_match", "must be at least 1: sparse.inner=suffix goes by it"
+    if sparse.mode in ("rectified", "plain"):
+        yield from _lossy(config)
+
+
+def _setting(config: Config, setting: Setting) -> Iterator[tuple[str, str]]:
+    """What one selector needs of the cache and its budget, and what its modes keep from it."""
+    sparse, block_size, selector_key = setting.sparse, config.rollout.block_size, setting.selector_key
     if sparse.threshold > 0 and sparse.selector not in ("gate", "duo", "verified"):
-        yield "sparse.threshold", f"the scores of sparse.selector={sparse.selector} are no weights; set 0"
+        yield "sparse.threshold", f"the scores of {selector_key}={sparse.selector} are no weights; set 0"
     block = max(sparse.block_tokens, 1)  # a smaller one is refused by its own check
     whole = -(-block_size // block) * block
     if block_size % block:
@@ -218,45 +249,34 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
         wanted = block << (-(-longest // (block * MOST_BLOCKS)) - 1).bit_length()
         yield "sparse.select_block", f"{longest} tokens are more than {MOST_BLOCKS} blocks of {block}; set {wanted}"
     if sparse.least_tokens > sparse.budget_tokens > 0:
-        yield "sparse.budget_tokens", _too_little(sparse)
-    needed = {"gate": "the folder of trained gates", "duo": "DuoAttention's full_attention_heads.tsv"}
-    if sparse.selector in needed and not sparse.gate:
-        yield "sparse.gate", f"name {needed[sparse.selector]}, which sparse.selector={sparse.selector} reads"
-    if sparse.selector not in needed and sparse.gate:
+        yield setting.budget_key, _too_little(setting)
+    if sparse.mode == "plain" and sparse.selector == "verified":
+        yield selector_key, "goes by what was verified, and sparse.mode=plain verifies nothing; set quest"
+    if sparse.mode == "rectified" and sparse.selector == "verified":
         yield (
-            "sparse.gate",
-            f"sparse.selector={sparse.selector} reads none; set '', or sparse.selector=gate",
+            selector_key,
+            "forgets a preempted sequence, which sparse.mode=rectified is to remake alike; set quest",
         )
-    if sparse.mode == "draft" and sparse.inner == "eagle" and config.spec.source not in ("eagle", "auto"):
-        yield "sparse.inner", "there is no head; set spec.source=eagle or auto, or sparse.inner=suffix"
-    # where spec.source drafts, this is judged with the rest of spec
-    is_judged = config.spec.source != "off" or (sparse.mode, sparse.inner) != ("draft", "suffix")
-    if config.spec.min_match < 1 and not is_judged:
-        yield "spec.min_match", "must be at least 1: sparse.inner=suffix goes by it"
-    if any(layer < 0 for layer in sparse.dense):
-        yield "sparse.dense", "layers are numbered from 0"
-    if sparse.mode in ("rectified", "plain"):
-        yield from _lossy(config)
 
 
-def _too_little(sparse: SparseConfig) -> str:
+def _too_little(setting: Setting) -> str:
     """What reads more than the budget in any case, and the remedy."""
+    sparse = setting.sparse
     least, block = sparse.least_tokens, max(sparse.block_tokens, 1)
     if least > sparse.always_tokens:
         return (
-            f"sparse.selector={sparse.selector} reads {sparse.min_blocks} blocks in any case; set {least} or more, or a"
-            " smaller sparse.select_block"
+            f"{setting.selector_key}={sparse.selector} reads {sparse.min_blocks} blocks in any case; set {least} or"
+            " more, or a smaller sparse.select_block"
         )
     recent = "depth" if sparse.recent_blocks > -(-sparse.window // block) else "window"
     return f"sparse.sinks, sparse.{recent} and the present block take {least} tokens by themselves; set {least} or more"
 
 
-def _learned_gates(config: Config) -> Iterator[tuple[str, str]]:
+def _learned_gates(sparse: SparseConfig, selectors: Collection[str]) -> Iterator[tuple[str, str]]:
     """What gates that learn in a run need."""
-    sparse = config.sparse
     if sparse.mode != "draft":  # where gates decide what is sampled, they may not depend on what a machine had time for
         yield "sparse.learn", f"is of sparse.mode=draft, not of {sparse.mode}; set false"
-    if sparse.selector != "gate":
+    if "gate" not in selectors:
         yield "sparse.learn", f"sparse.selector={sparse.selector} has no gates; set false, or sparse.selector=gate"
 
 
@@ -277,13 +297,6 @@ def _lossy(config: Config) -> Iterator[tuple[str, str]]:
         yield "sparse.every", "at most 64 tokens are forwarded again at once; set 64 or less"
     if sparse.mode == "rectified" and sparse.window < sparse.every:
         yield "sparse.window", f"tokens are always read until they are rectified; set {sparse.every}"
-    if sparse.mode == "plain" and sparse.selector == "verified":
-        yield "sparse.selector", "goes by what was verified, and sparse.mode=plain verifies nothing; set quest"
-    if sparse.mode == "rectified" and sparse.selector == "verified":
-        yield (
-            "sparse.selector",
-            "forgets a preempted sequence, which sparse.mode=rectified is to remake alike; set quest",
-        )
 
 
 def _vllm(config: Config) -> Iterator[tuple[str, str]]:

@@ -117,6 +117,8 @@ def _merge(text: str, overrides: Sequence[str], origin: str, problems: list[Prob
     for override in overrides:
         try:
             merged = OmegaConf.merge(merged, _dotted(override))
+        except OmegaConfBaseException as error:
+            problems.append(Problem(override, f"override {override!r}: {_one_line(error)}"))
         except ValueError as error:
             problems.append(Problem(override, str(error)))
     try:
@@ -179,7 +181,9 @@ def _convert(value: Any, hint: Any, key: str, problems: list[Problem], *, defaul
     if hint is Any:
         return value
     if is_dataclass(hint):
-        return _section(value, hint, key, problems, default) if isinstance(value, dict) else reject("a mapping")
+        if not isinstance(value, dict):
+            return reject("a mapping" if key in _SECTIONS else f"a mapping of {', '.join(get_type_hints(hint))}")
+        return _section(value, hint, key, problems, default)
     if origin is Literal:
         if value is False and "off" in arguments:  # YAML 1.1 reads a bare off as false
             return "off"
@@ -205,8 +209,9 @@ def _convert(value: Any, hint: Any, key: str, problems: list[Problem], *, defaul
         if not isinstance(value, dict):
             return reject("a mapping")
         inner = arguments[1]
+        unread: Any = inner() if isinstance(inner, type) and is_dataclass(inner) else None
         return {
-            str(name): _convert(item, inner, f"{key}.{name}", problems, default=None) for name, item in value.items()
+            str(name): _convert(item, inner, f"{key}.{name}", problems, default=unread) for name, item in value.items()
         }
     assert hint in (bool, int, float, str), f"no conversion for {key}: {hint}"
     if hint is float and type(value) in (int, float):
@@ -221,7 +226,9 @@ def _section(value: Mapping[Any, Any], schema: Any, key: str, problems: list[Pro
     hints = get_type_hints(schema)
     for name in value:
         if name not in hints:
-            problems.append(Problem(f"{prefix}{name}", f"unknown key {prefix}{name}; {_closest(f'{prefix}{name}')}"))
+            # of one mapping among others there is no more than its own keys
+            known = f"known are {', '.join(hints)}" if "." in key else _closest(f"{prefix}{name}")
+            problems.append(Problem(f"{prefix}{name}", f"unknown key {prefix}{name}; {known}"))
     converted = {
         name: _convert(value[name], hint, f"{prefix}{name}", problems, default=getattr(default, name))
         for name, hint in hints.items()

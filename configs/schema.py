@@ -102,6 +102,17 @@ class SpecConfig:
     min_match: int = 2  # shortest suffix that may propose
 
 
+SelectorName = Literal["quest", "resa", "gate", "streaming", "duo", "mean", "verified"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayersConfig:
+    """What differs in a range of layers."""
+
+    selector: Literal["default", "dense", SelectorName] = "default"  # default: sparse.selector; dense reads everything
+    budget_tokens: int = 0  # 0: sparse.budget_tokens
+
+
 @dataclass(frozen=True, slots=True)
 class SparseConfig:
     """Attention to the blocks of the KV cache that are worth reading, for long contexts (docs/sparse.md)."""
@@ -112,7 +123,7 @@ class SparseConfig:
     # Who picks the blocks. quest, resa (one and the same): a bound from each block's smallest and largest keys, of no
     # fewer than 16 blocks; gate: trained gates; streaming: the newest; duo: all for retrieval heads, the newest for
     # others; mean: the mean key (MoBA); verified: what the last dense verification attended to
-    selector: Literal["quest", "resa", "gate", "streaming", "duo", "mean", "verified"] = "quest"
+    selector: SelectorName = "quest"
     gate: str = ""  # gate: folder of trained gates; duo: DuoAttention's full_attention_heads.tsv
     learn: bool = False  # gate: in draft, gates learn on from what verification computes; sparse.gate stays as it is
     select_block: int = 0  # tokens in a block that is picked or not; 0 is 64 for gate and mean, 16 for others
@@ -120,7 +131,9 @@ class SparseConfig:
     budget_share: float = 0.0  # of a sequence's tokens, where that is more
     threshold: float = 0.0  # pick every block that scores more, up to the budget; 0 fills the budget with the best
     dense_layers: int = 0  # first layers that attend to everything
-    dense: tuple[int, ...] = ()  # other layers that do, by number
+    # What differs by layer, numbered from 0: in one (4), a range (2-9), or all from one on (10-), as in
+    # {0: {selector: dense}, 2-9: {selector: streaming}, 10-: {budget_tokens: 512}}; no layer in two of them
+    layers: dict[str, LayersConfig] = field(default_factory=dict)
     sinks: int = 1  # first blocks that are always picked
     window: int = 64  # newest tokens, rounded up to blocks, that are always picked; drafted ones are in any case
     depth: int = 8  # draft: tokens drafted at most

@@ -37,6 +37,15 @@ class Drawn(Protocol):
         """The residual stream where it enters each of the layers."""
 
 
+class Drawing(Protocol):
+    """The forwards of one draft."""
+
+    def draw(
+        self, rows: Rows, inputs: CycleInputs, *, num_rows: int, num_nodes: int, aux_layers: Sequence[int]
+    ) -> Drawn:
+        """Forward what prepare gave and sample after each token, as the target does; keys and values are cached."""
+
+
 class ApproximatePolicy(Protocol):
     """The policy's forward, approximated, over the cache of the rows of one generate call.
 
@@ -47,10 +56,8 @@ class ApproximatePolicy(Protocol):
     dummy_slot: int
     stop_ids: torch.Tensor
 
-    def draw(
-        self, rows: Rows, inputs: CycleInputs, *, num_rows: int, num_nodes: int, aux_layers: Sequence[int]
-    ) -> Drawn:
-        """Forward what prepare gave and sample after each token, as the target does; keys and values are cached."""
+    def ahead(self, rows: Rows, contexts: torch.Tensor, *, num_rows: int, num_new: int) -> Drawing:
+        """The forwards of a draft that begins after so many cached tokens, [B] int32, and forwards num_new at most."""
 
     def draft_logprobs(self, num_rows: int, num_nodes: int) -> torch.Tensor | None:
         """Where to leave what drafted tokens were drawn with, [B, M] float32; None where nobody is to know."""
@@ -117,9 +124,12 @@ class SelfDrafter:
             active=rows.active[:num_rows] * (begin < ends),
             block_tables=rows.block_tables[:num_rows],
         )
-        rounds = num_nodes if self._inner is None else -(-num_nodes // INNER_KEPT)
-        logprobs = [self._advance(texts, ahead) for _ in range(rounds)]
-        assert self._policy is not None
+        rounds, num_new = num_nodes, num_nodes
+        if self._inner is not None:
+            rounds, num_new = -(-num_nodes // INNER_KEPT), num_nodes + INNER_DEPTH
+        assert self._policy is not None, "lend the policy first"
+        drawing = self._policy.ahead(ahead, (begin - 1).clamp(min=0), num_rows=num_rows, num_new=num_new)
+        logprobs = [self._advance(texts, ahead, drawing) for _ in range(rounds)]
         if (kept := self._policy.draft_logprobs(num_rows, num_nodes)) is not None:
             assert self._inner is None, "a round may commit several tokens"
             kept.copy_(torch.cat(logprobs, dim=1))
@@ -143,13 +153,13 @@ class SelfDrafter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to take up."""
 
-    def _advance(self, texts: Texts, rows: Rows) -> torch.Tensor:
+    def _advance(self, texts: Texts, rows: Rows, drawing: Drawing) -> torch.Tensor:
         """One cycle of the approximate policy: its texts grow, and a row that reaches its end is no longer active.
 
         Returns what its tokens were drawn with, [B, 1 and the inner drafter's] float32.
         """
         policy, num_rows = self._policy, len(rows.text)
-        assert policy is not None, "lend the policy first"
+        assert policy is not None
         drafts, num_nodes = None, 0
         if self._inner is not None:
             num_nodes = self._ahead.num_verify
@@ -159,7 +169,7 @@ class SelfDrafter:
             texts, rows, drafts, num_rows=num_rows, block_size=policy.block_size, dummy_slot=policy.dummy_slot
         )
         reader = self._reader
-        drawn = policy.draw(
+        drawn = drawing.draw(
             rows,
             inputs,
             num_rows=num_rows,

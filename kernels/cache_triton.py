@@ -88,8 +88,8 @@ def _rope_and_write_kernel(
 ):
     """A few heads of one token: queries, keys and values alike, told apart by their number."""
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()  # not earlier: attention to held lists counts on all before this one to have ended
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     dim = tl.arange(0, BLOCK_D)

@@ -7,7 +7,7 @@ embedding, which is undone here: a descriptor is a pure function of the keys tha
 Source: SeerAttention-R (arXiv 2506.08889) sec. 3.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,6 +51,17 @@ class GateWeights:
     @property
     def gate_dim(self) -> int:
         return self.query_norm.shape[1]
+
+    def of(self, layers: range) -> "GateWeights":
+        """Neighbouring layers' alone, which share the storage."""
+        own = slice(layers.start, layers.stop)
+        return replace(
+            self,
+            query_weight=self.query_weight[own],
+            key_weight=self.key_weight[own],
+            query_norm=self.query_norm[own],
+            key_norm=self.key_norm[own],
+        )
 
 
 def gate_scores(

@@ -21,12 +21,14 @@ class BlockLists:
     """The selection blocks that each sequence's new tokens read, a list for each key head.
 
     blocks [B, Hkv, K] int32: indices in the sequence, ascending and distinct; entries past counts hold anything in
-    range. counts [B, Hkv] int32.
+    range. counts [B, Hkv] int32. held: made by an earlier launch than the one before the attention's, which may read
+    them while that one still runs.
     """
 
     blocks: torch.Tensor
     counts: torch.Tensor
     select_block: int
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,12 +100,14 @@ def sparse_attention_triton(
         BLOCK_SIZE=seqs.block_size,
         SELECT=lists.select_block,
         BLOCK_U=min(max(32, triton.next_power_of_2(grid.units)), MAX_BLOCK_U),
+        ONCE=grid.units <= MAX_BLOCK_U,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         BLOCK_D=block_d,
         MERGE_ROWS=merge_rows,
         MERGE_SPLITS=max(1, merged // (merge_rows * block_d)),
         STAGES=launch.num_stages,
+        HELD=lists.held,
         OVERLAP=overlap,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -162,19 +164,22 @@ def _sparse_kernel(
     BLOCK_SIZE: tl.constexpr,
     SELECT: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    ONCE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MERGE_SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    HELD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
         gdc_launch_dependents()
-        gdc_wait()
+        if not HELD:
+            gdc_wait()
     total_steps, programs, position, end, unit, unit_begin = find_run(
-        counts, num_units, max_count, min_steps, TILES, SELECT, BLOCK_N, BLOCK_U
+        counts, num_units, max_count, min_steps, TILES, SELECT, BLOCK_N, BLOCK_U, ONCE
     )
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
@@ -208,6 +213,8 @@ def _sparse_kernel(
         key = _key(_entry(blocks, at, last_entry, SELECT), at, last_block, SELECT)
         block = tl.load(table + key // BLOCK_SIZE)
         listed_next = _entry(blocks, at + BLOCK_N, last_entry, SELECT)
+        if OVERLAP and HELD:
+            gdc_wait()  # for queries and the newest keys; what follows waits no more
 
         in_use = token < num_tokens
         token_row = (first_token + token).to(tl.int64)

@@ -18,6 +18,7 @@ from kernels.attention import PagedSequences
 from kernels.attention_plan import Launch, num_programs
 
 MIN_CHUNK = 64  # keys of a run below which a further program costs more to combine than it saves
+ALIKE = 0.9  # of the programs that run at once: from so many on, each unit has as many
 MANY_UNITS = 128  # from which keys on their way count for less than programs that run at once
 
 
@@ -95,6 +96,10 @@ def grid_of(
     units = lists * tiles
     min_steps = max(1, min_chunk // launch.block_n)
     max_runs = triton.cdiv(units * triton.cdiv(max_list_keys, launch.block_n), min_steps)
+    programs = num_programs(seqs.slots.device, launch.programs_per_sm)
+    # as many to each unit, where that leaves few idle: lists of equal length are then cut where units end
+    if (alike := programs // units * units) >= ALIKE * programs:
+        programs = alike
     return Grid(
         launch=launch,
         groups=groups,
@@ -102,7 +107,7 @@ def grid_of(
         tokens=triton.cdiv(seqs.max_seqlen_q, tiles),
         tiles=tiles,
         units=units,
-        programs=min(num_programs(seqs.slots.device, launch.programs_per_sm), max_runs),
+        programs=min(programs, max_runs),
         min_steps=min_steps,
     )
 
@@ -138,29 +143,43 @@ def find_run(
     SELECT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     """This program's run among the steps of all units: (all steps, programs that share them, the run's begin, its end,
-    its first unit, that one's begin). Runs differ by a step at most; where there is nothing left, end <= begin."""
+    its first unit, that one's begin). Runs differ by a step at most; where there is nothing left, end <= begin.
+
+    ONCE: BLOCK_U units are all there are.
+    """
     lane = tl.arange(0, BLOCK_U)
-    steps = tl.zeros([BLOCK_U], tl.int32)
-    for base in range(0, num_units, BLOCK_U):
-        steps += steps_of(counts, base + lane, base + lane < num_units, max_count, TILES, SELECT, BLOCK_N)
-    total = tl.sum(steps, axis=0)
-    programs = tl.minimum(tl.num_programs(0), tl.maximum(total // min_steps, 1))
     me = tl.program_id(0)
+    steps = steps_of(counts, lane, lane < num_units, max_count, TILES, SELECT, BLOCK_N)
+    total = tl.sum(steps, axis=0)
+    if not ONCE:
+        for base in range(BLOCK_U, num_units, BLOCK_U):
+            more = steps_of(counts, base + lane, base + lane < num_units, max_count, TILES, SELECT, BLOCK_N)
+            total += tl.sum(more, axis=0)
+    programs = tl.minimum(tl.num_programs(0), tl.maximum(total // min_steps, 1))
     begin = tl.where(me < programs, _begin_of(me, total, programs), total)
-    before = tl.zeros([], tl.int32)  # steps of the units seen so far
-    unit = tl.zeros([], tl.int32)  # units that end before the run begins
-    unit_begin = tl.zeros([], tl.int32)
-    for base in range(0, num_units, BLOCK_U):
-        exists = base + lane < num_units
-        steps = steps_of(counts, base + lane, exists, max_count, TILES, SELECT, BLOCK_N)
-        end = before + tl.cumsum(steps, axis=0)
-        is_past = exists & (end <= begin)
-        unit += tl.sum(is_past.to(tl.int32), axis=0)
-        unit_begin = tl.maximum(unit_begin, tl.max(tl.where(is_past, end, 0), axis=0))
-        before += tl.sum(steps, axis=0)
-    return total, programs, begin, tl.minimum(_begin_of(me + 1, total, programs), total), unit, unit_begin
+    end = tl.minimum(_begin_of(me + 1, total, programs), total)
+    unit, unit_begin = _passed(steps, 0, lane < num_units, begin)
+    if not ONCE:
+        before = tl.sum(steps, axis=0)  # steps of the units seen so far
+        for base in range(BLOCK_U, num_units, BLOCK_U):
+            exists = base + lane < num_units
+            steps = steps_of(counts, base + lane, exists, max_count, TILES, SELECT, BLOCK_N)
+            units, last_end = _passed(steps, before, exists, begin)
+            unit += units
+            unit_begin = tl.maximum(unit_begin, last_end)
+            before += tl.sum(steps, axis=0)
+    return total, programs, begin, end, unit, unit_begin
+
+
+@triton.jit
+def _passed(steps, before, exists, begin):
+    """How many of these units end before a run begins, and where the last of them does; before: steps before them."""
+    end = before + tl.cumsum(steps, axis=0)
+    is_past = exists & (end <= begin)
+    return tl.sum(is_past.to(tl.int32), axis=0), tl.max(tl.where(is_past, end, 0), axis=0)
 
 
 @triton.jit

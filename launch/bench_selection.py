@@ -191,7 +191,7 @@ class Totals:
         return {
             "selector": side.selector,
             "budget": side.config.budget_tokens,
-            "select_block": side.sparse.selector.select_block,
+            "select_block": side.config.block_tokens,
             "places": self.places,
             "mass": sum(mass.values()) / len(mass),
             "mass_of_worst_layer": mass[worst],
@@ -210,8 +210,8 @@ def measure(forced: Forced, places: Places, totals: dict[Side, Totals], job: Job
     """Forward some places densely, then under every side, and add what differs."""
     dense = forced.logits(places, None)
     keys = [
-        torch.full_like(places.positions, noise_key(seed=job.seed, step=draw, prompt_id="selection", sample=text))
-        for draw in range(job.draws)
+        torch.full_like(places.positions, noise_key(seed=job.seed, step=number, prompt_id="selection", sample=text))
+        for number in range(job.draws)
     ]
     drawn = [draw(dense, key, places.positions + 1) for key in keys]
     for side, total in totals.items():

@@ -129,10 +129,10 @@ def predicted(
     """
     weights, kv_bytes = step_weight_bytes(model), job.rows * tokens * token_bytes(model)
     num_layers = model.config.get_text_config().num_hidden_layers
-    dense = len(sparse.dense) / num_layers
-    read = min(job.sparse.budget_tokens, tokens) / tokens + sparse.selector.share_of_cache
+    dense = 1 - sum(len(part.layers) for part in sparse.parts) / num_layers
+    read = dense + (1 - dense) * min(job.sparse.budget_tokens, tokens) / tokens + sparse.share_of_cache(num_layers)
     drafting = weights if sparse.lowbit is None else sparse.lowbit.num_bytes
-    step = drafting + kv_bytes * (dense + (1 - dense) * read)
+    step = drafting + kv_bytes * read
     whole = weights + kv_bytes
     return {"plain_ms": whole / gbps / 1e6, "draft_ms": depth * step / gbps / 1e6, "verify_ms": whole / gbps / 1e6}
 

@@ -8,6 +8,7 @@ does not read of it. ReSA (arXiv 2506.04108) shows the like for its rectificatio
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import lcm
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from configs.errors import ConfigError
+from configs.layers import settings
 from configs.schema import SparseConfig
 from drafter.types import OFF, Rows
 from kernels.attention import PagedSequences, paged_sequences
@@ -30,7 +32,7 @@ from rollout.sparse import SparseAttention
 from rollout.strategy import FixedChooser
 
 GRAPH_BYTES = 4 << 30
-BLOCK_SIZE = 16  # of the cache, or the selector's where that is larger
+BLOCK_SIZE = 16  # of the cache, or what the selectors' divide where that is larger
 CHUNK = 512  # tokens of each text forwarded at once where all are known
 
 
@@ -83,8 +85,9 @@ def require_fit(job: Job, model_config: PretrainedConfig) -> None:
     """Hold the job against a model's config, before its weights are read. Raises ConfigError, PreflightError."""
     if job.tokens > (limit := context_length(model_config)):
         raise ConfigError(f"--tokens {job.tokens} exceeds the model's context of {limit}; give fewer")
-    budget = job.sparse.budget_tokens
-    require_part(f"sparse.budget_tokens={budget}", budget, job.tokens, "set less, or give more --tokens")
+    least = min(settings(job.sparse), key=lambda setting: setting.sparse.budget_tokens)
+    budget = least.sparse.budget_tokens
+    require_part(f"{least.budget_key}={budget}", budget, job.tokens, "set less, or give more --tokens")
     require_sparse(job.sparse, model_config)
 
 
@@ -112,7 +115,8 @@ class Walk:
     def __init__(self, subject: Subject, texts: torch.Tensor, start: int, sparse: SparseConfig) -> None:
         model, device = subject.model, texts.device
         self._texts, self._start = texts, start
-        self._block_size = -(-BLOCK_SIZE // sparse.block_tokens) * sparse.block_tokens
+        block = lcm(*(setting.sparse.block_tokens for setting in settings(sparse)))
+        self._block_size = -(-BLOCK_SIZE // block) * block
         count, length = texts.shape
         width = -(-length // self._block_size)
         self._tables = torch.arange(count * width, dtype=torch.int32, device=device).view(count, width)
@@ -220,6 +224,7 @@ def table(result: dict[str, Any]) -> Table:
     """KL by position, a line a bin."""
     sparse, kl = result["sparse"], result["kl"]
     title = f"{result['what']}, {result['model']}, {sparse['selector']}, {sparse['budget_tokens']} tokens"
+    title += ", but for sparse.layers" if sparse["layers"] else ""
     shown = plain_table(title, ["from token", "dense", f"rectified, f={sparse['every']}", "plain"])
     for dense, rectified, plain in zip(kl["dense"], kl["rectified"], kl["plain"], strict=True):
         shown.add_row(str(dense["position"]), *(f"{each['mean']:.2e}" for each in (dense, rectified, plain)))

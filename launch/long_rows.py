@@ -80,8 +80,7 @@ class LongRows:
         sparse.attach(self.cache, num_texts=num_rows, num_rows=num_rows, table_width=width)
         sparse.begin(range(num_rows))
         begins = torch.zeros(num_rows, dtype=torch.int32, device=device)
-        sparse.selector.describe(
-            self.cache.storage,
+        sparse.describe(
             block_tables=self._residency.rows.block_tables,
             begins=begins,
             ends=begins + tokens,

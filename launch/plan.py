@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from transformers import PretrainedConfig
 
+from configs.layers import by_layer, runs
 from configs.schema import Config, SparseConfig
 from drafter.gate_checkpoint import read_gate_config
 from drafter.memory import NO_DRAFTER, DrafterBytes, GateBytes, drafter_bytes, learned_gate_bytes
@@ -21,9 +22,9 @@ from rl.ulysses import require_heads
 from rollout.gate_sampler import sample_bytes
 from rollout.lowbit import LowBitPolicy
 from rollout.memory import available_bytes, cache_budget
-from rollout.model import bytes_per_block, context_length, resolve_compute
+from rollout.model import bytes_per_block, context_length, kv_shape, resolve_compute
 from rollout.selectors import require_sparse, share_of_cache
-from rollout.strategy import configured, make_chooser
+from rollout.strategy import Chooser, configured, make_chooser
 from rollout.verified import weight_bytes
 from rollout.workspace import room_for
 
@@ -33,7 +34,7 @@ NOTES = {
     "uncut": "the largest parameter, of which a rank keeps a share",
     "whole copy": "that rollouts are sampled from",
     "CUDA graphs": "at most",
-    "block weights": "of sequences that run, that sparse.selector=verified goes by",
+    "block weights": "of sequences that run, that selector verified goes by",
     "drafter": "its copies and optimiser",
     "drafter's lessons": "gradients, CUDA graphs and copies for checkpoints",
     "drafter's cache": "of sequences that run",
@@ -122,7 +123,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     available = available_bytes(device) // (1 if device == "cuda" else processes)
     warnings = [
         *_context_warnings(longest, context_length(model_config)),
-        *_sparse_warnings(config.sparse, longest),
+        *_sparse_warnings(config.sparse, kv_shape(model_config)[0], longest),
         *_kv_warnings(kv_blocks, ceil(longest / rollout.block_size), running),
         *_memory_warnings(memory, available, device, drafts=sizes.drafter.total > 0),
     ]
@@ -139,7 +140,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         rollouts_per_step=rollouts,
         max_sequence_tokens=longest,
         running_sequences=running,
-        speculation=_speculation(config, device),
+        speculation=_speculation(config, model_config, device),
         kv_blocks=kv_blocks,
         kv_tokens=kv_blocks * rollout.block_size,
         steps=train.steps,
@@ -170,7 +171,7 @@ def _kv_blocks(config: Config, model_config: PretrainedConfig, sizes: Sizes, *, 
 def _block_bytes(config: Config, model_config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Of a block of the KV cache, and of what sparse attention keeps beside it."""
     num_bytes = bytes_per_block(model_config, config.rollout.block_size, dtype)
-    return num_bytes + ceil(share_of_cache(config.sparse) * num_bytes)
+    return num_bytes + ceil(share_of_cache(config.sparse, kv_shape(model_config)[0]) * num_bytes)
 
 
 def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, itemsize: int) -> DrafterBytes:
@@ -180,7 +181,7 @@ def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, 
         return NO_DRAFTER
     shape = starting_shape(config, model_config)
     require_unroll(config.drafter, window=shape.window)
-    chooser = make_chooser(config.spec, device=device, seed=config.run.seed, sparse=config.sparse)
+    chooser = _chooser(config, model_config, device)
     needed = drafter_bytes(
         shape,
         config.drafter,
@@ -201,7 +202,7 @@ def lowbit_bytes(sparse: SparseConfig, model_config: PretrainedConfig) -> int:
 
 def gate_bytes(sparse: SparseConfig, model_config: PretrainedConfig, *, itemsize: int, longest: int) -> GateBytes:
     """Of the gates that pick blocks, where there are any. Raises PreflightError."""
-    if sparse.mode == "off" or sparse.selector != "gate":
+    if sparse.mode == "off" or "gate" not in _selectors(sparse, model_config):
         return GateBytes()
     shape = read_gate_config(Path(sparse.gate).expanduser(), model_config)
     if not sparse.learn:
@@ -212,12 +213,30 @@ def gate_bytes(sparse: SparseConfig, model_config: PretrainedConfig, *, itemsize
 
 def watched_bytes(config: Config, model_config: PretrainedConfig, *, device: str, longest: int) -> int:
     """Of what a selector keeps of the rows rather than of the cache's blocks: the verified one alone does."""
-    if config.sparse.mode == "off" or config.sparse.selector != "verified":
+    num_layers = 0 if config.sparse.mode == "off" else _selectors(config.sparse, model_config).count("verified")
+    if not num_layers:
         return 0
-    chooser = make_chooser(config.spec, device=device, seed=config.run.seed, sparse=config.sparse)
+    chooser = _chooser(config, model_config, device)
     room = room_for(longest, config.rollout, max_nodes=max(1, chooser.max_num_verify))
-    num_blocks = room.table_width * (config.rollout.block_size // config.sparse.block_tokens)
-    return weight_bytes(model_config, num_rows=config.rollout.max_running, num_blocks=num_blocks)
+    select_block = replace(config.sparse, selector="verified").block_tokens
+    num_blocks = room.table_width * (config.rollout.block_size // select_block)
+    return weight_bytes(model_config, num_layers=num_layers, num_rows=config.rollout.max_running, num_blocks=num_blocks)
+
+
+def _selectors(sparse: SparseConfig, model_config: PretrainedConfig) -> list[str]:
+    """Those of the layers that are not dense."""
+    return [each.selector for layers, each in runs(sparse, kv_shape(model_config)[0]) for _ in layers]
+
+
+def _chooser(config: Config, model_config: PretrainedConfig, device: str) -> Chooser:
+    """Of a run's strategies."""
+    return make_chooser(
+        config.spec,
+        device=device,
+        seed=config.run.seed,
+        sparse=config.sparse,
+        num_layers=kv_shape(model_config)[0],
+    )
 
 
 def table(plan: Plan) -> Table:
@@ -272,17 +291,19 @@ def _epochs(config: Config) -> float | None:
     return config.train.steps * config.rollout.prompts_per_step / config.data.size
 
 
-def _speculation(config: Config, device: str) -> str:
+def _speculation(config: Config, model_config: PretrainedConfig, device: str) -> str:
     """Where drafts come from, who chooses their shape, and the widest, as "source: shape"."""
     strategies = configured(config.spec, config.sparse)
     strategy = strategies[0]
     if strategy == OFF:
         sparse = config.sparse
         if sparse.mode in ("plain", "rectified"):
-            return f"{sparse.mode}: sampled under {sparse.selector}, {sparse.budget_tokens:,} tokens read, not as dense"
+            alike = runs(sparse, kv_shape(model_config)[0])
+            read = dict.fromkeys(f"{each.selector}, {each.budget_tokens:,} tokens read" for _, each in alike)
+            return f"{sparse.mode}: sampled under {', or '.join(read) or 'no selector'}, not as dense"
         return "off: one token a forward"
     shape = "chains" if strategy.top_k == 1 else f"trees of {strategy.top_k} children a node"
-    choice = make_chooser(config.spec, device=device, seed=config.run.seed, sparse=config.sparse).summary()["choice"]
+    choice = _chooser(config, model_config, device).summary()["choice"]
     sources = " and ".join(each.source for each in strategies)
     if config.spec.below:
         choice += f" below {config.spec.below} running"
@@ -296,11 +317,15 @@ def _context_warnings(longest: int, context: int) -> list[str]:
     return [f"{sizes} exceeds the model's context of {context}; lower one of them"]
 
 
-def _sparse_warnings(sparse: SparseConfig, longest: int) -> list[str]:
-    if sparse.mode == "off" or sparse.budget_tokens < longest:
+def _sparse_warnings(sparse: SparseConfig, num_layers: int, longest: int) -> list[str]:
+    if sparse.mode == "off":
         return []
-    budget = f"sparse.budget_tokens={sparse.budget_tokens}"
-    return [f"{budget} is all of the longest sequence's {longest} tokens; lower it, or set sparse.mode=off"]
+    budgets = {each.budget_key: each.sparse.budget_tokens for each in by_layer(sparse, num_layers) if each}
+    return [
+        f"{key}={budget} is all of the longest sequence's {longest} tokens; lower it, or set sparse.mode=off"
+        for key, budget in budgets.items()
+        if budget >= longest
+    ]
 
 
 def _kv_warnings(kv_blocks: int, blocks_each: int, running: int) -> list[str]:

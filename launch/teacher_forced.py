@@ -87,8 +87,7 @@ class Forced:
         seqs = self._sequences(tables, positions, 1, slots=own.long() * BLOCK_SIZE + positions % BLOCK_SIZE)
         windows = torch.arange(count, device=device) // self._window
         for each in self._sparse:
-            each.selector.describe(
-                self.cache.storage,
+            each.describe(
                 block_tables=tables,
                 begins=(last * BLOCK_SIZE).int(),
                 ends=positions.int(),

@@ -10,12 +10,12 @@ from kernels.select import BlockLists, choose_blocks, num_selection_blocks
 from kernels.sparse_attention import sparse_attention
 from launch.teacher_forced import Places
 from rollout.selectors import choice_of
-from rollout.sparse import SparseAttention
+from rollout.sparse import SparseAttention, kept
 
 BEST = "best"  # the blocks that carry most of the attention: what no selector knows before it has read everything
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Side:
     """One selector under one budget."""
 
@@ -37,7 +37,7 @@ class Weighed:
 
     def takes(self, layer: int) -> bool:
         """Whether a layer attends so."""
-        return layer not in self._side.sparse.dense
+        return self._side.sparse.part_of(layer) is not None
 
     def attend(
         self,
@@ -51,14 +51,14 @@ class Weighed:
         scale: float,
     ) -> torch.Tensor:
         """Over the blocks that are picked."""
-        selector, config = self._side.sparse.selector, self._side.config
-        shares = block_shares(query, key_cache, self._places, scale=scale, select_block=selector.select_block)
+        part, config = self._side.sparse.part_of(layer), self._side.config
+        assert part is not None
+        shares = block_shares(query, key_cache, self._places, scale=scale, select_block=config.block_tokens)
         if self._side.selector == BEST:
-            lists = choose_blocks(shares.mean(dim=2), seqs, choice_of(config), select_block=selector.select_block)
+            lists = choose_blocks(shares.mean(dim=2), seqs, choice_of(config), select_block=config.block_tokens)
         else:
-            rows = self._places.rows
-            kept = self._side.sparse.kept(rows, len(rows.text))
-            lists = selector.select(layer, query, positions, seqs, kept)
+            text = self._places.rows.text
+            lists = part.selector.select(layer - part.layers.start, query, positions, seqs, kept(part.selector, text))
         self.mass[layer] = float((shares * listed(lists, shares.shape[3])[:, :, None]).sum(dim=3).mean())
         return sparse_attention(query, key_cache, value_cache, seqs, lists, scale=scale)
 

@@ -37,11 +37,12 @@ class GateLessons:
 
     def __init__(self, engine: NativeEngine) -> None:
         assert engine.sparse is not None and engine.sparse.sampler is not None
-        assert isinstance(engine.sparse.selector, GateSelector)
+        selectors = [part.selector for part in engine.sparse.parts]
+        gates = next(each.gates for each in selectors if isinstance(each, GateSelector))  # all parts' are the same
         self._model_config = engine.model_config
         self._sampler = engine.sparse.sampler
         self.learner = GateLearner(
-            engine.sparse.selector.gates,
+            gates,
             lr=LR,
             budget_blocks=self._sampler.budget_blocks,
             announce=engine.gates_changed,

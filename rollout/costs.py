@@ -40,8 +40,8 @@ class SelfDrafting:
     """A round of the policy's drafting for itself, as it is configured: a forward that reads less than a plain cycle's.
 
     tokens: that a row forwards, of which kept are hoped to stand. weights: bytes of those it reads, over the policy's.
-    A row attends to cached tokens at most, or to cached_share of its own where that is more; choosing them reads
-    described of the bytes that all of its own take.
+    In a share of dense layers a row attends to all of its cached tokens; in the others to `cached` of them at most, or
+    to cached_share where that is more. Choosing them reads described of the bytes that all of its own take.
     """
 
     tokens: int = 1
@@ -50,6 +50,7 @@ class SelfDrafting:
     cached: int = 0
     cached_share: float = 0.0
     described: float = 0.0
+    dense: float = 0.0
 
     def rounds(self, num_drafted: int) -> int:
         """That so many tokens take."""
@@ -57,7 +58,8 @@ class SelfDrafting:
 
     def shape(self, rows: int, context: float) -> float:
         """What a round takes over reading the policy's weights once."""
-        read = min(context, max(self.cached, self.cached_share * context)) + self.described * context
+        chosen = min(context, max(self.cached, self.cached_share * context))
+        read = self.dense * context + (1 - self.dense) * chosen + self.described * context
         return _shape(rows, self.tokens, read, weights=self.weights)
 
 

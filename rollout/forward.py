@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from drafter.types import Rows
-from kernels.attention import paged_sequences
+from kernels.attention import PagedSequences, paged_sequences
 from kernels.cycle import CycleInputs
 from kernels.sample import sample
 from rollout.decoder import Decoder
@@ -63,13 +63,11 @@ class RowForward:
         attention: in place of the dense one. Nothing synchronises on a GPU.
         """
         residency = self._residency
-        # a captured forward must be right for any context; an eager one on a CPU is dearer the wider it looks
-        on_cpu = self.cache.storage.device.type == "cpu"
         seqs = paged_sequences(
             cu_seqlens_q=residency.cu_seqlens(num_rows, 1 + num_nodes),
             max_seqlen_q=1 + num_nodes,
             context_lens=inputs.context_lens,
-            max_context=int(inputs.context_lens.max()) if on_cpu else residency.max_length,
+            max_context=self._max_context(inputs.context_lens),
             block_tables=rows.block_tables[:num_rows],
             slots=inputs.slots,
             block_size=self.block_size,
@@ -92,3 +90,24 @@ class RowForward:
             min_p=min_p,
         )
         return Drawn(token_ids, logprobs, logits, hidden, aux)
+
+    def sequences(self, rows: Rows, context_lens: torch.Tensor, *, num_rows: int, num_new: int) -> PagedSequences:
+        """The first rows with so many new tokens each, which are forwarded elsewhere: no slots are theirs here."""
+        return PagedSequences(
+            cu_seqlens_q=self._residency.cu_seqlens(num_rows, num_new),
+            max_seqlen_q=num_new,
+            context_lens=context_lens,
+            max_context=self._max_context(context_lens),
+            block_tables=rows.block_tables[:num_rows],
+            slots=context_lens.new_empty(0, dtype=torch.int64),
+            block_size=self.block_size,
+            ancestors=None,
+            num_drafted=None,
+            positions=None,
+            masks=None,
+        )
+
+    def _max_context(self, context_lens: torch.Tensor) -> int:
+        """A bound: a captured forward must be right for any; an eager one on a CPU is dearer the wider it looks."""
+        on_cpu = self.cache.storage.device.type == "cpu"
+        return int(context_lens.max()) if on_cpu else self._residency.max_length

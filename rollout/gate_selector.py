@@ -6,28 +6,27 @@ from drafter.gate import Gates
 from kernels.attention import PagedSequences
 from kernels.gate import compress, empty_compressed, gate_choose
 from kernels.select import BlockLists, Choice
-from rollout.model import PagedCache
 
 
 class GateSelector:
     """Picks by SeerAttention-R's gates (drafter/gate.py), which are read where they are.
 
-    descriptors: as kernels.gate.empty_compressed makes them, of the attached cache. Under a threshold a block's score
-    is its share of the softmax over the complete blocks.
+    gates: of all of the policy's layers; it picks in these. descriptors: as kernels.gate.empty_compressed makes them,
+    of the attached storage. Under a threshold a block's score is its share of the softmax over the complete blocks.
     """
 
-    def __init__(self, gates: Gates, choice: Choice) -> None:
+    def __init__(self, gates: Gates, choice: Choice, *, layers: range) -> None:
         config = gates.config
         self.select_block = config.select_block
         self.share_of_cache = config.gate_dim / (2 * config.head_dim * config.select_block)
         self.descriptors = torch.empty(0)
         self.gates = gates
-        self._weights = gates.weights()
+        self._weights = gates.weights().of(layers)
         self._choice = choice
 
-    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
+    def attach(self, storage: torch.Tensor, *, num_texts: int, num_rows: int, table_width: int) -> None:
         """Room for compressed keys of this cache."""
-        self.descriptors = empty_compressed(self._weights, cache.storage, select_block=self.select_block)
+        self.descriptors = empty_compressed(self._weights, storage, select_block=self.select_block)
 
     def release(self) -> None:
         """Keep no descriptors."""

@@ -201,16 +201,18 @@ class ResidentCycles:
     ) -> None:
         """Forward every row's pending token and draft, sample after each, commit what agrees, or all if rectified.
 
-        watched: what it attends with, in a cycle that runs outside of its graph.
+        watched: what it attends with in layers of gates that learn, in a cycle that runs outside of its graph.
         """
         residency, cache, size = self._residency, self._cache, self._block_size
         texts, rows = residency.texts, residency.rows
         drafts = residency.drafts(num_rows, num_nodes) if num_nodes else None
         inputs = prepare(texts, rows, drafts, num_rows=num_rows, block_size=size, dummy_slot=cache.dummy_slot)
         reader, sparse, under = residency.reader, self._sparse, self._sampling.under
-        attention = watched
-        if sparse is not None and watched is None:
-            attention = sparse.forward(rows, num_rows) if under == "sparse" else sparse.watch(rows, num_rows)
+        attention = None
+        if sparse is not None and under == "sparse":
+            attention = sparse.forward(rows, num_rows)
+        elif sparse is not None:
+            attention = sparse.watch(rows, num_rows, beside=watched)
         drawn = self._forward(
             rows,
             inputs,

@@ -1,6 +1,6 @@
 """The selectors by name: those that go by a block's keys or its place, and how all of them are configured."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +8,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import ConfigError, PreflightError
+from configs.layers import runs
 from configs.schema import SparseConfig
+from drafter.gate import Gates
 from drafter.gate_checkpoint import read_gate_config, read_gates
 from drafter.selfdraft import INNER_DEPTH
 from kernels.attention import PagedSequences
@@ -25,8 +27,8 @@ from kernels.select import (
 from rollout.gate_sampler import GateSampler
 from rollout.gate_selector import GateSelector
 from rollout.lowbit import LowBitPolicy
-from rollout.model import PagedCache, kv_shape
-from rollout.sparse import Selector, SparseAttention
+from rollout.model import kv_shape
+from rollout.sparse import Part, Selector, SparseAttention
 from rollout.verified import VerifiedSelector
 
 EVERYTHING = 1 << 20  # blocks: no sequence has as many
@@ -49,9 +51,9 @@ class DescribedSelector:
         self.share_of_cache = PLANES[kind] / (2 * select_block)
         self.descriptors = torch.empty(0)
 
-    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
+    def attach(self, storage: torch.Tensor, *, num_texts: int, num_rows: int, table_width: int) -> None:
         """Room for descriptors of this cache."""
-        self.descriptors = empty_descriptors(self.kind, cache.storage, select_block=self.select_block)
+        self.descriptors = empty_descriptors(self.kind, storage, select_block=self.select_block)
 
     def release(self) -> None:
         """Keep no descriptors."""
@@ -93,9 +95,9 @@ class NewestSelector:
         self._choice = choice
         self._num_kv_heads = 0
 
-    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
+    def attach(self, storage: torch.Tensor, *, num_texts: int, num_rows: int, table_width: int) -> None:
         """Nothing is kept of what is cached."""
-        self._num_kv_heads = cache.storage.shape[4]
+        self._num_kv_heads = storage.shape[4]
 
     def release(self) -> None:
         """Nothing was kept."""
@@ -129,9 +131,9 @@ class HeadsSelector:
         # a retrieval head's blocks pass the threshold, the others' only where they are always read
         self._scores = retrieval.float()[:, None, :, None]
 
-    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
+    def attach(self, storage: torch.Tensor, *, num_texts: int, num_rows: int, table_width: int) -> None:
         """Nothing is kept."""
-        self._scores = self._scores.to(cache.storage.device)
+        self._scores = self._scores.to(storage.device)
 
     def release(self) -> None:
         """Nothing was kept."""
@@ -155,42 +157,44 @@ def require_sparse(config: SparseConfig, model_config: PretrainedConfig) -> None
 
     Raises ConfigError, and PreflightError where what sparse.gate names is missing or another policy's.
     """
-    num_layers = model_config.get_text_config().num_hidden_layers
-    if misnamed := [layer for layer in config.dense if layer >= num_layers]:
-        raise ConfigError(f"sparse.dense={misnamed[0]}: the policy's layers are 0 to {num_layers - 1}")
-    if config.dense_layers > num_layers:
-        raise ConfigError(f"sparse.dense_layers={config.dense_layers}: the policy has {num_layers} layers; set fewer")
     path = Path(config.gate).expanduser()
-    if config.selector == "duo":
-        retrieval_heads(path, model_config, above=0.5)
-    if config.selector == "gate":
-        trained = read_gate_config(path, model_config).select_block
-        if trained != config.block_tokens:
-            raise ConfigError(
-                f"sparse.gate={config.gate} scores blocks of {trained} tokens, not of {config.block_tokens};"
-                f" set sparse.select_block={trained}"
-            )
+    for _, alike in runs(config, kv_shape(model_config)[0]):
+        if alike.selector == "duo":
+            retrieval_heads(path, model_config, above=0.5)
+        if alike.selector == "gate":
+            trained = read_gate_config(path, model_config).select_block
+            if trained != alike.block_tokens:
+                raise ConfigError(
+                    f"sparse.gate={config.gate} scores blocks of {trained} tokens, not of {alike.block_tokens};"
+                    f" set sparse.select_block={trained}"
+                )
 
 
 def make_sparse(config: SparseConfig, policy: PreTrainedModel) -> SparseAttention:
     """A policy's sparse attention as its config has it. Raises ConfigError, PreflightError."""
     require_sparse(config, policy.config)
-    dense = {*range(config.dense_layers), *config.dense}
+    alike = runs(config, kv_shape(policy.config)[0])
+    gates = None
+    if any(each.selector == "gate" for _, each in alike):
+        gates = read_gates(Path(config.gate).expanduser(), policy.config).to(policy.device, policy.dtype)
+        gates.requires_grad_(False)
     return SparseAttention(
-        _selector(config, policy),
-        dense=dense,
+        [Part(layers, _selector(each, policy, layers, gates)) for layers, each in alike],
         lowbit=None if config.weights == "policy" else LowBitPolicy(policy, config.weights),
-        sampler=_sampler(config, policy, dense) if config.learn else None,
+        sampler=_sampler(alike) if config.learn else None,
     )
 
 
-def _sampler(config: SparseConfig, policy: PreTrainedModel, dense: Collection[int]) -> GateSampler:
-    """Of the layers that read what gates pick. Raises ConfigError where there are none."""
-    layers = [layer for layer in range(policy.config.get_text_config().num_hidden_layers) if layer not in dense]
-    if not layers:
-        raise ConfigError("sparse.learn=True: every layer is in sparse.dense or dense_layers; set false, or fewer")
-    budget = choice_of(config).budget_blocks
-    return GateSampler(layers, select_block=config.block_tokens, budget_blocks=budget)
+def _sampler(alike: Sequence[tuple[range, SparseConfig]]) -> GateSampler:
+    """Of the layers that read what gates pick, by the least budget. Raises ConfigError where there are none."""
+    gated = [(layers, each) for layers, each in alike if each.selector == "gate"]
+    if not gated:
+        raise ConfigError("sparse.learn=True: no layer of the policy goes by gates; set false, or fewer dense layers")
+    return GateSampler(
+        [layer for layers, _ in gated for layer in layers],
+        select_block=gated[0][1].block_tokens,
+        budget_blocks=min(choice_of(each).budget_blocks for _, each in gated),
+    )
 
 
 def choice_of(config: SparseConfig) -> Choice:
@@ -210,16 +214,21 @@ def choice_of(config: SparseConfig) -> Choice:
     )
 
 
-def share_of_cache(config: SparseConfig) -> float:
-    """What the selector that is configured keeps of each block, relative to its keys and values; 0 where all are read.
+def share_of_cache(config: SparseConfig, num_layers: int) -> float:
+    """What the selectors that are configured keep of each block, relative to its keys and values; 0 where all are read.
 
     Of gates as wide as the policy's heads.
     """
     planes = {"quest": PLANES["minmax"], "resa": PLANES["minmax"], "mean": PLANES["mean"], "gate": 1}
-    return 0.0 if config.mode == "off" else planes.get(config.selector, 0) / (2 * config.block_tokens)
+    if config.mode == "off":
+        return 0.0
+    alike = runs(config, num_layers)
+    kept = sum(len(layers) * planes.get(each.selector, 0) / (2 * each.block_tokens) for layers, each in alike)
+    return kept / num_layers
 
 
-def _selector(config: SparseConfig, policy: PreTrainedModel) -> Selector:
+def _selector(config: SparseConfig, policy: PreTrainedModel, layers: range, gates: Gates | None) -> Selector:
+    """Of these layers. gates: of all."""
     choice, block = choice_of(config), config.block_tokens
     match config.selector:
         case "quest" | "resa":
@@ -232,10 +241,10 @@ def _selector(config: SparseConfig, policy: PreTrainedModel) -> Selector:
             return VerifiedSelector(choice, select_block=block)
         case "duo":
             heads = retrieval_heads(Path(config.gate).expanduser(), policy.config, above=config.threshold or 0.5)
-            return HeadsSelector(heads, choice, select_block=block)
+            return HeadsSelector(heads[layers.start : layers.stop], choice, select_block=block)
         case "gate":
-            gates = read_gates(Path(config.gate).expanduser(), policy.config).to(policy.device, policy.dtype)
-            return GateSelector(gates.requires_grad_(False), choice)
+            assert gates is not None
+            return GateSelector(gates, choice, layers=layers)
 
 
 def retrieval_heads(path: Path, model_config: PretrainedConfig, *, above: float) -> torch.Tensor:

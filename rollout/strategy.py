@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+from configs.layers import runs
 from configs.schema import SparseConfig, SpecConfig
 from drafter.selfdraft import INNER_DEPTH, INNER_KEPT
 from drafter.types import OFF, Strategy
 from rollout.bandit import BegMabChooser
-from rollout.costs import SelfDrafting
+from rollout.costs import POLICY_ITSELF, SelfDrafting
 from rollout.goodput import GoodputChooser
 from rollout.lossy import window
 from rollout.selectors import choice_of, share_of_cache
@@ -174,28 +175,30 @@ def _shorter(strategy: Strategy) -> list[Strategy]:
     return found
 
 
-def self_drafting(sparse: SparseConfig) -> SelfDrafting:
-    """What a round of the policy's own drafting is expected to take, before any has been timed.
-
-    Of layers that attend densely in any case nothing is known here: few do.
-    """
-    choice = choice_of(sparse)
+def self_drafting(sparse: SparseConfig, num_layers: int) -> SelfDrafting:
+    """What a round of drafting of a policy of so many layers is expected to take, before any has been timed."""
+    budgets: list[int] = []
+    for layers, each in runs(sparse, num_layers):
+        budgets += [choice_of(each).budget_blocks * each.block_tokens] * len(layers)
     has_inner = sparse.inner != "off"
     return SelfDrafting(
         tokens=1 + INNER_DEPTH if has_inner else 1,
         kept=INNER_KEPT if has_inner else 1,
         weights=1.0 if sparse.weights == "policy" else BITS_8,
-        cached=choice.budget_blocks * sparse.block_tokens,
+        cached=round(sum(budgets) / max(1, len(budgets))),
         cached_share=sparse.budget_share,
-        described=share_of_cache(sparse),
+        described=share_of_cache(sparse, num_layers),
+        dense=1 - len(budgets) / num_layers,
     )
 
 
-def make_chooser(spec: SpecConfig, *, device: str, seed: int, sparse: SparseConfig = NOT_SPARSE) -> Chooser:
+def make_chooser(
+    spec: SpecConfig, *, device: str, seed: int, sparse: SparseConfig = NOT_SPARSE, num_layers: int = 1
+) -> Chooser:
     """The chooser that spec.choice names, below spec.below sequences.
 
     "auto" measures on a GPU. On a CPU it is fixed, so that equal inputs give equal batches and a resumed run the last
-    bit of an uninterrupted one's. seed: of beg_mab's exploration.
+    bit of an uninterrupted one's. seed: of beg_mab's exploration. num_layers: of the policy, in which sparse holds.
     """
     if configured(spec, sparse) == (OFF,):
         return FixedChooser(OFF)
@@ -211,5 +214,6 @@ def make_chooser(spec: SpecConfig, *, device: str, seed: int, sparse: SparseConf
         # with a limit it is TLT's policy: below it something is always drafted
         chooser = BegMabChooser(arms(spec, sparse)[1 if spec.below else 0 :], seed=seed)
     else:
-        chooser = GoodputChooser(arms(spec, sparse), self_drafting=self_drafting(sparse))
+        itself = self_drafting(sparse, num_layers) if sparse.mode == "draft" else POLICY_ITSELF
+        chooser = GoodputChooser(arms(spec, sparse), self_drafting=itself)
     return BelowChooser(chooser, below=spec.below) if spec.below else chooser

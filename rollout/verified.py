@@ -9,9 +9,12 @@ import torch
 from transformers import PretrainedConfig
 
 from kernels.attention import BlockMaxima, PagedSequences, paged_attention
+from kernels.describe import most_touched
 from kernels.select import BlockLists, Choice, choose_blocks, num_selection_blocks, verified_scores
 from kernels.upload import upload
-from rollout.model import PagedCache, kv_shape
+from rollout.model import kv_shape
+
+CHOSEN_FROM = 1 << 23  # weights that lists are made of at once: 32 MiB are copied
 
 
 class VerifiedSelector:
@@ -31,11 +34,11 @@ class VerifiedSelector:
         self._slots: dict[int, int] = {}  # of the texts that are being written
         self._choice = replace(choice, threshold=log(choice.threshold) if choice.threshold else None)
 
-    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
+    def attach(self, storage: torch.Tensor, *, num_texts: int, num_rows: int, table_width: int) -> None:
         """Room for what a text on each row attends to."""
-        layers, _, _, block_size, num_kv_heads, _ = cache.storage.shape
+        layers, _, _, block_size, num_kv_heads, _ = storage.shape
         blocks = table_width * (block_size // self.select_block)
-        device = cache.storage.device
+        device = storage.device
         self.weights = torch.zeros(layers, num_rows + 1, num_kv_heads, blocks, device=device)
         self._slot_of = torch.full((num_texts,), num_rows, dtype=torch.int64, device=device)
         self._slots.clear()
@@ -73,11 +76,36 @@ class VerifiedSelector:
         """The blocks of the largest weights."""
         return choose_blocks(self.weights[layer, kept], seqs, self._choice, select_block=self.select_block)
 
+    def hold(self, seqs: PagedSequences, kept: torch.Tensor) -> list[BlockLists]:
+        """Lists of all layers at once, which hold every block that the new tokens fill."""
+        lists: list[BlockLists] = []
+        always = self._choice.sinks + self._choice.recent + most_touched(seqs.max_seqlen_q, self.select_block)
+        choice = replace(self._choice, max_blocks=max(self._choice.max_blocks, always))
+        num_rows, (num_kv_heads, num_blocks) = len(kept), self.weights.shape[2:]
+        together = max(1, CHOSEN_FROM // (num_rows * num_kv_heads * num_blocks))
+        for weights in self.weights.split(together):
+            chosen = choose_blocks(
+                weights.index_select(1, kept).flatten(0, 1),
+                _repeated(seqs, len(weights)),
+                choice,
+                select_block=self.select_block,
+            )
+            rows = zip(chosen.blocks.split(num_rows), chosen.counts.split(num_rows), strict=True)
+            lists += [BlockLists(blocks, counts, self.select_block, held=True) for blocks, counts in rows]
+        return lists
 
-def weight_bytes(model_config: PretrainedConfig, *, num_rows: int, num_blocks: int) -> int:
-    """What is kept of the texts of so many rows, and of nobody's, of so many selection blocks each."""
-    layers, num_kv_heads, _ = kv_shape(model_config)
-    return layers * (num_rows + 1) * num_kv_heads * num_blocks * torch.float32.itemsize
+
+def _repeated(seqs: PagedSequences, times: int) -> PagedSequences:
+    """The sequences so many times over, as far as lists go by them."""
+    num_rows = len(seqs.context_lens)
+    bounds = torch.arange(times * num_rows + 1, dtype=torch.int32, device=seqs.context_lens.device)
+    return replace(seqs, context_lens=seqs.context_lens.repeat(times), cu_seqlens_q=bounds * seqs.max_seqlen_q)
+
+
+def weight_bytes(model_config: PretrainedConfig, *, num_layers: int, num_rows: int, num_blocks: int) -> int:
+    """What so many layers keep of the texts of so many rows, and of nobody's, of so many selection blocks each."""
+    _, num_kv_heads, _ = kv_shape(model_config)
+    return num_layers * (num_rows + 1) * num_kv_heads * num_blocks * torch.float32.itemsize
 
 
 @dataclass(frozen=True, slots=True)

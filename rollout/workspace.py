@@ -15,7 +15,7 @@ from rollout.decoder import Decoder, make_decoder
 from rollout.fused import FusedDecoder
 from rollout.graphs import GraphPool
 from rollout.memory import cache_budget
-from rollout.model import PagedCache, bytes_per_block
+from rollout.model import PagedCache, bytes_per_block, kv_shape
 from rollout.residency import Residency
 from rollout.sparse import SparseAttention
 
@@ -185,7 +185,7 @@ class Workspace:
 
     def _bytes_per_block(self) -> int:
         """Of the cache, and of what sparse attention keeps beside it."""
-        share = self._sparse.selector.share_of_cache if self._sparse else 0.0
+        share = self._sparse.share_of_cache(kv_shape(self._model.config)[0]) if self._sparse else 0.0
         num_bytes = bytes_per_block(self._model.config, self._config.block_size, self._model.dtype)
         return num_bytes + ceil(share * num_bytes)
 

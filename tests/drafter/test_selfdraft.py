@@ -35,6 +35,11 @@ class Counting:
     dummy_slot: int = 400
     stop_ids: torch.Tensor = field(default_factory=lambda: torch.tensor([STOP], dtype=torch.int32))
     written: list[list[int]] = field(default_factory=list)  # slots, by forward
+    begun: list[tuple[list[int], int]] = field(default_factory=list)  # contexts of a draft, and tokens it may forward
+
+    def ahead(self, rows: Rows, contexts: torch.Tensor, *, num_rows: int, num_new: int) -> "Counting":
+        self.begun.append((contexts.tolist(), num_new))
+        return self
 
     def draw(
         self, rows: Rows, inputs: CycleInputs, *, num_rows: int, num_nodes: int, aux_layers: Sequence[int]
@@ -105,6 +110,8 @@ def test_the_draft_is_what_the_policy_says_and_nothing_else_is_left(inner: bool)
     for text, tokens in enumerate(before):
         assert torch.equal(texts.tokens[text, : len(tokens)], tokens)
     assert len(policy.written) == (3 if inner else NUM_NODES)
+    # once for all rounds: cached are all tokens but the pending one, and an inner drafter forwards some beyond
+    assert policy.begun == [([5, 8, 0], NUM_NODES + (INNER_DEPTH if inner else 0))]
 
 
 def test_keys_are_written_only_where_verification_writes_them_again() -> None:

@@ -1,12 +1,13 @@
 """Drafting under sparse attention on a GPU: in graphs, through Triton, and still no other token."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel
 
-from configs.schema import RolloutConfig, SparseConfig
+from configs.schema import LayersConfig, RolloutConfig, SparseConfig
 from drafter.gate import GateConfig, Gates
 from drafter.selfdraft import SelfDrafter
 from drafter.types import OFF, Strategy
@@ -14,7 +15,7 @@ from rollout.engine import NativeEngine
 from rollout.gate_selector import GateSelector
 from rollout.model import load_policy
 from rollout.selectors import choice_of, make_sparse
-from rollout.sparse import SparseAttention
+from rollout.sparse import Part, SparseAttention
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 
@@ -54,13 +55,18 @@ def run(
 
 def attention(policy: PreTrainedModel, selector: str, budget: int) -> SparseAttention:
     config = SparseConfig(mode="draft", selector=selector, select_block=16, budget_tokens=budget, window=16)  # type: ignore[arg-type]
+    if selector == "by layer":
+        layers = {"0": LayersConfig("quest"), "1": LayersConfig("verified", 48)}
+        return make_sparse(replace(config, selector="quest", layers=layers), policy)
     if selector == "gate":
         gates = Gates(GateConfig.of(policy.config, select_block=16), seed=1).to(policy.device)
-        return SparseAttention(GateSelector(gates.requires_grad_(False), choice_of(config)))
+        layers = range(gates.config.num_layers)
+        by_gates = GateSelector(gates.requires_grad_(False), choice_of(config), layers=layers)
+        return SparseAttention([Part(layers, by_gates)])
     return make_sparse(config, policy)
 
 
-@pytest.mark.parametrize("selector", ["quest", "mean", "verified", "streaming", "gate"])
+@pytest.mark.parametrize("selector", ["quest", "mean", "verified", "streaming", "gate", "by layer"])
 @pytest.mark.parametrize("options", [{}, {"graph_mb": 0}, {"kv_tokens": 640}], ids=str)
 def test_no_selector_graph_or_preemption_changes_a_token(
     policy: PreTrainedModel, selector: str, options: dict[str, int]

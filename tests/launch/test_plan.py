@@ -157,6 +157,10 @@ def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> Non
 def test_the_plan_says_where_samples_are_not_the_dense_policys(model_config: PretrainedConfig) -> None:
     lossy = plan_for(model_config, "spec.source=off", "sparse.mode=plain", "sparse.budget_tokens=300")
     assert lossy.speculation == "plain: sampled under quest, 300 tokens read, not as dense"
+    layers = "sparse.layers={0: {selector: streaming, budget_tokens: 128}}"
+    mixed = plan_for(model_config, "spec.source=off", "sparse.mode=plain", "sparse.budget_tokens=300", layers)
+    read = "streaming, 128 tokens read, or quest, 300 tokens read"
+    assert mixed.speculation == f"plain: sampled under {read}, not as dense"
 
 
 def test_the_plan_says_who_chooses_and_that_a_chain_has_a_node_a_level(model_config: PretrainedConfig) -> None:
@@ -172,6 +176,15 @@ def test_the_plan_says_who_chooses_and_that_a_chain_has_a_node_a_level(model_con
         (["rollout.max_new_tokens=500"], "exceeds the model's context of 512"),
         (["rollout.kv_tokens=256"], "holds 2 of 64 sequences at full length"),
         (["sparse.mode=draft"], "sparse.budget_tokens=1024 is all of the longest sequence's 128 tokens"),
+        (
+            [
+                "sparse.mode=draft",
+                "sparse.selector=streaming",
+                "sparse.budget_tokens=100",
+                "sparse.layers.1.budget_tokens=512",
+            ],
+            "sparse.layers.1.budget_tokens=512 is all of the longest sequence's 128 tokens",
+        ),
     ],
 )
 def test_what_will_hurt_is_warned_about(model_config: PretrainedConfig, overrides: list[str], said: str) -> None:
@@ -185,13 +198,27 @@ def test_what_the_verified_selector_keeps_of_rows_is_counted(model_config: Pretr
     assert kept.always["block weights"] == 2 * (6 + 1) * 2 * 65 * 4
     other = plan_for(model_config, *options, "sparse.selector=quest").memory["worker"]
     assert other.always["block weights"] == 0
+    one = plan_for(model_config, *options, "sparse.layers.1.selector=verified").memory["worker"]
+    assert one.always["block weights"] == kept.always["block weights"] // 2
+
+
+def test_what_selectors_keep_of_the_cache_is_counted_by_layer(model_config: PretrainedConfig) -> None:
+    options = ("sparse.mode=draft", "spec.source=off", "rollout.kv_tokens=2048", "sparse.select_block=16")
+
+    def cache(*more: str) -> int:
+        return plan_for(model_config, *options, *more).memory["worker"].always["KV cache"]
+
+    bare = cache("sparse.selector=streaming")
+    assert cache() == bare * 17 // 16
+    assert cache("sparse.layers.0.selector=dense") == cache("sparse.dense_layers=1") == bare * 33 // 32
+    assert cache("sparse.layers.0.selector=mean") == bare * 67 // 64
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["sparse.selector=gate", "sparse.gate=GATES", "rollout.block_size=64"], "GATES holds no gates"),
-        (["sparse.dense=[2]"], "the policy's layers are 0 to 1"),
+        (["sparse.layers.2-.budget_tokens=512"], "sparse.layers.2-: the policy's layers are 0 to 1"),
     ],
 )
 def test_a_plan_misses_what_sparse_attention_would(

@@ -53,6 +53,7 @@ def rollouts_of(engine: NativeEngine) -> dict[tuple[str, int], Rollout]:
         (["spec.source=off"], {"sparse"}),
         (["spec.source=suffix"], {"suffix", "sparse"}),
         (["spec.source=off", "sparse.inner=suffix"], {"sparse"}),
+        (["spec.source=off", "sparse.layers={0: {selector: mean}, 1: {selector: verified}}"], {"sparse"}),
         (["spec.source=eagle", "sparse.inner=eagle", "drafter.draft_vocab=64"], {"sparse"}),
         (["spec.source=auto", "sparse.inner=suffix", "drafter.draft_vocab=64"], {"suffix", "sparse"}),
     ],

@@ -1,10 +1,14 @@
 """What selectors pick, one list at a time: whose heads see everything, whose weights count, what is always read."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from transformers import PreTrainedModel
 
 from configs.schema import SparseConfig
 from kernels.attention import PagedSequences, paged_sequences
+from rollout import verified
 from rollout.model import PagedCache
 from rollout.selectors import HeadsSelector, NewestSelector, choice_of
 from rollout.sparse import Selector
@@ -35,7 +39,7 @@ def picked(selector: Selector, layer: int) -> list[list[int]]:
 
 def attach(policy: PreTrainedModel, selector: Selector) -> None:
     cache = PagedCache(policy.config, num_blocks=4, block_size=16, device="cpu", dtype=policy.dtype)
-    selector.attach(cache, num_texts=1, num_rows=1, table_width=3)
+    selector.attach(cache.storage, num_texts=1, num_rows=1, table_width=3)
 
 
 def test_retrieval_heads_see_everything_and_others_sinks_and_the_newest(policy: PreTrainedModel) -> None:
@@ -55,6 +59,42 @@ def test_what_a_layer_attended_to_is_what_it_reads(policy: PreTrainedModel) -> N
     # the sink, the window, the token's own, and of the others the best and then the newest
     assert picked(selector, 0) == [[0, 3, 8, 9, 10], [0, 4, 8, 9, 10]]
     assert picked(selector, 1) == [[0, 5, 8, 9, 10], [0, 6, 8, 9, 10]]
+
+
+@pytest.mark.parametrize("together", [1, 1 << 20], ids=["a layer at a time", "all layers"])
+def test_what_is_held_for_a_draft_has_every_block_that_it_fills(
+    policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    monkeypatch.setattr(verified, "CHOSEN_FROM", together)
+    selector = VerifiedSelector(choice_of(replace(CONFIG, budget_tokens=24)), select_block=4)
+    cache = PagedCache(policy.config, num_blocks=4, block_size=16, device="cpu", dtype=policy.dtype)
+    selector.attach(cache.storage, num_texts=2, num_rows=2, table_width=3)
+    selector.weights.fill_(-9.0)
+    for layer, slot, head, block in (
+        (0, 0, 0, 3),
+        (0, 0, 1, 4),
+        (0, 1, 0, 1),
+        (0, 1, 1, 2),
+        (1, 1, 0, 5),
+        (1, 0, 1, 6),
+    ):
+        selector.weights[layer, slot, head, block] = -1.0
+    first = sequence()
+    seqs = replace(
+        first,
+        cu_seqlens_q=torch.tensor([0, 6, 12], dtype=torch.int32),
+        max_seqlen_q=6,
+        context_lens=torch.tensor([4 * BLOCKS, 4 * BLOCKS - 12], dtype=torch.int32),
+        block_tables=first.block_tables.repeat(2, 1),
+    )
+    held = selector.hold(seqs, torch.tensor([1, 0]))
+    assert [lists.select_block for lists in held] == [4, 4]
+    found = [[[set(blocks.tolist()) for blocks in row] for row in lists.blocks] for lists in held]
+    assert all(bool((lists.counts == 6).all()) for lists in held)
+    # six tokens from 40 on fill blocks 10 and 11, and from 28 on blocks 7 and 8
+    newest, older = {0, 8, 9, 10, 11}, {0, 5, 6, 7, 8}
+    assert found[0] == [[newest | {1}, newest | {2}], [older | {3}, older | {4}]]
+    assert found[1] == [[newest | {5}, newest | {7}], [older | {4}, older | {4}]]
 
 
 def test_sinks_and_the_window_are_read_whatever_the_rest_scores(policy: PreTrainedModel) -> None:

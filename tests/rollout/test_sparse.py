@@ -21,7 +21,7 @@ from kernels.select import BlockLists, choose_blocks
 from rollout.engine import NativeEngine
 from rollout.gate_selector import GateSelector
 from rollout.selectors import DescribedSelector, choice_of, make_sparse
-from rollout.sparse import SparseAttention
+from rollout.sparse import Part, SparseAttention
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 
@@ -100,10 +100,11 @@ def dense(policy: PreTrainedModel, collect: Collect, long_prompts: list[Prompt])
 def attention(policy: PreTrainedModel, selector: str, config: SparseConfig, folder: Path) -> SparseAttention:
     """The tiny policy's sparse attention under a selector that is configured, or one of random gates, or the worst."""
     if selector == "worst":
-        return SparseAttention(WorstSelector())
+        return SparseAttention([Part(range(2), WorstSelector())])
     if selector == "gate":
         gates = Gates(GateConfig.of(policy.config, select_block=config.block_tokens), seed=1)
-        return SparseAttention(GateSelector(gates.requires_grad_(False), choice_of(config)))
+        by_gates = GateSelector(gates.requires_grad_(False), choice_of(config), layers=range(2))
+        return SparseAttention([Part(range(2), by_gates)])
     heads = folder / "full_attention_heads.tsv"
     heads.write_text("0.9\t0.1\n0.2\t0.3\n")
     return make_sparse(replace(config, selector=selector, gate=str(heads)), policy)  # type: ignore[arg-type]
@@ -164,14 +165,9 @@ def test_a_budget_for_everything_drafts_what_is_sampled(
 
 
 def test_layers_that_stay_dense_are_dense(
-    make: Callable[..., NativeEngine], policy: PreTrainedModel, collect: Collect, long_prompts: list[Prompt]
+    make: Callable[..., NativeEngine], collect: Collect, long_prompts: list[Prompt]
 ) -> None:
-    assert make_sparse(replace(SPARSE, dense_layers=1), policy).dense == {0}
-    assert make_sparse(replace(SPARSE, dense=(1,)), policy).dense == {1}
-    engine = make()
-    assert engine.sparse is not None
-    engine.sparse.dense = frozenset({0, 1})
-    hits, proposed = accepted(collect(engine, long_prompts, SAMPLING))
+    hits, proposed = accepted(collect(make(sparse=replace(SPARSE, dense_layers=2)), long_prompts, SAMPLING))
     assert hits == proposed > 0
 
 

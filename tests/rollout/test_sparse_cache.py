@@ -13,13 +13,13 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from configs.errors import ConfigError, PreflightError
-from configs.schema import RolloutConfig, SparseConfig
+from configs.schema import LayersConfig, RolloutConfig, SparseConfig
 from drafter.selfdraft import SelfDrafter
 from drafter.types import OFF, Strategy
 from rollout.engine import NativeEngine
 from rollout.model import ATTENTION, PagedCache, load_policy
 from rollout.selectors import DescribedSelector, choice_of, make_sparse, share_of_cache
-from rollout.sparse import SparseAttention
+from rollout.sparse import Part, SparseAttention
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 from rollout.verified import VerifiedSelector, weight_bytes
@@ -47,7 +47,8 @@ def test_weights_that_change_and_caches_that_go_leave_nothing_behind(
     model = load_policy(tiny_model_dir, device="cpu", dtype="float32")
     engine = drafting(model, "quest")
     assert engine.sparse is not None
-    selector = engine.sparse.selector
+    (part,) = engine.sparse.parts
+    selector = part.selector
     for version in range(2):
         plain = NativeEngine(model, drafter=None, chooser=FixedChooser(OFF), rollout=OPTIONS)
         assert_same(collect(engine, long_prompts, SAMPLING), collect(plain, long_prompts, SAMPLING))
@@ -112,8 +113,8 @@ def test_a_policy_that_decodes_through_its_own_module_is_refused(long_prompts: l
 
 
 def test_what_does_not_fit_the_policy_is_said(policy: PreTrainedModel, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sparse\.dense=2: the policy's layers are 0 to 1"):
-        make_sparse(replace(SPARSE, dense=(1, 2)), policy)
+    with pytest.raises(ConfigError, match=r"sparse\.layers\.1-2: the policy's layers are 0 to 1"):
+        make_sparse(replace(SPARSE, layers={"1-2": LayersConfig(selector="dense")}), policy)
     heads = tmp_path / "heads.tsv"
     heads.write_text("0.5\t0.5\n")
     with pytest.raises(PreflightError, match=r"heads\.tsv is not of 2 layers of 2 key heads"):
@@ -142,9 +143,10 @@ def test_what_a_selector_keeps_is_counted_with_the_cache(
     engine = drafting(policy, selector)
     collect(engine, long_prompts[:1], replace(SAMPLING, max_new_tokens=1))
     assert engine.sparse is not None and engine._workspace.cache is not None
-    kept = getattr(engine.sparse.selector, "descriptors", torch.empty(0)).nbytes
-    assert kept == share_of_cache(config) * engine._workspace.cache.storage.nbytes
-    assert engine.sparse.selector.share_of_cache == share_of_cache(config)
+    (part,) = engine.sparse.parts
+    kept = getattr(part.selector, "descriptors", torch.empty(0)).nbytes
+    assert kept == share_of_cache(config, 2) * engine._workspace.cache.storage.nbytes
+    assert engine.sparse.share_of_cache(2) == share_of_cache(config, 2)
 
 
 def test_what_is_kept_of_rows_is_what_the_plan_counts(
@@ -152,18 +154,20 @@ def test_what_is_kept_of_rows_is_what_the_plan_counts(
 ) -> None:
     engine = drafting(policy, "verified")
     collect(engine, long_prompts[:1], replace(SAMPLING, max_new_tokens=1))
-    assert engine.sparse is not None and isinstance(engine.sparse.selector, VerifiedSelector)
+    assert engine.sparse is not None
+    (part,) = engine.sparse.parts
+    assert isinstance(part.selector, VerifiedSelector)
     room = room_for(len(long_prompts[0].token_ids) + 1, OPTIONS, max_nodes=STRATEGY.num_verify)
     num_blocks = room.table_width * OPTIONS.block_size // SPARSE.select_block
-    kept = weight_bytes(policy.config, num_rows=OPTIONS.max_running, num_blocks=num_blocks)
-    assert engine.sparse.selector.weights.nbytes == kept > 0
+    kept = weight_bytes(policy.config, num_layers=2, num_rows=OPTIONS.max_running, num_blocks=num_blocks)
+    assert part.selector.weights.nbytes == kept > 0
 
 
 class KeptByText(VerifiedSelector):
     """Keeps weights for every text there is, whoever writes it: room that rows do without."""
 
-    def attach(self, cache: PagedCache, *, num_texts: int, num_rows: int, table_width: int) -> None:
-        super().attach(cache, num_texts=num_texts, num_rows=num_texts, table_width=table_width)
+    def attach(self, storage: torch.Tensor, *, num_texts: int, num_rows: int, table_width: int) -> None:
+        super().attach(storage, num_texts=num_texts, num_rows=num_texts, table_width=table_width)
 
     def begin(self, texts: abc.Sequence[int], *, beside: abc.Sequence[int]) -> None:
         self.weights[:, list(texts)] = 0.0
@@ -181,7 +185,7 @@ def test_rows_keep_what_every_text_would_as_long_as_it_is_written(
     found = []
     for kind in (VerifiedSelector, KeptByText):
         selector = kind(choice, select_block=4)
-        sparse = SparseAttention(selector)
+        sparse = SparseAttention([Part(range(2), selector)])
         chooser = FixedChooser(STRATEGY)
         engine = NativeEngine(policy, drafter=SelfDrafter(), chooser=chooser, rollout=rollout, sparse=sparse)
         found.append([collect(engine, long_prompts, replace(SAMPLING, num_samples=4, step=step)) for step in range(2)])
@@ -200,7 +204,7 @@ def test_rows_keep_what_every_text_would_as_long_as_it_is_written(
 def test_a_text_that_is_written_no_more_leaves_its_place_to_one_that_knows_nothing(policy: PreTrainedModel) -> None:
     selector = VerifiedSelector(choice_of(SPARSE), select_block=4)
     cache = PagedCache(policy.config, num_blocks=4, block_size=16, device="cpu", dtype=policy.dtype)
-    selector.attach(cache, num_texts=9, num_rows=3, table_width=2)
+    selector.attach(cache.storage, num_texts=9, num_rows=3, table_width=2)
     selector.begin([5, 2, 7], beside=[])
 
     def slots(*texts: int) -> list[int]:

@@ -24,7 +24,7 @@ from rollout.runner import pack
 from rollout.scheduler import Work
 from rollout.selectors import DescribedSelector, choice_of, make_sparse
 from rollout.sequence import Sequence
-from rollout.sparse import SparseAttention
+from rollout.sparse import Part, SparseAttention
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, Sampling
 
@@ -45,7 +45,8 @@ def drafting(
     """An engine that drafts with its own policy; by gates, with random ones."""
     if selector == "gate":
         gates = Gates(GateConfig.of(policy.config, select_block=4), seed=1).requires_grad_(False)
-        sparse = SparseAttention(GateSelector(gates, choice_of(SPARSE)))
+        layers = range(2)
+        sparse = SparseAttention([Part(layers, GateSelector(gates, choice_of(SPARSE), layers=layers))])
     else:
         sparse = make_sparse(replace(SPARSE, selector=selector), policy)
     chooser = FixedChooser(STRATEGY)
@@ -72,7 +73,7 @@ def fresh_prefill(policy: PreTrainedModel, tokens: list[int], selector: Describe
     decoder = make_decoder(policy)
     decoder.reach(len(tokens))
     decoder.forward(packed.token_ids, packed.positions, packed.seqs, cache)
-    selector.attach(cache, num_texts=1, num_rows=1, table_width=count)
+    selector.attach(cache.storage, num_texts=1, num_rows=1, table_width=count)
     ends = torch.tensor([len(tokens) - 1], dtype=torch.int32)
     tables = packed.seqs.block_tables
     selector.describe(cache.storage, block_tables=tables, begins=0 * ends, ends=ends, most=len(tokens) - 1)
@@ -89,7 +90,7 @@ def test_after_rejections_cache_and_descriptors_are_those_of_a_fresh_dense_prefi
 ) -> None:
     engine, beside = drafting(policy, selector, make_drafter()), drafting(policy, selector)
     assert engine.sparse is not None and beside.sparse is not None
-    chosen, fresh = engine.sparse.selector, beside.sparse.selector
+    chosen, fresh = (each.parts[0].selector for each in (engine.sparse, beside.sparse))
     assert isinstance(chosen, Described) and isinstance(fresh, Described)
     sampling = replace(SAMPLING, max_new_tokens=60, stop_token_ids=(2, 40, 80, 120, 160, 200))
 
@@ -130,7 +131,7 @@ def test_drafting_leaves_no_trace_in_what_a_selector_knows(
 ) -> None:
     engine = drafting(policy, selector)
     assert engine.sparse is not None
-    chosen, propose = engine.sparse.selector, SelfDrafter.propose
+    chosen, propose = engine.sparse.parts[0].selector, SelfDrafter.propose
     name = "weights" if selector == "verified" else "descriptors"
     changed: list[bool] = []
     last: list[torch.Tensor] = []

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from configs.schema import SparseConfig, SpecConfig
+from configs.schema import LayersConfig, SparseConfig, SpecConfig
 from drafter.types import OFF, Strategy
 from rollout.costs import CostTable, SelfDrafting
 from rollout.graphs import bucket
@@ -115,11 +115,24 @@ CONFIGS = (
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("context", [1_000.0, 64_000.0])
 def test_the_first_price_of_its_drafts_follows_the_config(config: SparseConfig, context: float) -> None:
-    arm, itself = configured(SpecConfig(source="off"), config)[0], self_drafting(config)
+    arm, itself = configured(SpecConfig(source="off"), config)[0], self_drafting(config, 1)
     rounds = [0, itself.rounds(arm.num_verify)]
     table = CostTable([1, 1 + arm.num_verify], [0, 0], rounds=rounds, drafting=itself)
     table.observe(0, 16, context, seconds(OFF, 16, context), 0)
     assert table.seconds(16, context)[1] == pytest.approx(seconds(arm, 16, context, config), rel=0.1)
+
+
+def test_the_first_price_counts_what_each_layer_reads() -> None:
+    dense, little = LayersConfig("dense"), LayersConfig(budget_tokens=256)
+    found = self_drafting(replace(DRAFT, dense_layers=1, layers={"2-3": little}), 4)
+    assert (found.cached, found.dense, found.described) == ((1024 + 2 * 256) // 3, 0.25, 0.0)
+    found = self_drafting(replace(DRAFT, layers={"0": dense, "1": LayersConfig("quest")}), 4)
+    assert (found.cached, found.dense, found.described) == (1024, 0.25, 1 / 64)
+    read = 64_000 * (1 / 4 + 1 / 64) + 1024 * 3 / 4
+    expected = SelfDrafting(cached=round(read)).shape(16, 64_000.0)
+    assert found.shape(16, 64_000.0) == pytest.approx(expected)
+    everything = self_drafting(replace(DRAFT, dense_layers=4), 4)
+    assert everything.shape(1, 5_000.0) == SelfDrafting(cached=5_000).shape(1, 5_000.0)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -3,12 +3,13 @@
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
 from transformers import PreTrainedModel
 
-from configs.schema import RolloutConfig, SparseConfig
+from configs.schema import LayersConfig, RolloutConfig, SparseConfig
 from drafter.combined import CombinedDrafter
 from drafter.selfdraft import SelfDrafter
 from drafter.types import OFF, Strategy
@@ -63,6 +64,8 @@ def test_nothing_at_once_changes_what_is_sampled(
     config = SparseConfig(
         mode="draft", selector=selector, select_block=block, budget_tokens=choices.choice([4, 12]) * block, window=block
     )
+    if seed % 2:
+        config = replace(config, layers={"1": LayersConfig(choices.choice(SELECTORS), choices.choice([0, 8]) * block)})
     engine = NativeEngine(
         policy,
         drafter=CombinedDrafter({**others, "sparse": itself}),

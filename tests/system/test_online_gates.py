@@ -117,8 +117,11 @@ class Run:
         )  # fmt: skip
 
 
-def test_gates_that_learn_change_no_sample_and_are_served_only_where_they_find_more(make: Callable[..., Run]) -> None:
-    learning, still = make("sparse.learn=true"), make()
+@pytest.mark.parametrize("layers", [[], ["sparse.layers.0.selector=verified"]], ids=["all layers", "some"])
+def test_gates_that_learn_change_no_sample_and_are_served_only_where_they_find_more(
+    layers: list[str], make: Callable[..., Run]
+) -> None:
+    learning, still = make("sparse.learn=true", *layers), make(*layers)
     assert still.lessons is None
     figures = []
     for _ in range(3):
