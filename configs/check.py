@@ -248,13 +248,8 @@ def _setting(config: Config, setting: Setting) -> Iterator[tuple[str, str]]:
     if longest > block * MOST_BLOCKS:
         wanted = block << (-(-longest // (block * MOST_BLOCKS)) - 1).bit_length()
         yield "sparse.select_block", f"{longest} tokens are more than {MOST_BLOCKS} blocks of {block}; set {wanted}"
-    always = sparse.always_tokens
-    if always > sparse.budget_tokens > 0:
-        yield (
-            setting.budget_key,
-            f"sparse.sinks, sparse.window and the present block take {always} tokens by themselves;"
-            f" set {always} or more",
-        )
+    if sparse.least_tokens > sparse.budget_tokens > 0:
+        yield setting.budget_key, _too_little(setting)
     if sparse.mode == "plain" and sparse.selector == "verified":
         yield selector_key, "goes by what was verified, and sparse.mode=plain verifies nothing; set quest"
     if sparse.mode == "rectified" and sparse.selector == "verified":
@@ -262,6 +257,19 @@ def _setting(config: Config, setting: Setting) -> Iterator[tuple[str, str]]:
             selector_key,
             "forgets a preempted sequence, which sparse.mode=rectified is to remake alike; set quest",
         )
+
+
+def _too_little(setting: Setting) -> str:
+    """What reads more than the budget in any case, and the remedy."""
+    sparse = setting.sparse
+    least, block = sparse.least_tokens, max(sparse.block_tokens, 1)
+    if least > sparse.always_tokens:
+        return (
+            f"{setting.selector_key}={sparse.selector} reads {sparse.min_blocks} blocks in any case; set {least} or"
+            " more, or a smaller sparse.select_block"
+        )
+    recent = "depth" if sparse.recent_blocks > -(-sparse.window // block) else "window"
+    return f"sparse.sinks, sparse.{recent} and the present block take {least} tokens by themselves; set {least} or more"
 
 
 def _learned_gates(sparse: SparseConfig, selectors: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -274,11 +282,15 @@ def _learned_gates(sparse: SparseConfig, selectors: Collection[str]) -> Iterator
 
 def _lossy(config: Config) -> Iterator[tuple[str, str]]:
     """What sampling from another distribution than the policy's needs of training, and what it leaves no room for."""
-    sparse = config.sparse
+    sparse, spec = config.sparse, config.spec
     if config.train.importance_cap == 0:
         yield "train.importance_cap", f"sparse.mode={sparse.mode} samples from another distribution; set 2"
-    if config.spec.source != "off":
+    if spec.source != "off":
         yield "spec.source", f"drafts are verified densely, which sparse.mode={sparse.mode} is to avoid; set off"
+    if spec.choice not in ("auto", "fixed"):
+        yield "spec.choice", f"sparse.mode={sparse.mode} leaves nothing to choose; set auto"
+    if spec.below:
+        yield "spec.below", f"sparse.mode={sparse.mode} is for any number of sequences; set 0"
     if sparse.inner != "off":
         yield "sparse.inner", f"is of sparse.mode=draft, not of {sparse.mode}; set off"
     if sparse.mode == "rectified" and sparse.every > 64:  # a window is verified as a chain of one less

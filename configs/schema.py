@@ -120,22 +120,22 @@ class SparseConfig:
     # off: none. draft: the policy under sparse attention drafts, dense verification commits: no sample changes.
     # rectified (ReSA) and plain (SeerAttention-R) change samples, and mark every rollout
     mode: Literal["off", "draft", "rectified", "plain"] = "off"
-    # Who picks the blocks. quest, resa: a bound from each block's smallest and largest keys; gate: trained gates;
-    # streaming: the newest; duo: all for retrieval heads, the newest for others; mean: the mean key (MoBA);
-    # verified: what the last dense verification attended to
+    # Who picks the blocks. quest, resa (one and the same): a bound from each block's smallest and largest keys, of no
+    # fewer than 16 blocks; gate: trained gates; streaming: the newest; duo: all for retrieval heads, the newest for
+    # others; mean: the mean key (MoBA); verified: what the last dense verification attended to
     selector: SelectorName = "quest"
     gate: str = ""  # gate: folder of trained gates; duo: DuoAttention's full_attention_heads.tsv
     learn: bool = False  # gate: in draft, gates learn on from what verification computes; sparse.gate stays as it is
     select_block: int = 0  # tokens in a block that is picked or not; 0 is 64 for gate and mean, 16 for others
     budget_tokens: int = 1024  # that a token attends to at most, those it always does included
-    budget_share: float = 0.0  # of a sequence's tokens, where that is more; with resa never less than 16 blocks
+    budget_share: float = 0.0  # of a sequence's tokens, where that is more
     threshold: float = 0.0  # pick every block that scores more, up to the budget; 0 fills the budget with the best
     dense_layers: int = 0  # first layers that attend to everything
     # What differs by layer, numbered from 0: in one (4), a range (2-9), or all from one on (10-), as in
     # {0: {selector: dense}, 2-9: {selector: streaming}, 10-: {budget_tokens: 512}}; no layer in two of them
     layers: dict[str, LayersConfig] = field(default_factory=dict)
     sinks: int = 1  # first blocks that are always picked
-    window: int = 64  # newest tokens, rounded up to blocks, that are always picked
+    window: int = 64  # newest tokens, rounded up to blocks, that are always picked; drafted ones are in any case
     depth: int = 8  # draft: tokens drafted at most
     # draft: the weights it reads, the policy's own or a copy in eight bits, smoothed, remade with every version
     weights: Literal["policy", "int8", "fp8"] = "policy"
@@ -148,10 +148,28 @@ class SparseConfig:
         return self.select_block or (64 if self.selector in ("gate", "mean") else 16)
 
     @property
+    def recent_blocks(self) -> int:
+        """Newest complete blocks that are read whatever is picked: the window's, and those that a draft fills.
+
+        Nothing is known of these before their tokens are verified. Of d drafted tokens the last is read by none.
+        """
+        drafted = self.depth - 1 if self.mode == "draft" else 0
+        return -(-max(self.window, drafted) // max(self.block_tokens, 1))
+
+    @property
+    def min_blocks(self) -> int:
+        """The fewest that a list holds of a long context: by the bound 16, as in ReSA (arXiv 2506.04108)."""
+        return 16 if self.selector in ("quest", "resa") else 1
+
+    @property
     def always_tokens(self) -> int:
-        """Tokens that are read whatever is picked: sinks, window and the block that is being written."""
-        block = max(self.block_tokens, 1)
-        return (self.sinks + -(-self.window // block) + 1) * block
+        """Tokens that are read whatever is picked: sinks, recent blocks and the block that is being written."""
+        return (self.sinks + self.recent_blocks + 1) * max(self.block_tokens, 1)
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens of a long context that are read under any budget."""
+        return max(self.always_tokens, self.min_blocks * max(self.block_tokens, 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from launch.bench_options import (
     Rounds,
     Seed,
     Vllm,
+    names,
     numbers,
     prepare,
     show,
@@ -226,6 +227,7 @@ def sparse(
     percent, shape = numbers("--left-out", left_out), numbers("--heads", heads)
     if len(shape) != 3 or shape[0] % shape[1]:
         raise ConfigError(f"--heads {heads}: give query heads, key heads that divide them, and a dimension: 64,8,128")
+    named = names("--selectors", selectors)
     if any(not 0 < share < 100 for share in percent):
         raise ConfigError(f"--left-out {left_out}: give percentages between 1 and 99")
     prepare(out)
@@ -235,7 +237,7 @@ def sparse(
 
     where, kind = placement(device, dtype)
     shares = tuple(share / 100 for share in percent)
-    job = bench_sparse.Job(Heads(*shape), sizes, shares, tuple(selectors.split(",")), where, kind, seed)
+    job = bench_sparse.Job(Heads(*shape), sizes, shares, named, where, kind, seed)
     if tilelang is not None and where == "cpu":
         raise ConfigError(f"--tilelang {tilelang}: its kernel needs a GPU; leave it out with --device cpu")
     result = bench_sparse.run(job, fa3_at=fa3, tilelang_file=tilelang)
@@ -265,17 +267,21 @@ def sparse_drift(
     given = overrides or []
     if stray := [each for each in given if not each.startswith(("sparse.", "rollout.block_size="))]:
         raise ConfigError(f"{stray[0]}: only sparse.* changes what is measured; leave it out, or see --help")
+    if unread := [each for each in given if each.startswith("sparse.depth=")]:
+        raise ConfigError(f"{unread[0]}: is of drafts, which are not measured; leave it out")
     sparse = parse("", [*fixed, *given], origin="sparse-drift").sparse
     if sparse.mode != "rectified":
         raise ConfigError(f"sparse.mode={sparse.mode}: rectified and plain are both measured; leave it out")
     prepare(out)
     from launch import bench_sparse_drift
-    from launch.geometry import Subject
+    from launch.geometry import Subject, config_of
 
     if geometry is None and model is None:
         model = "smollm2-135m-instruct"
+    job = bench_sparse_drift.Job(batch, tokens, bin_tokens, sparse, seed)
+    bench_sparse_drift.require_fit(job, config_of(geometry, model))
     subject = Subject.load(geometry, model, device=device, dtype=dtype, seed=seed)
-    result = bench_sparse_drift.run(subject, bench_sparse_drift.Job(batch, tokens, bin_tokens, sparse, seed))
+    result = bench_sparse_drift.run(subject, job)
     show(result, bench_sparse_drift.table(result), out)
 
 

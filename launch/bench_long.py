@@ -6,13 +6,17 @@ from typing import Annotated, Literal
 import typer
 
 from configs.errors import ConfigError
-from launch.bench_options import Device, Dtype, Json, Rounds, Seed, names, numbers, prepare, show
+from launch.bench_options import Device, Dtype, Json, Rounds, Seed, names, numbers, prepare, require_budget, show
 
 Text = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="Natural text; Python's own documentation without.")
 ]
 RealModel = Annotated[str, typer.Option("--model", metavar="MODEL", help="A model folder or a shipped name.")]
 Gate = Annotated[str, typer.Option(metavar="FOLDER", help="Trained gates, for the selector of that name.")]
+GateOrHeads = Annotated[
+    str,
+    typer.Option("--gate", metavar="PATH", help="Of gate: trained gates; of duo: full_attention_heads.tsv."),
+]
 Weights = Annotated[Literal["policy", "int8", "fp8"], typer.Option(help="That drafts read: the policy's or a copy.")]
 DEFAULT_MODEL = "smollm2-135m-instruct"
 MAX_DEPTH = 63  # a tree's nodes are the bits of a word
@@ -21,7 +25,11 @@ MAX_DEPTH = 63  # a tree's nodes are the bits of a word
 def selection(
     model: RealModel = DEFAULT_MODEL,
     selectors: Annotated[
-        str, typer.Option(help="Of quest, resa, mean, streaming, verified, gate, and best: by hindsight. '': all.")
+        str,
+        typer.Option(
+            help="Of quest (or resa), mean, streaming, verified, gate, and best: by hindsight. '': all. Not duo, which "
+            "picks heads by a calibration of their own, not blocks by budget: see sparse-rollout."
+        ),
     ] = "",
     budgets: Annotated[str, typer.Option(help="Tokens that are attended to.")] = "256,512,1024,2048",
     gate: Gate = "",
@@ -43,16 +51,20 @@ def selection(
     from configs.schema import SparseConfig
     from launch import bench_selection
     from launch.geometry import Subject
-    from launch.natural_text import natural_tokens
-    from rollout.pretrained import load_tokenizer
+    from launch.natural_text import last_pieces, natural_tokens
+    from rollout.model import load_config
+    from rollout.pretrained import load_tokenizer, resolve
 
-    chosen = named or tuple(name for name in bench_selection.KNOWN if name != "gate" or gate)
-    subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
-    assert subject.folder is not None
+    chosen = named or tuple(name for name in bench_selection.KNOWN if name != "resa" and (name != "gate" or gate))
     sparse = SparseConfig(gate=gate, select_block=block, dense_layers=dense_layers)
     job = bench_selection.Job(texts, tokens, places, draws, chosen, sizes, sparse, seed)
-    name, token_ids = natural_tokens(load_tokenizer(subject.folder), text)
-    result = bench_selection.run(subject, job, name=name, token_ids=token_ids)
+    bench_selection.require(job)
+    folder = resolve(model)
+    bench_selection.require_fit(job, load_config(folder))
+    name, token_ids = natural_tokens(load_tokenizer(folder), text)
+    pieces = last_pieces(name, token_ids, texts, tokens)
+    subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
+    result = bench_selection.run(subject, job, name=name, pieces=pieces)
     show(result, bench_selection.table(result), out)
 
 
@@ -62,7 +74,7 @@ def sparse_rollout(
     selectors: Annotated[
         str, typer.Option(help="draft goes by each of them in turn, the lossy modes by the first.")
     ] = "quest,mean,streaming,verified",
-    gate: Gate = "",
+    gate: GateOrHeads = "",
     text: Text = None,
     sequences: Annotated[int, typer.Option(min=1, help="Rollouts at once.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 4096,
@@ -83,11 +95,10 @@ def sparse_rollout(
     from configs.schema import SparseConfig
     from launch import bench_sparse_rollout
     from launch.geometry import Subject
-    from launch.natural_text import natural_tokens
-    from rollout.pretrained import load_tokenizer
+    from launch.natural_text import natural_tokens, overlapping_pieces
+    from rollout.model import load_config
+    from rollout.pretrained import load_tokenizer, resolve
 
-    subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
-    assert subject.folder is not None
     job = bench_sparse_rollout.Job(
         sequences,
         prompt_tokens,
@@ -98,8 +109,13 @@ def sparse_rollout(
         rounds,
         seed,
     )
-    name, token_ids = natural_tokens(load_tokenizer(subject.folder), text)
-    result = bench_sparse_rollout.run(subject, job, name=name, token_ids=token_ids)
+    bench_sparse_rollout.require(job)
+    folder = resolve(model)
+    bench_sparse_rollout.require_fit(job, load_config(folder))
+    name, token_ids = natural_tokens(load_tokenizer(folder), text)
+    pieces = overlapping_pieces(name, token_ids, sequences, prompt_tokens)
+    subject = Subject.load(None, model, device=device, dtype=dtype, seed=seed)
+    result = bench_sparse_rollout.run(subject, job, name=name, pieces=pieces)
     show(result, bench_sparse_rollout.table(result), out)
 
 
@@ -133,10 +149,14 @@ def sparse_cycle(
     prepare(out)
     from configs.schema import SparseConfig
     from launch import bench_sparse_cycle
+    from launch.geometry import geometry as shape_of
     from launch.geometry import placement, random_policy
 
+    if layers > (own := shape_of(geometry).num_hidden_layers):
+        raise ConfigError(f"--layers {layers}: {geometry} has {own}; give {own} or fewer, or 0 for all")
     where, kind = placement(device, dtype)
     sparse = SparseConfig(mode="draft", selector=selector, budget_tokens=budget, depth=max(lengths), weights=weights)
+    require_budget("--budget", sparse)
     rates = tuple(each / 100 for each in percent)
     job = bench_sparse_cycle.Job(tuple(wanted), tuple(lengths), rows, rates, sparse, rounds, seed)
     model = random_policy(geometry, device=where, dtype=kind, seed=seed, num_layers=layers or None)

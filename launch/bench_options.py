@@ -46,12 +46,16 @@ def numbers(option: str, text: str) -> list[int]:
 
 def require_budget(option: str, sparse: "SparseConfig") -> None:
     """Raise ConfigError for a budget that the selector does not keep to, as it always reads more."""
-    from rollout.selectors import least_read
-
-    if sparse.budget_tokens < (least := least_read(sparse)):
+    if sparse.budget_tokens < (least := sparse.least_tokens):
         raise ConfigError(
             f"{option} {sparse.budget_tokens}: {sparse.selector} reads {least} tokens in any case; give {least} or more"
         )
+
+
+def require_part(said: str, budget: int, tokens: int, remedy: str) -> None:
+    """Raise ConfigError for a budget, in the words it was given in, that is all of a text of so many tokens."""
+    if budget >= tokens:
+        raise ConfigError(f"{said} is all of {tokens} tokens, and nothing is left to pick; {remedy}")
 
 
 def names(option: str, text: str) -> tuple[str, ...]:

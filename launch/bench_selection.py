@@ -12,22 +12,21 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import ConfigError
 from configs.schema import SparseConfig
 from kernels.attention import PackedSequences
 from kernels.sample import noise_key, sample
-from launch.bench_options import require_budget
+from launch.bench_options import require_budget, require_part
 from launch.bench_report import WrongResultError, plain_table, provenance, say, shape
 from launch.geometry import Subject
-from launch.natural_text import last_pieces
 from launch.teacher_forced import BLOCK_SIZE, Forced, Places
 from launch.weighed import BEST, Side, Weighed
 from rollout.model import context_length, forward_packed
-from rollout.selectors import make_sparse
+from rollout.selectors import make_sparse, require_sparse
 
-KNOWN = ("quest", "resa", "mean", "streaming", "verified", "gate", BEST)
+KNOWN = ("quest", "mean", "streaming", "verified", "gate", BEST, "resa")  # the last is the first by another name
 ROWS = 64  # places of a text forwarded at once
 # nats by which a dense forward may differ from training's, and one that reads everything from a dense one
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -50,11 +49,13 @@ class Job:
     seed: int
 
 
-def run(subject: Subject, job: Job, *, name: str, token_ids: list[int]) -> dict[str, Any]:
-    """Measure every selector under every budget; JSON-able. name: of the text. Raises ConfigError, WrongResultError."""
+def run(subject: Subject, job: Job, *, name: str, pieces: list[list[int]]) -> dict[str, Any]:
+    """Measure every selector under every budget; JSON-able. pieces: the texts, of what has this name.
+
+    Of a job that was held against the model's config. Raises WrongResultError.
+    """
     model = subject.model
-    _check(job, model)
-    texts = torch.tensor(last_pieces(name, token_ids, job.batch, job.tokens), device=model.device)
+    texts = torch.tensor(pieces, device=model.device)
     found = provenance(device=str(model.device), seed=job.seed)
     sides = [make_side(job, model, selector, budget) for budget in job.budgets for selector in job.selectors]
     everything = make_side(job, model, "quest", _everything(job))
@@ -81,26 +82,51 @@ def run(subject: Subject, job: Job, *, name: str, token_ids: list[int]) -> dict[
     }
 
 
-def _check(job: Job, model: PreTrainedModel) -> None:
-    if job.tokens > (limit := context_length(model.config)):
-        raise ConfigError(f"--tokens {job.tokens} exceeds the model's context of {limit}")
-    if job.tokens <= job.places + job.sparse.depth + 1:
-        raise ConfigError(f"--tokens {job.tokens} leaves nothing before the last --places {job.places}; give more")
-    if job.sparse.dense_layers == (count := model.config.get_text_config().num_hidden_layers):
-        raise ConfigError(f"--dense-layers {count}: no layer is left to select in; give fewer")
+def require(job: Job) -> None:
+    """Hold what was asked against what there is, before a model is looked for. Raises ConfigError."""
+    if "duo" in job.selectors:
+        raise ConfigError(
+            "--selectors duo: it picks heads, by a calibration of their own, and no blocks by budget;"
+            " `paceline bench sparse-rollout --selectors duo --gate FILE` measures it"
+        )
     if unknown := [each for each in job.selectors if each not in KNOWN]:
         raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(KNOWN)}")
     if "gate" in job.selectors and not job.sparse.gate:
         raise ConfigError("--selectors gate needs --gate FOLDER, as `paceline gate train` writes it")
+    if job.sparse.gate and "gate" not in job.selectors:
+        raise ConfigError(f"--gate {job.sparse.gate}: nobody reads it; add gate to --selectors, or leave it out")
+    if job.tokens <= job.places + job.sparse.depth + 1:
+        raise ConfigError(f"--tokens {job.tokens} leaves nothing before the last --places {job.places}; give more")
+    for budget in job.budgets:
+        require_part(f"--budgets {budget}", budget, job.tokens, "give less, or more --tokens")
+        for selector in job.selectors:
+            config = config_of(job, selector, budget)
+            if BLOCK_SIZE % config.block_tokens:
+                raise ConfigError(f"--block {config.block_tokens} does not divide {BLOCK_SIZE}; give 16, 32 or 64")
+            require_budget("--budgets", config)
+
+
+def require_fit(job: Job, model_config: PretrainedConfig) -> None:
+    """Hold the job against a model's config, before its weights are read. Raises ConfigError, PreflightError."""
+    if job.tokens > (limit := context_length(model_config)):
+        raise ConfigError(f"--tokens {job.tokens} exceeds the model's context of {limit}; give fewer")
+    if job.sparse.dense_layers >= (count := model_config.get_text_config().num_hidden_layers):
+        raise ConfigError(
+            f"--dense-layers {job.sparse.dense_layers}: no layer of {count} is left to select in; give fewer"
+        )
+    for selector in job.selectors:
+        require_sparse(config_of(job, selector, job.budgets[0]), model_config)
+
+
+def config_of(job: Job, selector: str, budget: int) -> SparseConfig:
+    """How one selector picks under one budget."""
+    named: Any = "quest" if selector == BEST else selector
+    return replace(job.sparse, selector=named, budget_tokens=budget, gate=job.sparse.gate if named == "gate" else "")
 
 
 def make_side(job: Job, model: PreTrainedModel, selector: str, budget: int) -> Side:
-    """One selector under one budget. Raises ConfigError, PreflightError."""
-    named: Any = "quest" if selector == BEST else selector
-    config = replace(job.sparse, selector=named, budget_tokens=budget, gate=job.sparse.gate if named == "gate" else "")
-    if BLOCK_SIZE % config.block_tokens:
-        raise ConfigError(f"blocks of {config.block_tokens} tokens do not divide {BLOCK_SIZE}; give another block")
-    require_budget("--budgets", config)
+    """One selector under one budget."""
+    config = config_of(job, selector, budget)
     return Side(selector, config, make_sparse(config, model))
 
 

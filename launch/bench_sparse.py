@@ -7,6 +7,7 @@ share of blocks left out from 0.5 to 0.9. What is counted includes the selection
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from launch.bench_report import plain_table, provenance, say, spread
 from launch.sparse_operands import BLOCK_SIZE, SELECT_BLOCK, Operands, masked, operands
 from launch.sparse_peers import TILE_BLOCK, TileLang, fa3, tile_cache, tilelang
 
+LEAST_BLOCKS = 2  # the token's own, and one that is picked
 # Speed-ups over the fastest dense decode that issue 6 asks for at a sparsity of 0.9, by (batch, keys).
 ASKED = {
     (16, 8192): 5.5,
@@ -56,6 +58,8 @@ def run(job: Job, *, fa3_at: Path | None, tilelang_file: Path | None) -> dict[st
     """
     if unknown := sorted(set(job.selectors) - set(SELECT_BLOCK)):
         raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(SELECT_BLOCK)}")
+    for _, length in job.sizes:
+        _require_blocks(job, length)
     peer = None if tilelang_file is None else _tilelang(job, tilelang_file)
     found = provenance(device=job.device, seed=job.seed)
     theirs = {} if fa3_at is None else fa3(job.heads, job.sizes, fa3_at)
@@ -74,6 +78,19 @@ def run(job: Job, *, fa3_at: Path | None, tilelang_file: Path | None) -> dict[st
         "tilelang": None if peer is None else peer.said,
         "cells": cells,
     }
+
+
+def _require_blocks(job: Job, length: int) -> None:
+    """Raise ConfigError for contexts of which more is read than the shares left out allow."""
+    share = max(job.sparsities)
+    for selector in job.selectors:
+        block = SELECT_BLOCK[selector]
+        if round(-(-length // block) * (1 - share)) < LEAST_BLOCKS:
+            least = ceil(round(LEAST_BLOCKS / (1 - share), 6)) * block
+            raise ConfigError(
+                f"--contexts {length}: {selector} reads {LEAST_BLOCKS} blocks of {block} in any case, more than"
+                f" --left-out {share:.0%} leaves; give {least} or more"
+            )
 
 
 def _cells(
@@ -107,7 +124,7 @@ def _cells(
             where = f"{selector}, {batch} x {length}, sparsity {sparsity}"
             first = rotation[0][0]
             count = num_selection_blocks(first.seqs, block)
-            kept = max(2, round(count * (1 - sparsity)))
+            kept = round(count * (1 - sparsity))
             choice = Choice(max_blocks=kept, budget_blocks=kept)
             call = partial(Operands.sparse, choice=choice, select_block=block, scale=scale)
             lists = first.lists(choice, block)

@@ -16,7 +16,7 @@ from configs.errors import ConfigError
 from configs.schema import SparseConfig
 from launch import bench_sparse_rollout
 from launch.agreement import verify
-from launch.bench_options import require_budget
+from launch.bench_options import require_part
 from launch.bench_report import WrongResultError, plain_table, provenance, say, shape, spread, step_weight_bytes
 from launch.long_rows import BLOCK_SIZE, LongRows, accept_length, rows_tokens
 from rollout.model import bytes_per_block, context_length
@@ -42,8 +42,9 @@ def run(name: str, model: PreTrainedModel, job: Job) -> dict[str, Any]:
 
     Raises ConfigError, ResourceError, WrongResultError.
     """
-    require_budget("--budget", job.sparse)
     contexts = {ratio: context_of(model, job, ratio) for ratio in job.ratios}
+    budget = job.sparse.budget_tokens
+    require_part(f"--budget {budget}", budget, min(contexts.values()), "give less, or fewer --rows")
     found = provenance(device=str(model.device), seed=job.seed)
     verified = prove(model, job)
     gbps = found["gpu"]["copy_gbps"]["median"] if found["gpu"] else None

@@ -13,19 +13,21 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from transformers import PretrainedConfig
 
 from configs.errors import ConfigError
 from configs.layers import settings
 from configs.schema import SparseConfig
 from drafter.types import OFF, Rows
 from kernels.attention import PagedSequences, paged_sequences
+from launch.bench_options import require_part
 from launch.bench_report import plain_table, provenance, say, shape
 from launch.bench_rollout import generate, make_engine, sampling, subject_prompts
 from launch.geometry import Subject
 from rollout.decoder import make_decoder
 from rollout.graphs import GraphPool
 from rollout.model import PagedCache, context_length
-from rollout.selectors import make_sparse
+from rollout.selectors import make_sparse, require_sparse
 from rollout.sparse import SparseAttention
 from rollout.strategy import FixedChooser
 
@@ -54,10 +56,11 @@ class Mode:
 
 
 def run(subject: Subject, job: Job) -> dict[str, Any]:
-    """Sample texts, then walk every mode along them; JSON-able. Raises ConfigError for texts of no such length."""
+    """Sample texts, then walk every mode along them; JSON-able. Of a job that was held against the model's config.
+
+    Raises ConfigError for texts no longer than a prompt.
+    """
     model, sparse = subject.model, job.sparse
-    if job.tokens > context_length(model.config):
-        raise ConfigError(f"--tokens {job.tokens} exceeds the model's context of {context_length(model.config)}")
     found = provenance(device=str(model.device), seed=job.seed)
     texts, start = sample_texts(subject, job)
     walk = Walk(subject, texts, start, sparse)
@@ -76,6 +79,16 @@ def run(subject: Subject, job: Job) -> dict[str, Any]:
         "kl": {name: binned(values, start, job.bin_tokens) for name, values in drifts.items()},
         "kl_by_place": by_place(drifts["rectified"], sparse.every),
     }
+
+
+def require_fit(job: Job, model_config: PretrainedConfig) -> None:
+    """Hold the job against a model's config, before its weights are read. Raises ConfigError, PreflightError."""
+    if job.tokens > (limit := context_length(model_config)):
+        raise ConfigError(f"--tokens {job.tokens} exceeds the model's context of {limit}; give fewer")
+    least = min(settings(job.sparse), key=lambda setting: setting.sparse.budget_tokens)
+    budget = least.sparse.budget_tokens
+    require_part(f"{least.budget_key}={budget}", budget, job.tokens, "set less, or give more --tokens")
+    require_sparse(job.sparse, model_config)
 
 
 def sample_texts(subject: Subject, job: Job) -> tuple[torch.Tensor, int]:

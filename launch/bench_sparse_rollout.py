@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any, get_args, get_type_hints
 
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import ConfigError
 from configs.schema import RolloutConfig, SparseConfig
@@ -20,17 +20,16 @@ from drafter.selfdraft import SelfDrafter
 from drafter.types import OFF, Strategy
 from launch.agreement import verify
 from launch.bench_drift import Key, diverge, summary
-from launch.bench_options import require_budget
+from launch.bench_options import require_budget, require_part
 from launch.bench_report import in_turns, plain_table, provenance, say, shape, spread
 from launch.bench_rollout import PREFILL_TOKENS, PROBE_TOKENS, generate, random_prompts, sampling, synchronize
 from launch.geometry import Subject
-from launch.natural_text import overlapping_pieces
 from rollout.engine import NativeEngine
 from rollout.graphs import BUCKETS
 from rollout.lossy import UNDER, window
 from rollout.memory import available_bytes
 from rollout.model import bytes_per_block, context_length
-from rollout.selectors import make_sparse
+from rollout.selectors import make_sparse, require_sparse
 from rollout.strategy import FixedChooser
 from rollout.types import Prompt, Rollout, SampledUnder, Sampling
 
@@ -41,6 +40,7 @@ ALL_BUT = 0.9  # of the rollouts: what comes after so many have finished is the 
 LIMIT = 2.0  # tokens a second of the best drafting mode over "off", at least (issue 6)
 MODES = ("off", "draft", "rectified", "plain")
 SELECTORS = get_args(get_type_hints(SparseConfig)["selector"])
+GATED = {"gate", "duo"}  # what reads --gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +80,12 @@ class Timed:
     tail_s: float
 
 
-def run(subject: Subject, job: Job, *, name: str, token_ids: list[int]) -> dict[str, Any]:
-    """Verify every mode, then time them in turns; JSON-able. name: of the text.
+def run(subject: Subject, job: Job, *, name: str, pieces: list[list[int]]) -> dict[str, Any]:
+    """Verify every mode, then time them in turns; JSON-able. pieces: the prompts, of the text that has this name.
 
-    Raises ConfigError, PreflightError, WrongResultError.
+    Of a job that was held against the model's config. Raises PreflightError, WrongResultError.
     """
     model = subject.model
-    total = job.prompt_tokens + job.new_tokens
-    if total > (limit := context_length(model.config)):
-        raise ConfigError(f"prompts and answers of {total} tokens exceed the model's context of {limit}; ask for less")
-    pieces = overlapping_pieces(name, token_ids, job.sequences, job.prompt_tokens)
     prompts = [Prompt(id=f"long-{index}", token_ids=piece, answer="") for index, piece in enumerate(pieces)]
     sides = make_sides(model, job)
     found = provenance(device=str(model.device), seed=job.seed)
@@ -123,14 +119,20 @@ def run(subject: Subject, job: Job, *, name: str, token_ids: list[int]) -> dict[
     }
 
 
-def make_sides(model: PreTrainedModel, job: Job) -> list[Side]:
-    """What the job compares, in its order. Raises ConfigError, PreflightError."""
+def require(job: Job) -> None:
+    """Hold what was asked against what there is, before a model is looked for. Raises ConfigError."""
     if unknown := [mode for mode in job.modes if mode not in MODES]:
         raise ConfigError(f"--modes: {unknown[0]!r} is none of {', '.join(MODES)}")
     if unknown := [selector for selector in job.selectors if selector not in SELECTORS]:
         raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(SELECTORS)}")
-    if (trained := {"gate", "duo"} & {*job.selectors}) and not job.sparse.gate:
+    if (trained := GATED & {*job.selectors}) and not job.sparse.gate:
         raise ConfigError(f"--selectors {min(trained)} needs --gate: what sparse.gate names in a recipe")
+    if job.sparse.gate and not trained:
+        raise ConfigError(f"--gate {job.sparse.gate}: nobody reads it; add gate or duo to --selectors, or leave it out")
+    if trained == GATED:
+        raise ConfigError("--selectors: gate and duo each read another --gate; measure one at a time")
+    if job.sparse.weights != "policy" and "draft" not in job.modes:
+        raise ConfigError(f"--weights {job.sparse.weights}: drafts alone read them; add draft to --modes, or give none")
     lossy = [mode for mode in job.modes if mode in UNDER]
     if lossy and job.sparse.budget_tokens < PROBE_TOKENS:
         raise ConfigError(
@@ -139,16 +141,42 @@ def make_sides(model: PreTrainedModel, job: Job) -> list[Side]:
         )
     if "plain" in job.modes and job.selectors[0] == "verified":
         raise ConfigError("--selectors: plain goes by the first, and verifies nothing; put another before verified")
-    sides = []
+    for config in configs_of(job):
+        if config.mode != "off":
+            total = job.prompt_tokens + job.new_tokens
+            require_part(
+                f"--budget {config.budget_tokens}", config.budget_tokens, total, "give less, or more --prompt-tokens"
+            )
+            require_budget("--budget", config)
+
+
+def require_fit(job: Job, model_config: PretrainedConfig) -> None:
+    """Hold the job against a model's config, before its weights are read. Raises ConfigError, PreflightError."""
+    total = job.prompt_tokens + job.new_tokens
+    if total > (limit := context_length(model_config)):
+        raise ConfigError(f"prompts and answers of {total} tokens exceed the model's context of {limit}; ask for less")
+    for config in configs_of(job):
+        if config.mode != "off":
+            require_sparse(config, model_config)
+
+
+def configs_of(job: Job) -> list[SparseConfig]:
+    """What the job compares, in its order."""
+    found = []
     for mode in job.modes:
         for selector in job.selectors if mode == "draft" else job.selectors[:1]:
             kind: Any = {"mode": mode, "selector": selector}
             kind["weights"] = job.sparse.weights if mode == "draft" else "policy"
-            config = replace(job.sparse, **kind, gate=job.sparse.gate if selector in ("gate", "duo") else "")
-            if mode != "off":
-                require_budget("--budget", config)
-            sides.append(_side("off" if mode == "off" else f"{mode} {selector}", config, model, job))
-    return sides
+            found.append(replace(job.sparse, **kind, gate=job.sparse.gate if selector in GATED else ""))
+    return found
+
+
+def make_sides(model: PreTrainedModel, job: Job) -> list[Side]:
+    """An engine for each that the job compares."""
+    return [
+        _side("off" if config.mode == "off" else f"{config.mode} {config.selector}", config, model, job)
+        for config in configs_of(job)
+    ]
 
 
 def _side(name: str, config: SparseConfig, model: PreTrainedModel, job: Job) -> Side:

@@ -53,6 +53,10 @@ def train(
     if 0 < budget < block:
         raise ConfigError(f"--budget {budget} holds no block of {block} keys; give {block} or more")
     num_blocks = max(1, (budget or length // 8) // block)
+    if num_blocks >= (length - 1) // block and budget:
+        raise ConfigError(
+            f"--budget {budget} leaves nothing to select of --length {length}; give less, or a longer one"
+        )
     if num_blocks >= (length - 1) // block:
         raise ConfigError(
             f"--length {length} leaves nothing to select where {num_blocks * block} keys are read; make it longer"

@@ -8,12 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 from configs.errors import ConfigError, PreflightError, ResourceError
-from rollout.model import ATTENTION, load_policy
+from rollout.model import ATTENTION, load_config, load_policy
 from rollout.pretrained import load_tokenizer, resolve
 from rollout.projections import lay_side_by_side
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 Device = Literal["auto", "cpu", "cuda"]
+ONE_OF_BOTH = "give either --geometry NAME for random weights or --model MODEL, as in --geometry qwen3-8b"
 
 # None has dropout: load_policy takes it out of a real model, and these stand for one.
 _GEOMETRIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
@@ -124,6 +125,15 @@ def placement(device: Device, dtype: Dtype) -> tuple[str, str]:
     return device, dtype
 
 
+def config_of(name: str | None, model: str | None) -> PretrainedConfig:
+    """The config of what Subject.load loads, before its weights are. Raises ConfigError, PreflightError."""
+    if name is not None and model is None:
+        return geometry(name)
+    if name is None and model is not None:
+        return load_config(resolve(model))
+    raise ConfigError(ONE_OF_BOTH)
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """A model to measure. name as the user gave it; folder: where its weights came from, None for random ones."""
@@ -138,9 +148,9 @@ class Subject:
 
         Raises ConfigError, PreflightError and ResourceError.
         """
-        if (geometry is None) == (model is None):
-            raise ConfigError("give --geometry NAME for random weights or --model MODEL, as in --geometry qwen3-8b")
         where, kind = placement(device, dtype)
+        if (geometry is None) == (model is None):
+            raise ConfigError(ONE_OF_BOTH)
         if geometry is not None:
             return cls(geometry, random_policy(geometry, device=where, dtype=kind, seed=seed), None)
         assert model is not None

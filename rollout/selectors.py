@@ -31,13 +31,15 @@ from rollout.model import kv_shape
 from rollout.sparse import Part, Selector, SparseAttention
 from rollout.verified import VerifiedSelector
 
-RESA_BLOCKS = 16  # that ReSA reads in any case
 EVERYTHING = 1 << 20  # blocks: no sequence has as many
 
 
 class DescribedSelector:
     """Picks by descriptors of the cached keys: Quest's and ReSA's bound ("minmax"), or MoBA's mean key ("mean").
 
+    Of the bound we have one form, under both names: a list for a group of query heads, by their mean query, which holds
+    the newest block and 16 in all at least, as ReSA has it. Quest as published keeps a list for each query head, of 3
+    blocks at least, and leaves its first two layers dense (sparse.dense_layers).
     descriptors: as kernels.describe.empty_descriptors makes them, of the attached cache.
     Sources: arXiv 2406.10774, 2506.04108, 2502.13189.
     """
@@ -198,8 +200,8 @@ def _sampler(alike: Sequence[tuple[range, SparseConfig]]) -> GateSampler:
 def choice_of(config: SparseConfig) -> Choice:
     """How many blocks are read, and which in any case."""
     block = config.block_tokens
-    budget = max(RESA_BLOCKS if config.selector == "resa" else 1, config.budget_tokens // block)
-    recent = -(-config.window // block)
+    budget = max(config.min_blocks, config.budget_tokens // block)
+    recent = config.recent_blocks
     # a forward of a few drafted tokens touches more than its budget may be
     room = max(budget, config.sinks + recent + most_touched(1 + INNER_DEPTH, block))
     return Choice(
@@ -210,11 +212,6 @@ def choice_of(config: SparseConfig) -> Choice:
         sinks=config.sinks,
         recent=recent,
     )
-
-
-def least_read(config: SparseConfig) -> int:
-    """Tokens of a long context that are read under any budget."""
-    return max(config.always_tokens, choice_of(replace(config, budget_tokens=1)).budget_blocks * config.block_tokens)
 
 
 def share_of_cache(config: SparseConfig, num_layers: int) -> float:

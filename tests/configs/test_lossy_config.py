@@ -22,13 +22,23 @@ def test_a_lossy_mode_is_asked_for_by_name(mode: str) -> None:
         ("spec.source=suffix", "set off"),
         ("sparse.inner=suffix", "set off"),
         ("rollout.backend=vllm", "rollout.backend=native"),
+        ("spec.choice=goodput", "spec.choice='goodput': {mode} leaves nothing to choose; set auto"),
+        ("spec.choice=beg_mab", "spec.choice='beg_mab': {mode} leaves nothing to choose; set auto"),
+        ("spec.below=5", "spec.below=5: {mode} is for any number of sequences; set 0"),
     ],
 )
 def test_what_a_lossy_mode_cannot_have_is_refused_with_its_remedy(mode: str, override: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse(BASE, [f"sparse.mode={mode}", override])
     assert refused.value.exit_code == 2
-    assert remedy in str(refused.value)
+    assert remedy.format(mode=f"sparse.mode={mode}") in str(refused.value)
+
+
+@pytest.mark.parametrize("mode", ["plain", "rectified"])
+def test_a_lossy_mode_is_chosen_for_every_cycle(mode: str) -> None:
+    assert parse(BASE, [f"sparse.mode={mode}", "spec.choice=fixed"]).spec.choice == "fixed"
+    draft = parse(BASE, ["sparse.mode=draft", "spec.choice=goodput", "spec.below=5"])
+    assert (draft.spec.choice, draft.spec.below) == ("goodput", 5)
 
 
 def test_a_lossless_mode_may_switch_the_correction_off() -> None:

@@ -37,7 +37,25 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
     [
         (["sparse.select_block=24"], r"sparse\.select_block=24: .* set rollout\.block_size=24"),
         (["sparse.selector=mean"], r"rollout\.block_size=16: .* blocks of 64 .* set rollout\.block_size=64"),
-        (["sparse.budget_tokens=64"], r"sparse\.budget_tokens=64: .* take 96 tokens .* set 96 or more"),
+        (
+            ["sparse.selector=streaming", "sparse.budget_tokens=64"],
+            r"sparse\.budget_tokens=64: sparse\.sinks, sparse\.window .* take 96 tokens .* set 96 or more",
+        ),
+        (
+            ["sparse.budget_tokens=255"],
+            r"=255: sparse\.selector=quest reads 16 blocks in any case; set 256 or more, or a smaller sparse\.select",
+        ),
+        (["sparse.budget_tokens=64"], r"sparse\.budget_tokens=64: sparse\.selector=quest .* set 256 or more"),
+        (
+            [
+                "sparse.budget_tokens=64",
+                "sparse.window=0",
+                "sparse.select_block=4",
+                "sparse.depth=16",
+                "sparse.sinks=12",
+            ],
+            r"sparse\.budget_tokens=64: sparse\.sinks, sparse\.depth and .* take 68 tokens .* set 68 or more",
+        ),
         (["sparse.selector=gate", "rollout.block_size=64"], r"sparse\.gate='': name the folder of trained gates"),
         (
             ["sparse.gate=GATES"],
@@ -95,6 +113,14 @@ def test_what_is_off_is_not_judged() -> None:
 def test_a_block_is_as_published_unless_it_is_named() -> None:
     assert SparseConfig(selector="gate").block_tokens == 64
     assert SparseConfig(selector="gate", select_block=32).block_tokens == 32
+
+
+def test_what_is_drafted_is_read_until_it_is_verified() -> None:
+    blocks = {
+        mode: SparseConfig(mode=mode, window=0, depth=16, select_block=4).recent_blocks for mode in ("draft", "plain")
+    }
+    assert blocks == {"draft": 4, "plain": 0}
+    assert SparseConfig(mode="draft", window=64, depth=16, select_block=4).recent_blocks == 16
 
 
 def test_the_documented_examples_load() -> None:

@@ -81,12 +81,17 @@ def test_an_override_adds_a_range() -> None:
         ("{0-1: {budget_tokens: -1}}", [], r"sparse\.layers\.0-1\.budget_tokens=-1: must be at least 1, or 0 for"),
         (
             "{0-1: {budget_tokens: 80}}",
-            [],
+            ["sparse.selector=streaming"],
             r"sparse\.layers\.0-1\.budget_tokens=80: .* take 96 tokens .* set 96 or more",
         ),
         (
+            "{0-1: {selector: resa}}",
+            ["sparse.selector=streaming", "sparse.budget_tokens=128"],
+            r"sparse\.budget_tokens=128: sparse\.layers\.0-1\.selector=resa reads 16 blocks .* set 256 or more",
+        ),
+        (
             "{0-1: {selector: mean}}",
-            ["sparse.budget_tokens=128"],
+            ["sparse.selector=streaming", "sparse.budget_tokens=128"],
             r"sparse\.budget_tokens=128: .* take 192 tokens .* set 192 or more",
         ),
         (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, DataError, PacelineError
 from configs.schema import SparseConfig
 from kernels.attention import PackedSequences, paged_sequences
 from kernels.select import BlockLists
@@ -34,12 +34,13 @@ def subject(tiny_model_dir: Path) -> Subject:
 
 def make_job(**changes: object) -> bench_selection.Job:
     how = {"batch": 1, "tokens": TOKENS, "places": 20, "draws": 2, "selectors": ("quest",), "budgets": (64,), "seed": 0}
-    return bench_selection.Job(**({"sparse": SparseConfig(window=16)} | how | changes))  # type: ignore[arg-type]
+    return bench_selection.Job(**({"sparse": SparseConfig(window=16, select_block=4)} | how | changes))  # type: ignore[arg-type]
 
 
 def measured(subject: Subject, job: bench_selection.Job) -> dict[tuple[str, int], dict[str, float]]:
     token_ids = load_tokenizer(Path(str(subject.folder))).encode(TEXT)
-    result = bench_selection.run(subject, job, name="the text", token_ids=token_ids)
+    pieces = last_pieces("the text", token_ids, job.batch, job.tokens)
+    result = bench_selection.run(subject, job, name="the text", pieces=pieces)
     return {(cell["selector"], cell["budget"]): cell for cell in result["cells"]}
 
 
@@ -65,7 +66,7 @@ def test_the_command_writes_a_line_for_every_selector_and_budget(tiny_model_dir:
     )
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
-    names = ["quest", "resa", "mean", "streaming", "verified", "best"]
+    names = ["quest", "mean", "streaming", "verified", "best"]
     assert [(cell["budget"], cell["selector"]) for cell in result["cells"]] == [
         (budget, name) for budget in (256, 320) for name in names
     ]
@@ -75,7 +76,7 @@ def test_the_command_writes_a_line_for_every_selector_and_budget(tiny_model_dir:
 
 def test_a_budget_of_everything_keeps_everything_and_draws_what_dense_draws(subject: Subject) -> None:
     names = ("quest", "mean", "streaming", "verified", "best")
-    in_blocks = SparseConfig(window=16, select_block=16)
+    in_blocks = SparseConfig(window=16, select_block=4)
     cells = measured(subject, make_job(selectors=names, budgets=(64, 512), sparse=in_blocks))
     for name in names:
         whole = cells[name, 512]
@@ -146,21 +147,68 @@ def test_what_does_not_say_what_training_says_is_not_measured(
     [
         ({"tokens": 1024}, "--tokens 1024 exceeds the model's context of 512"),
         ({"places": 295}, "--tokens 300 leaves nothing before the last --places 295"),
-        ({"selectors": ("guess",)}, "'guess' is none of quest, resa, mean"),
+        ({"selectors": ("guess",)}, "'guess' is none of quest, mean"),
+        (
+            {"selectors": ("quest", "duo")},
+            "duo: .* sparse-rollout --selectors duo --gate FILE` measures",
+        ),
         ({"selectors": ("gate",)}, "--selectors gate needs --gate FOLDER"),
-        ({"sparse": SparseConfig(dense_layers=2)}, "--dense-layers 2: no layer is left to select in; give fewer"),
-        ({"sparse": SparseConfig(select_block=48)}, "blocks of 48 tokens do not divide 64"),
-        ({"budgets": (256, 95), "sparse": SparseConfig()}, "--budgets 95: quest reads 96 tokens .*; give 96 or more"),
-        ({"selectors": ("quest", "mean"), "budgets": (128,)}, "--budgets 128: mean reads 192 tokens in any case"),
-        ({"selectors": ("resa",), "budgets": (128,)}, "--budgets 128: resa reads 256 tokens in any case"),
-        ({"batch": 9}, "9 texts of 300 tokens are 2700, and the text has"),
+        (
+            {"sparse": SparseConfig(dense_layers=2, window=16, select_block=4)},
+            "--dense-layers 2: no layer of 2 is left to select in; give fewer",
+        ),
+        ({"sparse": SparseConfig(select_block=48)}, "--block 48 does not divide 64; give 16, 32 or 64"),
+        ({"budgets": (256, 95), "sparse": SparseConfig()}, "--budgets 95: quest reads 256 tokens .*; give 256"),
+        (
+            {"selectors": ("streaming",), "budgets": (95,), "sparse": SparseConfig()},
+            "streaming reads 96 tokens .*; give 96",
+        ),
+        (
+            {"selectors": ("mean",), "budgets": (128,), "sparse": SparseConfig()},
+            "--budgets 128: mean reads 192 tokens in any case",
+        ),
+        (
+            {"selectors": ("resa",), "budgets": (128,), "sparse": SparseConfig()},
+            "--budgets 128: resa reads 256 tokens in any case",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
     subject: Subject, changes: dict[str, object], says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says):
-        measured(subject, make_job(**changes))
+        bench_selection.require(job := make_job(**changes))
+        bench_selection.require_fit(job, subject.model.config)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--selectors", "guess"], "--selectors: 'guess' is none of quest"),
+        (["--selectors", "gate"], "--selectors gate needs --gate FOLDER"),
+        (["--gate", "/no/such/gates"], "/no/such/gates holds no gates"),
+        (
+            ["--gate", "G", "--selectors", "quest"],
+            "--gate G: nobody reads it; add gate to --selectors, or leave it out",
+        ),
+        (["--budgets", "256,300"], "--budgets 300 is all of 300 tokens, .* give less, or more --tokens"),
+        (["--budgets", "100"], "--budgets 100: quest reads 256 tokens in any case"),
+        (["--block", "48"], "--block 48 does not divide 64; give 16, 32 or 64"),
+        (["--tokens", "1024"], "--tokens 1024 exceeds the model's context of 512; give fewer"),
+        (["--texts", "9"], "9 texts of 300 tokens are 2700, and"),
+        (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_before_the_weights_are_read(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str
+) -> None:
+    monkeypatch.delattr(Subject, "load")
+    (tmp_path / "text.txt").write_text(TEXT)
+    usual = ["--text", str(tmp_path / "text.txt"), "--texts", "1", "--tokens", "300", "--places", "4"]
+    usual += ["--budgets", "256", "--device", "cpu", "--model", str(tiny_model_dir)]
+    with pytest.raises(PacelineError, match=says):
+        app(["selection", *usual, *options], standalone_mode=False)
 
 
 def test_pieces_come_from_the_end_of_a_text_or_begin_evenly_apart() -> None:

@@ -25,7 +25,7 @@ def make_job(**changes: object) -> bench_sparse.Job:
 
 def test_the_command_writes_a_line_for_every_cell(tmp_path: Path) -> None:
     out = tmp_path / "sparse.json"
-    options = ["--heads", "4,2,64", "--batches", "1,2", "--contexts", "200", "--left-out", "50,90"]
+    options = ["--heads", "4,2,64", "--batches", "1,2", "--contexts", "1280", "--left-out", "50,90"]
     done = CliRunner().invoke(app, ["sparse", *options, "--device", "cpu", "--json", str(out)])
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
@@ -57,6 +57,19 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_sparse.run(make_job(selectors=("quest",)), fa3_at=None, tilelang_file=None)
 
 
-def test_an_unknown_selector_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'guess' is none of gate, quest, mean"):
-        bench_sparse.run(make_job(selectors=("guess",)), fa3_at=None, tilelang_file=None)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--selectors", "guess"], "'guess' is none of gate, quest, mean"),
+        (["--selectors", ""], "--selectors '': give different names with commas between"),
+        (["--selectors", "quest,quest"], "--selectors 'quest,quest': give different names"),
+        (
+            ["--contexts", "1280,300"],
+            "--contexts 300: gate reads 2 blocks of 64 in any case, more than --left-out 90% leaves; give 1280 or more",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_before_anything_is_timed(options: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        app(["sparse", "--heads", "4,2,64", "--batches", "1", "--device", "cpu", *options], standalone_mode=False)

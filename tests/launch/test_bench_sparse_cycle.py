@@ -29,7 +29,7 @@ def model() -> PreTrainedModel:
 
 def make_job(**changes: Any) -> bench_sparse_cycle.Job:
     how: dict[str, Any] = {"ratios": (1,), "depths": (4,), "rows": 2, "accept_rates": (0.9,), "rounds": 1, "seed": 0}
-    sparse = SparseConfig(mode="draft", budget_tokens=128)
+    sparse = SparseConfig(mode="draft", budget_tokens=256)
     return bench_sparse_cycle.Job(**({"sparse": sparse} | how | changes))
 
 
@@ -59,10 +59,10 @@ def test_drafts_that_read_a_copy_in_eight_bits_are_drafted_with_it(model: PreTra
     rows.draft_ms(5, 1)
     rows.verify_ms(5, 1)
     assert 0 < sum(rows.accepted()) <= 15
-    sparse = make_sparse(SparseConfig(mode="draft", weights="int8", budget_tokens=128), model)
+    sparse = make_sparse(SparseConfig(mode="draft", weights="int8", budget_tokens=256), model)
     parts = bench_sparse_cycle.predicted(model, sparse, make_job(), 1024, 1, 1000.0)
     assert sparse.lowbit is not None and sparse.lowbit.num_bytes < step_weight_bytes(model) / 3  # of float32
-    read = 2 * 1024 * TOKEN_BYTES * (128 / 1024 + 1 / 16)
+    read = 2 * 1024 * TOKEN_BYTES * (256 / 1024 + 1 / 16)
     assert parts["draft_ms"] == pytest.approx((sparse.lowbit.num_bytes + read) / 1e9)
 
 
@@ -101,13 +101,13 @@ def test_the_cost_model_counts_bytes(model: PreTrainedModel) -> None:
 
 def test_the_command_writes_parts_and_speed_ups(tmp_path: Path) -> None:
     out = tmp_path / "cycle.json"
-    options = ["--geometry", "tiny", "--layers", "1", "--ratios", "1,2", "--rows", "2", "--depths", "2,3"]
-    options += ["--budget", "128", "--rounds", "1", "--device", "cpu", "--json", str(out)]
+    options = ["--geometry", "tiny", "--layers", "1", "--ratios", "2,4", "--rows", "2", "--depths", "2,3"]
+    options += ["--budget", "256", "--rounds", "1", "--device", "cpu", "--json", str(out)]
     done = CliRunner().invoke(app, ["sparse-cycle", *options])
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
     assert result["shape"]["num_hidden_layers"] == 1
-    assert [(cell["ratio"], cell["depth"]) for cell in result["cells"]] == [(1, 2), (1, 3), (2, 2), (2, 3)]
+    assert [(cell["ratio"], cell["depth"]) for cell in result["cells"]] == [(2, 2), (2, 3), (4, 2), (4, 3)]
     for cell in result["cells"]:
         assert cell["kv_bytes"] == pytest.approx(cell["ratio"] * cell["weight_bytes"], rel=0.2)
         cycle = cell["draft_ms"]["median"] + cell["verify_ms"]["median"]
@@ -119,3 +119,31 @@ def test_the_command_writes_parts_and_speed_ups(tmp_path: Path) -> None:
 def test_rows_longer_than_the_model_reads_are_refused(model: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match=r"--ratios 90 over 2 rows takes \d+ tokens of each, and the model has room"):
         bench_sparse_cycle.run("tiny", model, make_job(ratios=(90,)))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--layers", "99"], "--layers 99: tiny has 2; give 2 or fewer, or 0 for all"),
+        (["--budget", "100"], "--budget 100: quest reads 256 tokens in any case"),
+        (["--budget", "4000"], r"--budget 4000 is all of \d+ tokens, .* give less, or fewer --rows"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_before_anything_is_timed(options: list[str], says: str) -> None:
+    usual = [
+        "--geometry",
+        "tiny",
+        "--layers",
+        "1",
+        "--ratios",
+        "2",
+        "--rows",
+        "2",
+        "--budget",
+        "256",
+        "--device",
+        "cpu",
+    ]
+    with pytest.raises(ConfigError, match=says):
+        app(["sparse-cycle", *usual, *options], standalone_mode=False)

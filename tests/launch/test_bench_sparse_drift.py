@@ -69,11 +69,11 @@ def test_figures_are_means_of_positions_and_of_places_in_a_window() -> None:
 def test_the_command_writes_every_modes_drift_and_where_it_was_measured(tmp_path: Path) -> None:
     out = tmp_path / "drift.json"
     options = ["--geometry", "tiny", "--device", "cpu", "--batch", "1", "--tokens", "100", "--bin-tokens", "20"]
-    keys = ["sparse.select_block=4", "sparse.budget_tokens=32", "sparse.window=8", "sparse.every=8"]
+    keys = ["sparse.select_block=4", "sparse.budget_tokens=64", "sparse.window=8", "sparse.every=8"]
     done = CliRunner().invoke(app, ["sparse-drift", *options, *keys, "--json", str(out)])
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
-    assert result["sparse"]["budget_tokens"] == 32 and {"command", "commit", "gpu"} <= result.keys()
+    assert result["sparse"]["budget_tokens"] == 64 and {"command", "commit", "gpu"} <= result.keys()
     assert [line["position"] for line in result["kl"]["plain"]] == [64, 84]
     assert {name: sum(line["tokens"] for line in lines) for name, lines in result["kl"].items()} == {
         "dense": 36,
@@ -88,15 +88,19 @@ def test_the_command_writes_every_modes_drift_and_where_it_was_measured(tmp_path
     [
         ("sparse.mode=plain", "sparse.mode=plain: rectified and plain are both measured; leave it out"),
         ("rollout.temperature=0.5", "rollout.temperature=0.5: only sparse.* changes what is measured"),
+        ("sparse.depth=4", "sparse.depth=4: is of drafts, which are not measured; leave it out"),
+        ("sparse.budget_tokens=8192", "sparse.budget_tokens=8192 is all of 4096 tokens"),
+        ("sparse.dense_layers=9", "sparse.dense_layers=9: the policy has 2 layers; set fewer"),
         ("sparse.every=65", "sparse.every=65: at most 64 tokens are forwarded again at once"),
     ],
 )
-def test_keys_that_would_change_nothing_are_refused(key: str, says: str) -> None:
+def test_keys_that_would_change_nothing_are_refused(key: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Subject, "load")
     with pytest.raises(ConfigError) as refused:
-        app(["sparse-drift", "--geometry", "tiny", "--device", "cpu", key], standalone_mode=False)
+        app(["sparse-drift", "--geometry", "tiny", "--tokens", "4096", "--device", "cpu", key], standalone_mode=False)
     assert says in str(refused.value)
 
 
 def test_texts_longer_than_the_context_are_refused(subject: Subject) -> None:
-    with pytest.raises(ConfigError, match="--tokens 5000 exceeds the model's context of 4096"):
-        bench_sparse_drift.run(subject, Job(1, 5000, 10, SparseConfig(mode="rectified"), 0))
+    with pytest.raises(ConfigError, match="--tokens 5000 exceeds the model's context of 4096; give fewer"):
+        bench_sparse_drift.require_fit(Job(1, 5000, 10, SparseConfig(mode="rectified"), 0), subject.model.config)

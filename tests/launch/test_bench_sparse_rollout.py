@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, PacelineError
 from configs.schema import SparseConfig
 from launch import bench_sparse_rollout
 from launch.bench import app
 from launch.bench_rollout import sampling
 from launch.geometry import Subject
+from launch.natural_text import overlapping_pieces
 from rollout.model import load_policy
 from rollout.types import Prompt
 
@@ -32,7 +33,7 @@ def make_job(**changes: Any) -> bench_sparse_rollout.Job:
         "new_tokens": 12,
         "modes": ("off", "draft", "rectified", "plain"),
         "selectors": ("quest", "verified"),
-        "sparse": SparseConfig(budget_tokens=BUDGET, depth=4, every=5, window=16),
+        "sparse": SparseConfig(budget_tokens=BUDGET, select_block=8, depth=4, every=5, window=16),
         "rounds": 1,
         "seed": 0,
     }
@@ -40,7 +41,10 @@ def make_job(**changes: Any) -> bench_sparse_rollout.Job:
 
 
 def measured(subject: Subject, job: bench_sparse_rollout.Job) -> dict[str, dict[str, Any]]:
-    result = bench_sparse_rollout.run(subject, job, name="the text", token_ids=[3 + byte for byte in TEXT.encode()])
+    token_ids = [3 + byte for byte in TEXT.encode()]
+    bench_sparse_rollout.require(job)
+    pieces = overlapping_pieces("the text", token_ids, job.sequences, job.prompt_tokens)
+    result = bench_sparse_rollout.run(subject, job, name="the text", pieces=pieces)
     assert result["kv_bytes"] == 3 * 256 * 2 * 2 * 2 * 16 * 4  # sequences, tokens in blocks, layers, K and V, heads
     return {cell["name"]: cell for cell in result["cells"]}
 
@@ -67,7 +71,7 @@ def test_engines_that_do_not_fit_together_take_turns_in_memory(
 
 
 def test_drafts_alone_read_a_copy_of_the_weights(subject: Subject) -> None:
-    sparse = SparseConfig(budget_tokens=BUDGET, weights="int8")
+    sparse = SparseConfig(budget_tokens=BUDGET, select_block=8, weights="int8")
     sides = bench_sparse_rollout.make_sides(subject.model, make_job(sparse=sparse, selectors=("streaming",)))
     assert [side.config.weights for side in sides] == ["policy", "int8", "policy", "policy"]
 
@@ -85,7 +89,7 @@ def test_a_timed_run_finds_all_its_rows_made(subject: Subject) -> None:
 def test_the_command_writes_its_modes_and_draws_a_line_for_each(tiny_model_dir: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "rollout.json", tmp_path / "text.txt"
     text.write_text(TEXT)
-    options = ["--sequences", "2", "--prompt-tokens", "100", "--new-tokens", "4", "--budget", "128", "--depth", "2"]
+    options = ["--sequences", "2", "--prompt-tokens", "300", "--new-tokens", "4", "--budget", "256", "--depth", "2"]
     options += ["--modes", "off,plain", "--rounds", "1", "--text", str(text), "--device", "cpu", "--json", str(out)]
     done = CliRunner().invoke(app, ["sparse-rollout", "--model", str(tiny_model_dir), *options])
     assert done.exit_code == 0, done.output
@@ -111,4 +115,34 @@ def test_the_command_writes_its_modes_and_draws_a_line_for_each(tiny_model_dir: 
 )
 def test_what_cannot_be_sampled_is_refused_in_one_line(subject: Subject, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        measured(subject, make_job(**changes))
+        bench_sparse_rollout.require(job := make_job(**changes))
+        bench_sparse_rollout.require_fit(job, subject.model.config)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--modes", "off,fast"], "--modes: 'fast' is none of off, draft"),
+        (["--selectors", "guess"], "--selectors: 'guess' is none of quest"),
+        (["--selectors", "gate"], "--selectors gate needs --gate"),
+        (["--selectors", "gate,duo", "--gate", "G"], "--selectors: gate and duo each read another --gate"),
+        (["--selectors", "duo", "--gate", "/no/such/heads"], "/no/such/heads is no full_attention_heads.tsv"),
+        (["--gate", "G"], "--gate G: nobody reads it; add gate or duo to --selectors, or leave it out"),
+        (["--modes", "off,plain", "--weights", "int8"], "--weights int8: drafts alone read them; add draft to --modes"),
+        (["--budget", "304"], "--budget 304 is all of 304 tokens, .* give less, or more --prompt-tokens"),
+        (["--budget", "200"], "--budget 200: quest reads 256 tokens in any case; give 256 or more"),
+        (["--new-tokens", "413"], "prompts and answers of 713 tokens exceed the model's context of 512"),
+        (["--sequences", "9999"], "9999 texts of 300 tokens cannot differ"),
+        (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_before_the_weights_are_read(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str
+) -> None:
+    monkeypatch.delattr(Subject, "load")
+    (tmp_path / "text.txt").write_text(TEXT)
+    usual = ["--text", str(tmp_path / "text.txt"), "--sequences", "2", "--prompt-tokens", "300", "--new-tokens", "4"]
+    usual += ["--budget", "256", "--device", "cpu", "--model", str(tiny_model_dir)]
+    with pytest.raises(PacelineError, match=says):
+        app(["sparse-rollout", *usual, *options], standalone_mode=False)

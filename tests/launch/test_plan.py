@@ -155,11 +155,11 @@ def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> Non
 
 
 def test_the_plan_says_where_samples_are_not_the_dense_policys(model_config: PretrainedConfig) -> None:
-    lossy = plan_for(model_config, "spec.source=off", "sparse.mode=plain", "sparse.budget_tokens=200")
-    assert lossy.speculation == "plain: sampled under quest, 200 tokens read, not as dense"
+    lossy = plan_for(model_config, "spec.source=off", "sparse.mode=plain", "sparse.budget_tokens=300")
+    assert lossy.speculation == "plain: sampled under quest, 300 tokens read, not as dense"
     layers = "sparse.layers={0: {selector: streaming, budget_tokens: 128}}"
-    mixed = plan_for(model_config, "spec.source=off", "sparse.mode=plain", "sparse.budget_tokens=200", layers)
-    read = "streaming, 128 tokens read, or quest, 200 tokens read"
+    mixed = plan_for(model_config, "spec.source=off", "sparse.mode=plain", "sparse.budget_tokens=300", layers)
+    read = "streaming, 128 tokens read, or quest, 300 tokens read"
     assert mixed.speculation == f"plain: sampled under {read}, not as dense"
 
 
@@ -177,7 +177,12 @@ def test_the_plan_says_who_chooses_and_that_a_chain_has_a_node_a_level(model_con
         (["rollout.kv_tokens=256"], "holds 2 of 64 sequences at full length"),
         (["sparse.mode=draft"], "sparse.budget_tokens=1024 is all of the longest sequence's 128 tokens"),
         (
-            ["sparse.mode=draft", "sparse.budget_tokens=100", "sparse.layers.1.budget_tokens=512"],
+            [
+                "sparse.mode=draft",
+                "sparse.selector=streaming",
+                "sparse.budget_tokens=100",
+                "sparse.layers.1.budget_tokens=512",
+            ],
             "sparse.layers.1.budget_tokens=512 is all of the longest sequence's 128 tokens",
         ),
     ],

@@ -14,7 +14,7 @@ from rollout.selectors import HeadsSelector, NewestSelector, choice_of
 from rollout.sparse import Selector
 from rollout.verified import VerifiedSelector
 
-CONFIG = SparseConfig(mode="draft", select_block=4, budget_tokens=20, sinks=1, window=4)
+CONFIG = SparseConfig(mode="draft", selector="streaming", select_block=4, budget_tokens=20, sinks=1, window=4)
 BLOCKS = 10  # complete ones before the new token's
 
 
@@ -98,7 +98,7 @@ def test_what_is_held_for_a_draft_has_every_block_that_it_fills(
 
 
 def test_sinks_and_the_window_are_read_whatever_the_rest_scores(policy: PreTrainedModel) -> None:
-    choice = choice_of(SparseConfig(select_block=4, budget_tokens=20, sinks=2, window=6))
+    choice = choice_of(SparseConfig(selector="streaming", select_block=4, budget_tokens=20, sinks=2, window=6))
     assert (choice.sinks, choice.recent, choice.budget_blocks) == (2, 2, 5)
     streaming = NewestSelector(choice, select_block=4)
     attach(policy, streaming)

@@ -124,10 +124,12 @@ def test_what_does_not_fit_the_policy_is_said(policy: PreTrainedModel, tmp_path:
         make_sparse(replace(SPARSE, selector="duo", gate=str(heads)), policy)
 
 
-def test_resa_reads_a_share_and_never_less_than_16_blocks() -> None:
-    choice = choice_of(SparseConfig(selector="resa", budget_tokens=128, budget_share=0.1))
+@pytest.mark.parametrize("name", ["quest", "resa"])
+def test_the_bound_reads_a_share_and_never_less_than_16_blocks(name: Literal["quest", "resa"]) -> None:
+    choice = choice_of(SparseConfig(selector=name, budget_tokens=128, budget_share=0.1))
     assert (choice.budget_blocks, choice.share) == (16, 0.1)
-    assert choice_of(SparseConfig(selector="quest", budget_tokens=128)).budget_blocks == 8
+    assert choice_of(SparseConfig(selector=name, budget_tokens=512)).budget_blocks == 32
+    assert choice_of(SparseConfig(selector="streaming", budget_tokens=128)).budget_blocks == 8
 
 
 @pytest.mark.parametrize("selector", ["quest", "mean", "streaming"])

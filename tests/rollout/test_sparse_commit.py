@@ -14,7 +14,8 @@ from drafter.combined import CombinedDrafter
 from drafter.gate import GateConfig, Gates
 from drafter.ngram import NgramDrafter
 from drafter.selfdraft import SelfDrafter
-from drafter.types import ResidentDrafter, Strategy
+from drafter.types import Drafts, ResidentDrafter, Rows, Strategy, Texts
+from kernels.select import BlockLists
 from rollout.decoder import make_decoder
 from rollout.engine import NativeEngine
 from rollout.gate_selector import GateSelector
@@ -145,3 +146,39 @@ def test_drafting_leaves_no_trace_in_what_a_selector_knows(
     monkeypatch.setattr(SelfDrafter, "propose", watched)
     collect(engine, long_prompts, SAMPLING)
     assert sum(changed) > 5, "verification lets it know more"
+
+
+@pytest.mark.parametrize("make_drafter", [SelfDrafter, three_tiers], ids=["two tiers", "three tiers"])
+def test_blocks_that_a_draft_has_filled_are_read_until_it_is_verified(
+    make_drafter: Callable[[], ResidentDrafter],
+    policy: PreTrainedModel,
+    collect: Collect,
+    long_prompts: list[Prompt],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # no window and no sinks, and drafts longer than two blocks, which are described when they are committed
+    config = replace(SPARSE, window=0, sinks=0, depth=11)
+    chooser = FixedChooser(Strategy("sparse", 11, 1, 11))
+    sparse = make_sparse(config, policy)
+    engine = NativeEngine(policy, drafter=make_drafter(), chooser=chooser, rollout=OPTIONS, sparse=sparse)
+    propose, select = SelfDrafter.propose, DescribedSelector.select
+    committed: list[int] = []  # keys, of each row
+    filled: list[bool] = []  # of each block that drafts filled, whether it was read
+
+    def watched(self: SelfDrafter, texts: Texts, rows: Rows, strategy: Strategy, out: Drafts) -> None:
+        committed[:] = (texts.lengths[rows.text.long()] - 1).tolist()
+        propose(self, texts, rows, strategy, out)
+
+    def selected(self: DescribedSelector, layer: int, query: torch.Tensor, *given: Any) -> BlockLists:
+        lists = select(self, layer, query, *given)
+        contexts: list[int] = given[1].context_lens.tolist()
+        for row, context in enumerate(contexts):
+            for head in range(lists.counts.shape[1]):
+                read = lists.blocks[row, head, : int(lists.counts[row, head])].tolist()
+                filled.extend(block in read for block in range(committed[row] // 4, context // 4))
+        return lists
+
+    monkeypatch.setattr(SelfDrafter, "propose", watched)
+    monkeypatch.setattr(DescribedSelector, "select", selected)
+    collect(engine, long_prompts, SAMPLING)
+    assert len(filled) > 100 and all(filled)

@@ -38,7 +38,7 @@ SAMPLING = Sampling(num_samples=2, max_new_tokens=24, stop_token_ids=(2,), seed=
 OPTIONS = RolloutConfig(block_size=16, max_running=6)
 LAYERS = LayersConfig
 MIXES: dict[str, dict[str, LayersConfig]] = {
-    "budgets": {"0-1": LAYERS(budget_tokens=12), "2": LAYERS(budget_tokens=48)},
+    "budgets": {"0-1": LAYERS(budget_tokens=80), "2": LAYERS("mean", 48)},
     "dense between": {"0": LAYERS("dense"), "2": LAYERS("dense")},
     "by keys": {"0": LAYERS("resa"), "1-2": LAYERS("mean", 32), "3-": LAYERS("streaming")},
     "watched": {"0": LAYERS("verified"), "1": LAYERS("dense"), "2-": LAYERS("verified", 40)},
@@ -168,7 +168,7 @@ def test_a_selector_that_is_cut_into_ranges_drafts_what_it_would_whole(
     collect: Collect,
     long_prompts: list[Prompt],
 ) -> None:
-    whole = replace(SPARSE, selector=selector, budget_tokens=64 if selector == "resa" else 24)
+    whole = replace(SPARSE, selector=selector, budget_tokens=64 if selector in ("quest", "resa") else 24)
     # a token more, as many blocks: other settings for the same
     cut = replace(whole, layers={name: LAYERS(budget_tokens=whole.budget_tokens + 1) for name in ("1", "3-")})
     engines = [make(deep, config) for config in (whole, cut)]
@@ -234,7 +234,7 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> list[Reading]:
     "layers",
     [
         {"0": LAYERS("dense"), "1": LAYERS("streaming", 32), "3-": LAYERS("mean", 40)},
-        {"0-1": LAYERS(budget_tokens=12), "2": LAYERS("mean"), "3": LAYERS("dense")},
+        {"0-1": LAYERS(budget_tokens=68), "2": LAYERS("mean", 12), "3": LAYERS("dense")},
     ],
     ids=str,
 )
@@ -246,7 +246,7 @@ def test_plain_sampling_reads_in_each_layer_what_the_config_says(
     long_prompts: list[Prompt],
     readings: list[Reading],
 ) -> None:
-    config = replace(SPARSE, mode="plain", layers=layers)
+    config = replace(SPARSE, mode="plain", budget_tokens=64, layers=layers)  # of which the bound reads no fewer
     engine = make(deep, config, max_running=1)
     collect(engine, long_prompts[:1], replace(SAMPLING, num_samples=1, max_new_tokens=10, under="sparse"))
     assert engine._workspace.cache is not None

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 Paceline = Callable[..., subprocess.CompletedProcess[str]]
-SPARSE = ["spec.source=off", "sparse.select_block=4", "sparse.budget_tokens=20", "sparse.window=8", "sparse.every=8"]
+SPARSE = ["spec.source=off", "sparse.selector=mean", "sparse.select_block=4", "sparse.budget_tokens=20"]
+SPARSE += ["sparse.window=8", "sparse.every=8"]
 SHORT = ["train.steps=2", "warmstart.steps=0", "eval.every=2", "checkpoint.every=2"]
 
 
