@@ -22,7 +22,7 @@ from kernels.select import BlockLists, Choice, list_room, num_selection_blocks
 from kernels.select_triton import FEW_BLOCKS, MAX_BLOCKS, choose_list
 
 PROGRAMS_PER_SM = 2
-BLOCKS_PER_WARP = 512  # of a list: four warps make lists of 128 k keys, and two programs of four fit a multiprocessor
+BLOCKS_PER_WARP = 256  # of a list: of 128 to 512 the best on an H100, where eight warps make lists of 128 Ki keys
 INTERPRETED_PROGRAMS = 12  # of a machine without multiprocessors: few, so that small tests meet every case
 LINE = 32  # scores of 128 bytes: no two lists share a line, of which a multiprocessor may keep an old copy
 STAGES = 3
@@ -232,10 +232,6 @@ def _score_kernel(
         column = column // BLOCK_H * half + column % BLOCK_H
     list_index = (row * KV_HEADS + head).to(tl.int64)
     scores += list_index * score_stride
-    # the first descriptors are on their way while queries are merged: all kernels before that one have ended
-    described = _describe(descriptors, each, block, complete, head, column, is_column, PARTS, KV_HEADS, GATE_DIM)
-    stride = splits * BLOCK_N
-    following = tl.load(table + tl.maximum(tl.minimum(each + stride, complete - 1), 0) // PARTS)
     if OVERLAP:
         gdc_wait()
     # a row without new tokens stores what no block scores less than
@@ -247,14 +243,25 @@ def _score_kernel(
             scaling, eps, KV_HEADS, GATE_DIM, SHARES, BLOCK_Q, BLOCK_H,
         )  # fmt: skip
         asked = tl.trans(asked.to(descriptors.dtype.element_ty))
-        _store_best(scores, each, each < complete, described, asked, is_new, scale, first, MANY)
-        block = following
-        for begin in tl.range((split + splits) * BLOCK_N, complete, stride, num_stages=STAGES):
+        for begin in tl.range(split * BLOCK_N, complete, splits * BLOCK_N, num_stages=STAGES):
             index = begin + tl.arange(0, BLOCK_N)
+            part = tl.minimum(index, complete - 1) % PARTS
+            place = ((block.to(tl.int64) * PARTS + part) * KV_HEADS + head) * GATE_DIM
             # a step ahead, in registers: the pipeline holds copies of descriptors alone, which wait for nothing
-            now, block = block, tl.load(table + tl.minimum(index + stride, complete - 1) // PARTS)
-            later = _describe(descriptors, index, now, complete, head, column, is_column, PARTS, KV_HEADS, GATE_DIM)
-            _store_best(scores, index, index < complete, later, asked, is_new, scale, first, MANY)
+            block = tl.load(table + tl.minimum(index + splits * BLOCK_N, complete - 1) // PARTS)
+            if half == BLOCK_H:
+                described = tl.load(descriptors + place[:, None] + column[None, :])
+            else:
+                described = tl.load(descriptors + place[:, None] + column[None, :], mask=is_column[None, :], other=0.0)
+            products = tl.dot(described, asked, input_precision="ieee") * scale
+            best = tl.max(tl.where(is_new[None, :], products, -float("inf")), axis=1)
+            target = scores + index
+            is_complete = index < complete
+            if MANY:  # the tokens before these
+                best = tl.maximum(best, tl.load(target, mask=is_complete & (first > 0), other=-float("inf")))
+            tl.store(target, best, mask=is_complete)
+        if MANY:
+            block = tl.load(table + tl.maximum(tl.minimum(each, complete - 1), 0) // PARTS)
     if CHOOSE:
         tl.debug_barrier()  # every thread has stored its scores before one of them says so, or another reads them
         num_done = 0
@@ -268,36 +275,6 @@ def _score_kernel(
                 scores, blocks + list_index * room, counts + list_index, context, num_new, complete, room, max_blocks,
                 budget_blocks, share, limit, sinks, recent, min_blocks, HAS_THRESHOLD, 1, SELECT_BLOCK, BLOCK_ALL, FEW,
             )  # fmt: skip
-
-
-@triton.jit
-def _describe(
-    descriptors,
-    index,
-    block,
-    complete,
-    head,
-    column,
-    is_column,
-    PARTS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GATE_DIM: tl.constexpr,
-):
-    """Descriptors of selection blocks by their index and their block of the cache, [N, 2 BLOCK_H]."""
-    part = tl.maximum(tl.minimum(index, complete - 1), 0) % PARTS
-    place = ((block.to(tl.int64) * PARTS + part) * KV_HEADS + head) * GATE_DIM
-    place = descriptors + place[:, None] + column[None, :]
-    return tl.load(place) if column.shape[0] == GATE_DIM else tl.load(place, mask=is_column[None, :], other=0.0)
-
-
-@triton.jit
-def _store_best(scores, index, is_complete, described, asked, is_new, scale, first, MANY: tl.constexpr):
-    """Scores of blocks: the largest of the new tokens', and of those before `first`, which are stored."""
-    products = tl.dot(described, asked, input_precision="ieee") * scale
-    best = tl.max(tl.where(is_new[None, :], products, -float("inf")), axis=1)
-    if MANY:
-        best = tl.maximum(best, tl.load(scores + index, mask=is_complete & (first > 0), other=-float("inf")))
-    tl.store(scores + index, best, mask=is_complete)
 
 
 @triton.jit

@@ -19,7 +19,6 @@ from kernels.attention_plan import Launch, num_programs
 
 MIN_CHUNK = 64  # keys of a run below which a further program costs more to combine than it saves
 ALIKE = 0.9  # of the programs that run at once: from so many on, each unit has as many
-MANY_UNITS = 128  # from which keys on their way count for less than programs that run at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +59,21 @@ class Room:
     partials: torch.Tensor
 
 
-def choose_sparse_launch(rows: int, head_dim: int, dtype: torch.dtype, num_units: int) -> Launch:
-    """A launch for tiles of so many rows (new tokens times query heads a key head), num_units lists of one tile."""
+def choose_sparse_launch(rows: int, head_dim: int, dtype: torch.dtype) -> Launch:
+    """A launch for tiles of so many rows (new tokens times query heads a key head)."""
     block_m = min(max(16, triton.next_power_of_2(rows)), 128)
     if dtype.itemsize == 4:
         # exact float32 products take no tensor cores; small steps keep them in registers
         return Launch(min(block_m, 32), 32, num_warps=4, num_stages=2, programs_per_sm=1, fold=True)
     if head_dim > 128:
         return Launch(min(block_m, 64), 32, num_warps=4, num_stages=3, programs_per_sm=2, fold=True)
+    if block_m == 16 and head_dim <= 64:
+        # of 16 launches on an H100, 64 sequences with three lists of 256 and 512 keys each
+        return Launch(block_m, 64, num_warps=2, num_stages=3, programs_per_sm=3, fold=True)
     if block_m == 16:
-        # of 30 launches on an H100, heads of 128, 1 x 8 Ki to 16 x 32 Ki keys of which 10 to 50 % are listed: the best,
-        # or at most 3 % slower
-        stages, held = (3, 3) if num_units >= MANY_UNITS else (4, 2)
-        return Launch(block_m, 64, num_warps=4, num_stages=stages, programs_per_sm=held, fold=True)
+        # of 13 launches on an H100, heads of 128, 1 x 8 Ki to 4 x 128 Ki keys of which 10 % are listed: the best, or
+        # at most 2 % slower
+        return Launch(block_m, 128, num_warps=4, num_stages=3, programs_per_sm=1, fold=True)
     if block_m < 128:
         return Launch(64, 64, num_warps=4, num_stages=3, programs_per_sm=2, fold=True)
     return Launch(block_m, 64, num_warps=8, num_stages=3, programs_per_sm=1, fold=True)
@@ -91,7 +92,7 @@ def grid_of(
 ) -> Grid:
     """The grid for lists of at most max_list_keys keys; launch None chooses one by shape."""
     lists = seqs.context_lens.shape[0] * num_kv_heads
-    launch = launch or choose_sparse_launch(groups * seqs.max_seqlen_q, head_dim, dtype, lists)
+    launch = launch or choose_sparse_launch(groups * seqs.max_seqlen_q, head_dim, dtype)
     tiles = triton.cdiv(seqs.max_seqlen_q, launch.block_m // groups)
     units = lists * tiles
     min_steps = max(1, min_chunk // launch.block_n)

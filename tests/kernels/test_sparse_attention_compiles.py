@@ -11,7 +11,7 @@ from kernels.sparse_attention_triton import _sparse_kernel as kernel
 
 constants = dict(
     IS_TREE=False, KV_HEADS=8, GROUPS=8, HEAD_DIM=128, TOKENS=1, TILES=1, BLOCK_SIZE=64, SELECT=64, BLOCK_U=128,
-    ONCE=True, BLOCK_M=16, BLOCK_N=64, BLOCK_D=128, MERGE_ROWS=8, MERGE_SPLITS=16, STAGES=3, HELD=True, OVERLAP=True,
+    ONCE=True, BLOCK_M=16, BLOCK_N=128, BLOCK_D=128, MERGE_ROWS=8, MERGE_SPLITS=16, STAGES=3, HELD=True, OVERLAP=True,
 )
 halves, floats = ("query", "key_cache", "value_cache", "output", "ancestors"), ("maxima", "sums", "partials")
 whole = ("lists", "counts", "block_tables", "cu_seqlens", "context_lens", "num_drafted", "arrived")
