@@ -13,6 +13,7 @@ Text = Annotated[
 ]
 RealModel = Annotated[str, typer.Option("--model", metavar="MODEL", help="A model folder or a shipped name.")]
 Gate = Annotated[str, typer.Option(metavar="FOLDER", help="Trained gates, for the selector of that name.")]
+Block = Annotated[int, typer.Option(min=0, help="Tokens that are picked together; 0: as each selector does.")]
 GateOrHeads = Annotated[
     str,
     typer.Option("--gate", metavar="PATH", help="Of gate: trained gates; of duo: full_attention_heads.tsv."),
@@ -38,7 +39,7 @@ def selection(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 8192,
     places: Annotated[int, typer.Option(min=1, help="Places at the end of each that are measured.")] = 256,
     draws: Annotated[int, typer.Option(min=1, help="Draws of noise at each place.")] = 8,
-    block: Annotated[int, typer.Option(min=0, help="Tokens that are picked together; 0: as each selector does.")] = 0,
+    block: Block = 0,
     dense_layers: Annotated[int, typer.Option(min=0, help="First layers that attend to everything.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -80,6 +81,7 @@ def sparse_rollout(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 4096,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens sampled after it; nothing stops.")] = 4096,
     budget: Annotated[int, typer.Option(min=1, help="Tokens attended to under a selector.")] = 1024,
+    block: Block = 0,
     depth: Annotated[int, typer.Option(min=1, max=63, help="draft: tokens drafted.")] = 8,
     weights: Weights = "policy",
     every: Annotated[int, typer.Option(min=1, max=64, help="rectified: tokens after which all is dense.")] = 32,
@@ -105,7 +107,7 @@ def sparse_rollout(
         new_tokens,
         mode_names,
         selector_names,
-        SparseConfig(budget_tokens=budget, depth=depth, every=every, weights=weights, gate=gate),
+        SparseConfig(budget_tokens=budget, select_block=block, depth=depth, every=every, weights=weights, gate=gate),
         rounds,
         seed,
     )

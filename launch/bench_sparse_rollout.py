@@ -143,6 +143,8 @@ def require(job: Job) -> None:
         raise ConfigError("--selectors: plain goes by the first, and verifies nothing; put another before verified")
     for config in configs_of(job):
         if config.mode != "off":
+            if BLOCK_SIZE % config.block_tokens:
+                raise ConfigError(f"--block {config.block_tokens}: blocks divide {BLOCK_SIZE}; give 16, 32 or 64")
             total = job.prompt_tokens + job.new_tokens
             require_part(
                 f"--budget {config.budget_tokens}", config.budget_tokens, total, "give less, or more --prompt-tokens"

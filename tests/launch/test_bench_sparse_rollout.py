@@ -131,6 +131,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(subject: Subject, changes
         (["--modes", "off,plain", "--weights", "int8"], "--weights int8: drafts alone read them; add draft to --modes"),
         (["--budget", "304"], "--budget 304 is all of 304 tokens, .* give less, or more --prompt-tokens"),
         (["--budget", "200"], "--budget 200: quest reads 256 tokens in any case; give 256 or more"),
+        (["--block", "48"], "--block 48: blocks divide 64; give 16, 32 or 64"),
         (["--new-tokens", "413"], "prompts and answers of 713 tokens exceed the model's context of 512"),
         (["--sequences", "9999"], "9999 texts of 300 tokens cannot differ"),
         (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),
