@@ -2,7 +2,8 @@
 
 Every mode is led along the same texts, which the policy sampled densely, and at each position its next-token
 distribution is held against the dense one's. So what differs is what the mode has left in its KV cache, and what it
-does not read of it. ReSA (arXiv 2506.04108) shows the like for its rectification.
+does not read of it. Right after a rectification all that is cached is dense: there the second is alone. ReSA (arXiv
+2506.04108) shows the like for its rectification.
 """
 
 from collections.abc import Sequence
@@ -77,6 +78,7 @@ def run(subject: Subject, job: Job) -> dict[str, Any]:
         **asdict(job),
         "begins_at": start,
         "kl": {name: binned(values, start, job.bin_tokens) for name, values in drifts.items()},
+        "kl_just_rectified": binned(drifts["rectified"], start, job.bin_tokens, step=sparse.every),
         "kl_by_place": by_place(drifts["rectified"], sparse.every),
     }
 
@@ -208,10 +210,17 @@ def divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
-def binned(values: Sequence[float], start: int, size: int) -> list[dict[str, float]]:
-    """The mean of every so many positions: where they begin in the text, how many there are, nats a token."""
-    parts = [(begin, values[begin : begin + size]) for begin in range(0, len(values), size)]
-    return [{"position": start + begin, "tokens": len(part), "mean": sum(part) / len(part)} for begin, part in parts]
+def binned(values: Sequence[float], start: int, size: int, *, step: int = 1) -> list[dict[str, float]]:
+    """The mean of every so many positions: where they begin in the text, how many count, nats a token.
+
+    step: only each so-manieth of all counts. A bin without any is left out.
+    """
+    bins = []
+    for begin in range(0, len(values), size):
+        part = [values[at] for at in range(begin, min(begin + size, len(values))) if at % step == 0]
+        if part:
+            bins.append({"position": start + begin, "tokens": len(part), "mean": sum(part) / len(part)})
+    return bins
 
 
 def by_place(values: Sequence[float], every: int) -> list[float]:
@@ -225,7 +234,9 @@ def table(result: dict[str, Any]) -> Table:
     sparse, kl = result["sparse"], result["kl"]
     title = f"{result['what']}, {result['model']}, {sparse['selector']}, {sparse['budget_tokens']} tokens"
     title += ", but for sparse.layers" if sparse["layers"] else ""
-    shown = plain_table(title, ["from token", "dense", f"rectified, f={sparse['every']}", "plain"])
+    shown = plain_table(title, ["from token", "dense", "just rectified", f"rectified, f={sparse['every']}", "plain"])
+    fresh = {line["position"]: f"{line['mean']:.2e}" for line in result["kl_just_rectified"]}
     for dense, rectified, plain in zip(kl["dense"], kl["rectified"], kl["plain"], strict=True):
-        shown.add_row(str(dense["position"]), *(f"{each['mean']:.2e}" for each in (dense, rectified, plain)))
+        means = [f"{each['mean']:.2e}" for each in (dense, rectified, plain)]
+        shown.add_row(str(dense["position"]), means[0], fresh.get(dense["position"], ""), *means[1:])
     return shown

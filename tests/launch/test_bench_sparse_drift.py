@@ -63,6 +63,10 @@ def test_figures_are_means_of_positions_and_of_places_in_a_window() -> None:
         {"position": 10, "tokens": 2, "mean": 2.0},
         {"position": 12, "tokens": 1, "mean": 5.0},
     ]
+    assert binned([1.0, 3.0, 5.0, 7.0, 9.0], 10, 2, step=4) == [
+        {"position": 10, "tokens": 1, "mean": 1.0},
+        {"position": 14, "tokens": 1, "mean": 9.0},
+    ]
     assert by_place([1.0, 2.0, 3.0, 4.0, 5.0], 2) == [3.0, 3.0]
 
 
@@ -81,6 +85,9 @@ def test_the_command_writes_every_modes_drift_and_where_it_was_measured(tmp_path
         "plain": 36,
     }
     assert len(result["kl_by_place"]) == 8
+    assert [(line["position"], line["tokens"]) for line in result["kl_just_rectified"]] == [(64, 3), (84, 2)]
+    counted = sum(line["tokens"] * line["mean"] for line in result["kl_just_rectified"])
+    assert counted == pytest.approx(5 * result["kl_by_place"][0])
 
 
 @pytest.mark.parametrize(
