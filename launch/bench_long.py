@@ -84,6 +84,10 @@ def sparse_rollout(
     block: Block = 0,
     depth: Annotated[int, typer.Option(min=1, max=63, help="draft: tokens drafted.")] = 8,
     weights: Weights = "policy",
+    inner: Annotated[
+        str, typer.Option(help="draft: who drafts for the drafting policy, of off, suffix, eagle; each in turn.")
+    ] = "off",
+    drafter: Annotated[str, typer.Option(metavar="FOLDER", help="Trained drafter, for --inner eagle.")] = "",
     every: Annotated[int, typer.Option(min=1, max=64, help="rectified: tokens after which all is dense.")] = 32,
     rounds: Rounds = 2,
     device: Device = "auto",
@@ -93,6 +97,7 @@ def sparse_rollout(
 ) -> None:
     """Tokens per second of whole rollouts over long contexts: without drafts, drafted under selectors, and lossy."""
     mode_names, selector_names = names("--modes", modes), names("--selectors", selectors)
+    inners = names("--inner", inner)
     prepare(out)
     from configs.schema import SparseConfig
     from launch import bench_sparse_rollout
@@ -110,6 +115,8 @@ def sparse_rollout(
         SparseConfig(budget_tokens=budget, select_block=block, depth=depth, every=every, weights=weights, gate=gate),
         rounds,
         seed,
+        inners,
+        drafter,
     )
     bench_sparse_rollout.require(job)
     folder = resolve(model)

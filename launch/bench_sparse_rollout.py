@@ -15,14 +15,14 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import ConfigError
-from configs.schema import RolloutConfig, SparseConfig
-from drafter.selfdraft import SelfDrafter
+from configs.schema import Config, DrafterConfig, RolloutConfig, SparseConfig, SpecConfig
 from drafter.types import OFF, Strategy
 from launch.agreement import verify
 from launch.bench_drift import Key, diverge, summary
 from launch.bench_options import require_budget, require_part
 from launch.bench_report import in_turns, plain_table, provenance, say, shape, spread
 from launch.bench_rollout import PREFILL_TOKENS, PROBE_TOKENS, generate, random_prompts, sampling, synchronize
+from launch.drafting import make_drafting, starting_shape
 from launch.geometry import Subject
 from rollout.engine import NativeEngine
 from rollout.graphs import BUCKETS
@@ -40,6 +40,7 @@ ALL_BUT = 0.9  # of the rollouts: what comes after so many have finished is the 
 LIMIT = 2.0  # tokens a second of the best drafting mode over "off", at least (issue 6)
 MODES = ("off", "draft", "rectified", "plain")
 SELECTORS = get_args(get_type_hints(SparseConfig)["selector"])
+INNERS = get_args(get_type_hints(SparseConfig)["inner"])
 GATED = {"gate", "duo"}  # what reads --gate
 
 
@@ -47,7 +48,8 @@ GATED = {"gate", "duo"}  # what reads --gate
 class Job:
     """What is sampled: as many sequences, each prompt_tokens of a text and new_tokens more.
 
-    sparse: how selectors pick, but for their name. Lossy modes go by the first of the selectors.
+    sparse: how selectors pick, but for their name. Lossy modes go by the first of the selectors. inners: who drafts for
+    the drafting policy, each in turn; drafter: folder of the head of eagle.
     """
 
     sequences: int
@@ -58,6 +60,8 @@ class Job:
     sparse: SparseConfig
     rounds: int
     seed: int
+    inners: tuple[str, ...] = ("off",)
+    drafter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,14 @@ def require(job: Job) -> None:
         raise ConfigError(f"--gate {job.sparse.gate}: nobody reads it; add gate or duo to --selectors, or leave it out")
     if trained == GATED:
         raise ConfigError("--selectors: gate and duo each read another --gate; measure one at a time")
+    if unknown := [inner for inner in job.inners if inner not in INNERS]:
+        raise ConfigError(f"--inner: {unknown[0]!r} is none of {', '.join(INNERS)}")
+    if job.inners != ("off",) and "draft" not in job.modes:
+        raise ConfigError(f"--inner {','.join(job.inners)}: speeds drafts up alone; add draft to --modes, or give none")
+    if "eagle" in job.inners and not job.drafter:
+        raise ConfigError("--inner eagle needs --drafter FOLDER, as `paceline drafter train` writes it")
+    if job.drafter and "eagle" not in job.inners:
+        raise ConfigError(f"--drafter {job.drafter}: nobody reads it; add eagle to --inner, or leave it out")
     if job.sparse.weights != "policy" and "draft" not in job.modes:
         raise ConfigError(f"--weights {job.sparse.weights}: drafts alone read them; add draft to --modes, or give none")
     lossy = [mode for mode in job.modes if mode in UNDER]
@@ -160,6 +172,8 @@ def require_fit(job: Job, model_config: PretrainedConfig) -> None:
     for config in configs_of(job):
         if config.mode != "off":
             require_sparse(config, model_config)
+        if config.inner == "eagle":
+            starting_shape(_run(config, job), model_config)
 
 
 def configs_of(job: Job) -> list[SparseConfig]:
@@ -169,40 +183,55 @@ def configs_of(job: Job) -> list[SparseConfig]:
         for selector in job.selectors if mode == "draft" else job.selectors[:1]:
             kind: Any = {"mode": mode, "selector": selector}
             kind["weights"] = job.sparse.weights if mode == "draft" else "policy"
-            found.append(replace(job.sparse, **kind, gate=job.sparse.gate if selector in GATED else ""))
+            kind["gate"] = job.sparse.gate if selector in GATED else ""
+            inners: Any = job.inners if mode == "draft" else ("off",)
+            found += [replace(job.sparse, **kind, inner=inner) for inner in inners]
     return found
 
 
 def make_sides(model: PreTrainedModel, job: Job) -> list[Side]:
     """An engine for each that the job compares."""
-    return [
-        _side("off" if config.mode == "off" else f"{config.mode} {config.selector}", config, model, job)
-        for config in configs_of(job)
-    ]
+    return [_side(config, model, job) for config in configs_of(job)]
 
 
-def _side(name: str, config: SparseConfig, model: PreTrainedModel, job: Job) -> Side:
+def _side(config: SparseConfig, model: PreTrainedModel, job: Job) -> Side:
+    names: list[str] = ["off"] if config.mode == "off" else [config.mode, config.selector]
+    if config.inner != "off":
+        names.append(config.inner)
     strategy = OFF
     if config.mode == "draft":
         strategy = Strategy("sparse", config.depth, 1, config.depth)
     elif config.mode == "rectified":
         strategy = window(config.every)
-    longest = max(job.prompt_tokens + job.new_tokens, PROBE_TOKENS) + 2 * (1 + strategy.num_verify) + BLOCK_SIZE
-    rows = max(job.sequences, 6)  # what verifying takes
+    run, chooser = _run(config, job, reach=2 * (1 + strategy.num_verify)), FixedChooser(strategy)
+    drafting = make_drafting(run, model, chooser)
     engine = NativeEngine(
         model,
-        drafter=SelfDrafter() if strategy.source == "sparse" else None,
-        chooser=FixedChooser(strategy),
+        drafter=drafting.drafter,
+        chooser=chooser,
+        rollout=run.rollout,
+        cycles="resident",
+        reader=drafting.reader,
+        sparse=None if config.mode == "off" else make_sparse(config, model),
+    )
+    return Side(" ".join(names), UNDER.get(config.mode, "dense"), config, strategy, engine)
+
+
+def _run(config: SparseConfig, job: Job, *, reach: int = 0) -> Config:
+    """The config of a run that would sample so. reach: tokens beyond a sequence's end that are forwarded."""
+    longest = max(job.prompt_tokens + job.new_tokens, PROBE_TOKENS) + reach + BLOCK_SIZE
+    rows = max(job.sequences, 6)  # what verifying takes
+    return Config(
         rollout=RolloutConfig(
             max_running=rows,
             prefill_tokens=PREFILL_TOKENS,
             block_size=BLOCK_SIZE,
             kv_tokens=rows * -(-longest // BLOCK_SIZE) * BLOCK_SIZE,
         ),
-        cycles="resident",
-        sparse=None if config.mode == "off" else make_sparse(config, model),
+        spec=SpecConfig(source="eagle" if config.inner == "eagle" else "off"),
+        sparse=config,
+        drafter=DrafterConfig(init=job.drafter, train=False),
     )
-    return Side(name, UNDER.get(config.mode, "dense"), config, strategy, engine)
 
 
 def kv_bytes(model: PreTrainedModel, job: Job) -> int:
@@ -274,6 +303,7 @@ def _cell(
         "name": side.name,
         "mode": side.config.mode,
         "selector": None if side.config.mode == "off" else side.config.selector,
+        "inner": side.config.inner,
         "sampled_under": side.under,
         "strategy": asdict(side.strategy),
         "budget": None if side.config.mode == "off" else side.config.budget_tokens,

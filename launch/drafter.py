@@ -38,18 +38,23 @@ def train(
         Literal["policy", "solutions"],
         typer.Option(help="What the policy says (of a run, its samples), or worked solutions of the problems."),
     ] = "policy",
-    texts: Annotated[int, typer.Option(min=2, help="Responses to learn from, at most.")] = 512,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Learn from this text, not from answers.")] = None,
+    length: Annotated[int, typer.Option(min=32, help="Tokens of a piece of --text.")] = 1024,
+    texts: Annotated[int, typer.Option(min=2, help="Responses, or pieces, to learn from, at most.")] = 512,
     steps: Annotated[int, typer.Option(min=1, help="Updates.")] = 200,
     layout: Annotated[Literal["eagle3", "speculators"], typer.Option("--format", help="Of OUT.")] = "eagle3",
 ) -> None:
-    """Warm a drafter up: on what a policy says, or on worked solutions."""
+    """Warm a drafter up: on what a policy says, on worked solutions, or on a text."""
     subject = load_source(source, overrides)
     from launch import offline
     from rl.export_drafter import require_drafter_place
 
     require_drafter_place(out, offline.drafter_shape(subject.config, subject.policy.config))
     console = Console()
-    learned = offline.texts_for(subject, texts, answers=answers)
+    if text is None:
+        learned = offline.texts_for(subject, texts, answers=answers)
+    else:
+        learned = offline.texts_of(text, subject, texts, length=length)
     console.print(f"{len(learned)} texts, {sum(len(text.token_ids) for text in learned):,} tokens", highlight=False)
 
     def report(step: int, stats: "DrafterStats") -> None:

@@ -20,16 +20,19 @@ from drafter.evaluate import Cycles, walk
 from drafter.layouts import Layout
 from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary, evaluate, require_unroll
 from launch.drafting import starting_head, starting_shape
+from launch.natural_text import natural_tokens
 from launch.subject import Subject, policy_answers, sampled_texts, solved_texts
 from launch.windows import Context, features, training_batches
 from rl.export import newest_intact
 from rl.export_drafter import export_trained, served_head
 from rl.features import Text, batches
 from rl.warmstart import FIRST_STEP
+from rollout.model import context_length
 from rollout.types import Prompt
 
 HELDOUT = 8  # one prompt in so many is kept from training, to say how well the drafter does on others
 MEASURED = 8  # batches of texts held out that this is said of, at most
+PIECE_PROMPT = 16  # tokens of a file's pieces that stand for a prompt, which tells them apart
 CONTEXTS: tuple[Context, ...] = ("rollout", "server")  # a drafter for both reads as both have it read
 
 Report = Callable[[int, DrafterStats], None]
@@ -124,6 +127,22 @@ def texts_for(subject: Subject, count: int, *, answers: Literal["policy", "solut
     data = subject.data(num_heldout=0)
     prompts = data.prompts(FIRST_STEP, min(count, len(data)))
     return policy_answers(subject, prompts, temperature=subject.config.rollout.temperature)[0]
+
+
+def texts_of(path: Path, subject: Subject, count: int, *, length: int) -> list[Text]:
+    """What to learn from of a file: its first pieces of so many tokens, each begun by its first PIECE_PROMPT.
+
+    Raises ConfigError for longer ones than the policy takes, DataError where there are fewer than two.
+    """
+    if length > (limit := context_length(subject.policy.config)):
+        raise ConfigError(f"--length {length} exceeds the {limit} positions of the policy; lower it")
+    name, tokens = natural_tokens(subject.tokenizer, path)
+    pieces = [tokens[begin : begin + length] for begin in range(0, len(tokens) - length + 1, length)][:count]
+    if len(pieces) < 2:
+        raise DataError(
+            f"{name} has {len(tokens)} tokens, not two pieces of {length}; give a longer --text, or --length"
+        )
+    return [Text(piece, num_prompt=PIECE_PROMPT) for piece in pieces]
 
 
 def problems(subject: Subject, count: int) -> list[Prompt]:

@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from configs.errors import ConfigError, PacelineError
 from configs.schema import SparseConfig
+from drafter.eagle import EagleConfig, EagleHead
+from drafter.export import write_drafter
+from drafter.layouts import Origin
 from launch import bench_sparse_rollout
 from launch.bench import app
 from launch.bench_rollout import sampling
@@ -59,6 +63,33 @@ def test_drafts_of_every_selector_sample_what_is_sampled_without(subject: Subjec
     assert cells["off"]["accept_length"]["median"] == 1 and cells["off"]["budget"] is None
     under = {name: cell["sampled_under"] for name, cell in cells.items()}
     assert under["rectified quest"] == "rectified" and under["plain quest"] == "sparse" and under["off"] == "dense"
+
+
+def test_drafts_that_another_drafter_speeds_up_sample_the_same(deep_model_dir: Path, tmp_path: Path) -> None:
+    deep = Subject("deep", load_policy(deep_model_dir, device="cpu", dtype="float32"), deep_model_dir)
+    head = EagleHead(EagleConfig.of(deep.model.config, draft_vocab=64, window=32))
+    (tmp_path / "head").mkdir()
+    origin = Origin("policy", [], "0" * 64, 1, 3)
+    write_drafter(tmp_path / "head", head, layout="eagle3", dtype=torch.float32, origin=origin)
+    job = make_job(
+        modes=("off", "draft"),
+        selectors=("verified",),
+        inners=("off", "suffix", "eagle"),
+        drafter=str(tmp_path / "head"),
+    )
+    bench_sparse_rollout.require(job)
+    bench_sparse_rollout.require_fit(job, deep.model.config)
+    token_ids = [3 + byte % 90 for byte in TEXT.encode()]
+    pieces = overlapping_pieces("the text", token_ids, job.sequences, job.prompt_tokens)
+    cells = bench_sparse_rollout.run(deep, job, name="the text", pieces=pieces)["cells"]
+    assert [cell["name"] for cell in cells] == [
+        "off",
+        "draft verified",
+        "draft verified suffix",
+        "draft verified eagle",
+    ]
+    assert [cell["inner"] for cell in cells] == ["off", "off", "suffix", "eagle"]
+    assert [cell["equal"] for cell in cells[1:]] == [3, 3, 3]
 
 
 def test_engines_that_do_not_fit_together_take_turns_in_memory(
@@ -132,6 +163,11 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(subject: Subject, changes
         (["--budget", "304"], "--budget 304 is all of 304 tokens, .* give less, or more --prompt-tokens"),
         (["--budget", "200"], "--budget 200: quest reads 256 tokens in any case; give 256 or more"),
         (["--block", "48"], "--block 48: blocks divide 64; give 16, 32 or 64"),
+        (["--inner", "off,medusa"], "--inner: 'medusa' is none of off, suffix, eagle"),
+        (["--inner", "suffix", "--modes", "off,plain"], "--inner suffix: speeds drafts up alone; add draft to --modes"),
+        (["--inner", "eagle"], "--inner eagle needs --drafter FOLDER, as `paceline drafter train` writes it"),
+        (["--drafter", "D"], "--drafter D: nobody reads it; add eagle to --inner, or leave it out"),
+        (["--inner", "eagle", "--drafter", "/no/such/head"], "/no/such/head"),
         (["--new-tokens", "413"], "prompts and answers of 713 tokens exceed the model's context of 512"),
         (["--sequences", "9999"], "9999 texts of 300 tokens cannot differ"),
         (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),

@@ -1,6 +1,7 @@
 """`paceline drafter` and `paceline export --drafter`, from a model folder to a folder that engines load."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,25 @@ def test_a_drafter_is_trained_measured_and_trained_on(
         assert one["draft_tokens"] == 3 * one["drafts"]
     paceline("drafter", "train", recipe, again, "--texts", 8, "--steps", 1, f"drafter.init={out}")
     assert torch.equal(read_drafter(again).d2t, head.d2t)
+
+
+def test_a_drafter_learns_from_a_text(
+    recipe: Path, tmp_path: Path, paceline: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40)
+    train = ("drafter", "train", recipe, out, "--text", text)
+    with pytest.raises(DataError, match=r"text.txt has \d+ tokens, not two pieces of 250; give a longer"):
+        text.write_text(text.read_text()[:400])
+        paceline(*train, "--length", 250)
+    with pytest.raises(ConfigError, match="--length 99999 exceeds the 256 positions of the policy"):
+        paceline(*train, "--length", 99999)
+    text.write_text("The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40)
+    paceline(*train, "--length", 64, "--texts", 12, "--steps", 30)
+    said = capsys.readouterr().out
+    before, after = re.findall(r"([\d.]+) before, ([\d.]+) after", said)[0]
+    assert "12 texts, 768 tokens" in said and float(after) > float(before)
+    assert read_drafter(out).config.draft_vocab == 100
 
 
 def test_a_runs_drafter_is_exported_with_its_policy(run: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
