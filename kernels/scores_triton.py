@@ -174,20 +174,23 @@ def _score_kernel(
         tl.store(target + index, best, mask=is_complete)
 
 
-def verified_scores_triton(maxima: "BlockMaxima", seqs: PagedSequences, *, num_kv_heads: int) -> torch.Tensor:
+def verified_scores_triton(maxima: "BlockMaxima", seqs: PagedSequences, out: torch.Tensor, rows: torch.Tensor) -> None:
     """kernels.select.verified_scores on the GPU."""
     num_heads, num_blocks = maxima.scores.shape[1:]
-    num_rows = len(seqs.context_lens)
+    num_rows, num_kv_heads = len(seqs.context_lens), out.shape[1]
     assert maxima.scores.is_contiguous() and maxima.lse.is_contiguous()
-    scores = torch.empty(num_rows, num_kv_heads, num_blocks, dtype=torch.float32, device=maxima.scores.device)
-    overlap = overlaps(scores.device)
+    assert out.stride(2) == 1 and out.shape[2] >= num_blocks and len(rows) == num_rows
+    overlap = overlaps(out.device)
     _verified_kernel[(triton.cdiv(num_blocks, MAXIMA_BLOCKS), num_rows * num_kv_heads)](
         maxima.scores,
         maxima.lse,
-        scores,
+        out,
+        rows,
         seqs.cu_seqlens_q,
         seqs.context_lens,
         num_blocks,
+        out.stride(0),
+        out.stride(1),
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         SELECT_BLOCK=maxima.select_block,
@@ -197,17 +200,19 @@ def verified_scores_triton(maxima: "BlockMaxima", seqs: PagedSequences, *, num_k
         num_warps=4,
         launch_pdl=overlap,
     )
-    return scores
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks", "row_stride", "head_stride"])
 def _verified_kernel(
     maxima,
     lse,
     scores,
+    slots,
     cu_seqlens,
     context_lens,
     num_blocks,
+    row_stride,
+    head_stride,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     SELECT_BLOCK: tl.constexpr,
@@ -237,4 +242,5 @@ def _verified_kernel(
         total = tl.where(total == -float("inf"), 0.0, total)
         largest = tl.load(maxima + rows[:, None] * num_blocks + index[None, :], mask=mask, other=-float("inf"))
         best = tl.maximum(best, tl.max(largest - total[:, None], axis=0))
-    tl.store(scores + tl.program_id(1).to(tl.int64) * num_blocks + index, best, mask=index < num_blocks)
+    place = tl.load(slots + row) * row_stride + head * head_stride
+    tl.store(scores + place + index, best, mask=index < num_blocks)

@@ -106,17 +106,19 @@ def mean_scores(query: torch.Tensor, means: torch.Tensor, seqs: PagedSequences) 
     return mean_scores_triton(query, means, seqs)
 
 
-def verified_scores(maxima: "BlockMaxima", seqs: PagedSequences, *, num_kv_heads: int) -> torch.Tensor:
+def verified_scores(maxima: "BlockMaxima", seqs: PagedSequences, out: torch.Tensor, rows: torch.Tensor) -> None:
     """The log of a block's largest attention weight in a dense forward, over the group's heads and the new tokens.
 
     seqs: of that forward. A block that nobody sees scores -inf, and every block of a sequence without new tokens.
-    Returns [B, Hkv, NB] float32, as wide as the maxima. Source: PillarAttn (arXiv 2512.01278).
+    Those of sequence b become out[rows[b]]'s first: out [S, Hkv, at least NB] float32, as wide as the maxima or wider;
+    rows [B] int64; of equal ones any sequence's. Source: PillarAttn (arXiv 2512.01278).
     """
     if not maxima.scores.is_cuda:
-        return verified_scores_reference(maxima, seqs, num_kv_heads=num_kv_heads)
+        verified_scores_reference(maxima, seqs, out, rows)
+        return
     from kernels.scores_triton import verified_scores_triton
 
-    return verified_scores_triton(maxima, seqs, num_kv_heads=num_kv_heads)
+    verified_scores_triton(maxima, seqs, out, rows)
 
 
 def choose_blocks(scores: torch.Tensor, seqs: PagedSequences, choice: Choice, *, select_block: int) -> BlockLists:
@@ -180,13 +182,16 @@ def _largest(products: torch.Tensor) -> torch.Tensor:
     return torch.cat([lowest, products]).amax(dim=0)
 
 
-def verified_scores_reference(maxima: "BlockMaxima", seqs: PagedSequences, *, num_kv_heads: int) -> torch.Tensor:
+def verified_scores_reference(
+    maxima: "BlockMaxima", seqs: PagedSequences, out: torch.Tensor, rows: torch.Tensor
+) -> None:
     """verified_scores in torch."""
     # a row that sees nothing: -inf less -inf is not a number
     finite = maxima.lse.masked_fill(maxima.lse.isneginf(), 0)
     weights = maxima.scores.float() - finite[:, :, None]
-    groups = weights.unflatten(1, (num_kv_heads, -1)).amax(dim=2)
-    return torch.stack([_largest(rows) for rows in groups.split(seqs.cu_seqlens_q.diff().tolist())])
+    groups = weights.unflatten(1, (out.shape[1], -1)).amax(dim=2)
+    scores = torch.stack([_largest(each) for each in groups.split(seqs.cu_seqlens_q.diff().tolist())])
+    out[:, :, : scores.shape[2]].index_copy_(0, rows, scores)
 
 
 def choose_blocks_reference(

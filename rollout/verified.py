@@ -135,8 +135,7 @@ class Watched:
         attended, maxima = attend_and_watch(
             query, key_cache, value_cache, seqs, scale=scale, select_block=self.select_block
         )
-        scores = verified_scores(maxima, seqs, num_kv_heads=key_cache.shape[2])
-        self.weights[layer, :, :, : scores.shape[2]].index_copy_(0, self.kept, scores)
+        verified_scores(maxima, seqs, self.weights[layer], self.kept)
         return attended
 
 

@@ -37,7 +37,7 @@ def compiles(kernel, num_warps, **constants):
         elif name in FLOATS + STORED + INTEGERS:
             signature[name] = "*fp32" if name in FLOATS else "*bf16" if name in STORED else "*i32"
         else:
-            signature[name] = "fp32" if name == "threshold" else "i32"
+            signature[name] = {"threshold": "fp32", "slots": "*i64"}.get(name, "i32")
     source = ASTSource(kernel, signature, constexprs=constants | {"OVERLAP": True})
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "launch_pdl": True})
 

@@ -28,7 +28,7 @@ class Kernel:
 
     bound: Callable[..., torch.Tensor]
     mean: Callable[..., torch.Tensor]
-    verified: Callable[..., torch.Tensor]
+    verified: Callable[..., None]
     device: str
     dtype: torch.dtype
     tolerance: float
@@ -186,9 +186,9 @@ def test_verified_scores_are_the_largest_log_weights(kernel: Kernel, news: list[
     # a token that pads a batch sees nothing
     maxima[-1, 2], lse[-1, 2] = -torch.inf, -torch.inf
     seqs = sequences(contexts, news, 300, torch.zeros(3, 64, dtype=torch.int32, device=kernel.device), 8)
-    scores = kernel.verified(
-        BlockMaxima(maxima.to(kernel.device), lse.to(kernel.device), SELECT_BLOCK), seqs, num_kv_heads=2
-    )
+    out = torch.full((5, 2, num_blocks + 3), 7.0, device=kernel.device)
+    rows = torch.tensor([4, 0, 3], device=kernel.device)
+    kernel.verified(BlockMaxima(maxima.to(kernel.device), lse.to(kernel.device), SELECT_BLOCK), seqs, out, rows)
     expected = torch.full((3, 2, num_blocks), -torch.inf)
     weights = (maxima.exp() / lse.exp().clamp(min=1e-30)[:, :, None]).log()
     token = 0
@@ -197,4 +197,6 @@ def test_verified_scores_are_the_largest_log_weights(kernel: Kernel, news: list[
             for head in range(6):
                 expected[row, head // 3] = torch.maximum(expected[row, head // 3], weights[token, head])
             token += 1
+    scores = out[rows, :, :num_blocks]
     torch.testing.assert_close(scores.cpu(), expected, atol=1e-4, rtol=1e-4)
+    assert bool((out[[1, 2]] == 7).all()) and bool((out[:, :, num_blocks:] == 7).all()), "nothing else is written"
