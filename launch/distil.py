@@ -21,6 +21,7 @@ from drafter.gate_training import GateStats, GateTrainer, LayerSample
 from kernels.attention import PackedSequences, packed_attention
 from kernels.pooled_attention import block_weights, pooled_attention
 from launch.bench_report import provenance
+from launch.natural_text import natural_tokens, whole_pieces
 from launch.offline import split, texts_for
 from launch.subject import Subject
 from rl.export import staged
@@ -49,17 +50,14 @@ def of_answers(subject: Subject, count: int, *, answers: Literal["policy", "solu
     """
     texts = texts_for(subject, count, answers=answers)
     parts = ([token for text in part for token in text.token_ids] for part in split(texts))
-    learned, heldout = (_cut(tokens, length) for tokens in parts)
+    learned, heldout = (whole_pieces(tokens, length) for tokens in parts)
     return _require(Sequences(learned, heldout), length, "raise --texts")
 
 
 def of_file(path: Path, subject: Subject, length: int) -> Sequences:
     """A file's text, cut to sequences; the last of them held out. Raises DataError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--text {path} cannot be read as UTF-8 ({error}); give another file") from error
-    pieces = _cut(subject.tokenizer.encode(text, add_special_tokens=False), length)
+    _, tokens = natural_tokens(subject.tokenizer, path)
+    pieces = whole_pieces(tokens, length)
     kept = max(1, len(pieces) // HELDOUT)
     return _require(Sequences(pieces[:-kept], pieces[-kept:]), length, "give a longer file")
 
@@ -173,11 +171,6 @@ def harvest(policy: PreTrainedModel, token_ids: Sequence[int], observe: Observe,
 
     # of logits, one row: the last hidden state is computed for nothing else
     forward_packed(policy, tokens, positions, attend, positions[-1:])
-
-
-def _cut(tokens: Sequence[int], length: int) -> list[list[int]]:
-    """Whole sequences of this length; what is left over at the end is left out."""
-    return [list(tokens[begin : begin + length]) for begin in range(0, len(tokens) - length + 1, length)]
 
 
 def _require(sequences: Sequences, length: int, remedy: str) -> Sequences:

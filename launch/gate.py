@@ -64,13 +64,11 @@ def train(
     require_writable("--json", figures)
     subject = load_source(source, overrides)
     from drafter.gate import GateConfig, Gates
-    from launch import distil
+    from launch import distil, offline
     from rl.export import require_free
-    from rollout.model import context_length
 
     require_free(out)
-    if length > (limit := context_length(subject.policy.config)):
-        raise ConfigError(f"--length {length} exceeds the {limit} positions of the policy; lower it")
+    offline.require_length(subject, length)
     gates = Gates(GateConfig.of(subject.policy.config, select_block=block), seed=subject.config.run.seed)
     gates = gates.to(subject.device)
     console = Console(highlight=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """Natural text for measurements that random tokens would falsify: what attention reads depends on what is said."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def natural_tokens(tokenizer: Any, path: Path | None) -> tuple[str, list[int]]:
             raise DataError(f"--text {path} cannot be read as UTF-8 ({error}); give another file") from error
     # said once for all of it: that it is longer than the model's context is meant
     return name, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def whole_pieces(tokens: Sequence[int], length: int) -> list[list[int]]:
+    """One after the other, from the beginning; what is left over at the end is left out."""
+    return [list(tokens[begin : begin + length]) for begin in range(0, len(tokens) - length + 1, length)]
 
 
 def last_pieces(name: str, tokens: list[int], count: int, length: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from drafter.evaluate import Cycles, walk
 from drafter.layouts import Layout
 from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary, evaluate, require_unroll
 from launch.drafting import starting_head, starting_shape
-from launch.natural_text import natural_tokens
+from launch.natural_text import natural_tokens, whole_pieces
 from launch.subject import Subject, policy_answers, sampled_texts, solved_texts
 from launch.windows import Context, features, training_batches
 from rl.export import newest_intact
@@ -134,15 +134,20 @@ def texts_of(path: Path, subject: Subject, count: int, *, length: int) -> list[T
 
     Raises ConfigError for longer ones than the policy takes, DataError where there are fewer than two.
     """
-    if length > (limit := context_length(subject.policy.config)):
-        raise ConfigError(f"--length {length} exceeds the {limit} positions of the policy; lower it")
+    require_length(subject, length)
     name, tokens = natural_tokens(subject.tokenizer, path)
-    pieces = [tokens[begin : begin + length] for begin in range(0, len(tokens) - length + 1, length)][:count]
+    pieces = whole_pieces(tokens, length)[:count]
     if len(pieces) < 2:
         raise DataError(
             f"{name} has {len(tokens)} tokens, not two pieces of {length}; give a longer --text, or --length"
         )
     return [Text(piece, num_prompt=PIECE_PROMPT) for piece in pieces]
+
+
+def require_length(subject: Subject, length: int) -> None:
+    """Raise ConfigError for more tokens than the policy has positions for."""
+    if length > (limit := context_length(subject.policy.config)):
+        raise ConfigError(f"--length {length} exceeds the {limit} positions of the policy; lower it")
 
 
 def problems(subject: Subject, count: int) -> list[Prompt]:
