@@ -22,7 +22,8 @@ from drafter.selfdraft import SelfDrafter
 from drafter.suffix import SuffixDrafter
 from drafter.types import Drafter, FeatureReader, ResidentDrafter
 from rollout.collectives import ranks_of
-from rollout.strategy import Chooser
+from rollout.model import kv_shape
+from rollout.strategy import Chooser, make_chooser
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,17 @@ class Announced:
         """As EagleDrafter.withdraw."""
         self.drafter.withdraw()
         self.chooser.drafter_changed("eagle")
+
+
+def chooser_for(config: Config, model_config: PretrainedConfig, device: str) -> Chooser:
+    """The chooser of a run's strategies, on a device of this type."""
+    return make_chooser(
+        config.spec,
+        device=device,
+        seed=config.run.seed,
+        sparse=config.sparse,
+        num_layers=kv_shape(model_config)[0],
+    )
 
 
 def make_drafting(config: Config, policy: PreTrainedModel, chooser: Chooser) -> Drafting:

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 from configs.schema import Config
 from drafter.learner import Learner
 from drafter.types import ResidentDrafter
-from launch.drafting import make_drafting
+from launch.drafting import chooser_for, make_drafting
 from launch.vllm_parts import make_vllm
 from rl.trainer import DeepSpeedTrainer
 from rollout.engine import NativeEngine
-from rollout.model import kv_shape, load_policy
+from rollout.model import load_policy
 from rollout.parallel import shard_policy
 from rollout.ranks import shared_engine
 from rollout.selectors import make_sparse
@@ -86,13 +86,7 @@ def _make_engine(
     config: Config, policy: PreTrainedModel, weights: Weights | None
 ) -> tuple[NativeEngine, Learner | None]:
     """The engine over a policy whose parameters have found their place."""
-    chooser = make_chooser(
-        config.spec,
-        device=policy.device.type,
-        seed=config.run.seed,
-        sparse=config.sparse,
-        num_layers=kv_shape(policy.config)[0],
-    )
+    chooser = chooser_for(config, policy.config, policy.device.type)
     drafting = make_drafting(config, policy, chooser)
     engine = NativeEngine(
         policy,

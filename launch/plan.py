@@ -15,7 +15,7 @@ from drafter.gate_checkpoint import read_gate_config
 from drafter.memory import NO_DRAFTER, DrafterBytes, GateBytes, drafter_bytes, learned_gate_bytes
 from drafter.trainer import require_unroll
 from drafter.types import OFF
-from launch.drafting import starting_shape
+from launch.drafting import chooser_for, starting_shape
 from launch.memory import Memory, Sizes, memory_of
 from launch.shares import count_parameters, empty_model, share_of
 from rl.ulysses import require_heads
@@ -24,7 +24,7 @@ from rollout.lowbit import LowBitPolicy
 from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, kv_shape, resolve_compute
 from rollout.selectors import require_sparse, share_of_cache
-from rollout.strategy import Chooser, configured, make_chooser
+from rollout.strategy import configured
 from rollout.verified import weight_bytes
 from rollout.workspace import room_for
 
@@ -181,7 +181,7 @@ def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, 
         return NO_DRAFTER
     shape = starting_shape(config, model_config)
     require_unroll(config.drafter, window=shape.window)
-    chooser = _chooser(config, model_config, device)
+    chooser = chooser_for(config, model_config, device)
     needed = drafter_bytes(
         shape,
         config.drafter,
@@ -216,7 +216,7 @@ def watched_bytes(config: Config, model_config: PretrainedConfig, *, device: str
     num_layers = 0 if config.sparse.mode == "off" else _selectors(config.sparse, model_config).count("verified")
     if not num_layers:
         return 0
-    chooser = _chooser(config, model_config, device)
+    chooser = chooser_for(config, model_config, device)
     room = room_for(longest, config.rollout, max_nodes=max(1, chooser.max_num_verify))
     select_block = replace(config.sparse, selector="verified").block_tokens
     num_blocks = room.table_width * (config.rollout.block_size // select_block)
@@ -226,17 +226,6 @@ def watched_bytes(config: Config, model_config: PretrainedConfig, *, device: str
 def _selectors(sparse: SparseConfig, model_config: PretrainedConfig) -> list[str]:
     """Those of the layers that are not dense."""
     return [each.selector for layers, each in runs(sparse, kv_shape(model_config)[0]) for _ in layers]
-
-
-def _chooser(config: Config, model_config: PretrainedConfig, device: str) -> Chooser:
-    """Of a run's strategies."""
-    return make_chooser(
-        config.spec,
-        device=device,
-        seed=config.run.seed,
-        sparse=config.sparse,
-        num_layers=kv_shape(model_config)[0],
-    )
 
 
 def table(plan: Plan) -> Table:
@@ -303,7 +292,7 @@ def _speculation(config: Config, model_config: PretrainedConfig, device: str) ->
             return f"{sparse.mode}: sampled under {', or '.join(read) or 'no selector'}, not as dense"
         return "off: one token a forward"
     shape = "chains" if strategy.top_k == 1 else f"trees of {strategy.top_k} children a node"
-    choice = _chooser(config, model_config, device).summary()["choice"]
+    choice = chooser_for(config, model_config, device).summary()["choice"]
     sources = " and ".join(each.source for each in strategies)
     if config.spec.below:
         choice += f" below {config.spec.below} running"
