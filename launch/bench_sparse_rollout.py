@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import ConfigError
-from configs.schema import Config, DrafterConfig, RolloutConfig, SparseConfig, SpecConfig
+from configs.schema import Config, DrafterConfig, RolloutConfig, SelectorName, SparseConfig, SpecConfig
 from drafter.types import OFF, Strategy
 from launch.agreement import verify
 from launch.bench_drift import Key, diverge, summary
@@ -39,7 +39,7 @@ COMPARED = 8  # rollouts of a mode whose first difference from "off" is looked i
 ALL_BUT = 0.9  # of the rollouts: what comes after so many have finished is the tail
 LIMIT = 2.0  # tokens a second of the best drafting mode over "off", at least (issue 6)
 MODES = ("off", "draft", "rectified", "plain")
-SELECTORS = get_args(get_type_hints(SparseConfig)["selector"])
+SELECTORS = get_args(SelectorName)
 INNERS = get_args(get_type_hints(SparseConfig)["inner"])
 GATED = {"gate", "duo"}  # what reads --gate
 

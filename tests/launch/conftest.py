@@ -1,10 +1,31 @@
 """What several tests of launch share."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from configs.errors import PacelineError
+from launch.bench import app
+from launch.geometry import Subject
+
+
+@pytest.fixture
+def refuses_unread(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, Sequence[str], str, str], None]:
+    """That a bench of a model, given a text and options, says so before it reads the weights."""
+
+    def refuses(command: str, options: Sequence[str], text: str, says: str) -> None:
+        monkeypatch.delattr(Subject, "load")
+        (tmp_path / "text.txt").write_text(text)
+        usual = ["--text", str(tmp_path / "text.txt"), "--device", "cpu", "--model", str(tiny_model_dir)]
+        with pytest.raises(PacelineError, match=says):
+            app([command, *usual, *options], standalone_mode=False)
+
+    return refuses
 
 
 @pytest.fixture(scope="session")

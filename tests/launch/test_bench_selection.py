@@ -1,6 +1,7 @@
 """Quality of selection on a tiny model: what is reported follows from its definition."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from configs.errors import ConfigError, DataError, PacelineError
+from configs.errors import ConfigError, DataError
 from configs.schema import SparseConfig
 from kernels.attention import PackedSequences, paged_sequences
 from kernels.select import BlockLists
@@ -201,14 +202,10 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_told_before_the_weights_are_read(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str
+    refuses_unread: Callable[[str, Sequence[str], str, str], None], options: list[str], says: str
 ) -> None:
-    monkeypatch.delattr(Subject, "load")
-    (tmp_path / "text.txt").write_text(TEXT)
-    usual = ["--text", str(tmp_path / "text.txt"), "--texts", "1", "--tokens", "300", "--places", "4"]
-    usual += ["--budgets", "256", "--device", "cpu", "--model", str(tiny_model_dir)]
-    with pytest.raises(PacelineError, match=says):
-        app(["selection", *usual, *options], standalone_mode=False)
+    usual = ["--texts", "1", "--tokens", "300", "--places", "4", "--budgets", "256"]
+    refuses_unread("selection", [*usual, *options], TEXT, says)
 
 
 def test_pieces_come_from_the_end_of_a_text_or_begin_evenly_apart() -> None:

@@ -1,6 +1,7 @@
 """Rollouts over long contexts under the clock: drafts change nothing, lossy modes are marked, and all are ready."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from configs.errors import ConfigError, PacelineError
+from configs.errors import ConfigError
 from configs.schema import SparseConfig
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.export import write_drafter
@@ -175,11 +176,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(subject: Subject, changes
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistakes_are_told_before_the_weights_are_read(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], says: str
+    refuses_unread: Callable[[str, Sequence[str], str, str], None], options: list[str], says: str
 ) -> None:
-    monkeypatch.delattr(Subject, "load")
-    (tmp_path / "text.txt").write_text(TEXT)
-    usual = ["--text", str(tmp_path / "text.txt"), "--sequences", "2", "--prompt-tokens", "300", "--new-tokens", "4"]
-    usual += ["--budget", "256", "--device", "cpu", "--model", str(tiny_model_dir)]
-    with pytest.raises(PacelineError, match=says):
-        app(["sparse-rollout", *usual, *options], standalone_mode=False)
+    usual = ["--sequences", "2", "--prompt-tokens", "300", "--new-tokens", "4", "--budget", "256"]
+    refuses_unread("sparse-rollout", [*usual, *options], TEXT, says)
