@@ -191,10 +191,8 @@ def _rope_and_attend_kernel(
     IS_PLANNED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        gdc_launch_dependents()
-        if not IS_PLANNED:
-            gdc_wait()
+    if OVERLAP and not IS_PLANNED:
+        gdc_wait()
     item = tl.program_id(0) // KV_HEADS
     head = tl.program_id(0) % KV_HEADS
     field = items + item * FIELDS
@@ -321,6 +319,9 @@ def _rope_and_attend_kernel(
     if last_key > context:
         new_v = tl.load(key_row + KV_HEADS * HEAD_DIM + dims[None, :], mask=new_mask, other=0.0)
         maximum, total, acc = absorb(new_scores, new_v, maximum, total, acc)
+    if OVERLAP:
+        # not earlier: these programs fill the machine, and the next kernel's would crowd where the first of them end
+        gdc_launch_dependents()
     finish(
         output, output, arrived + tile * KV_HEADS + head, maxima, sums, partials, room, maximum, total, acc,
         first_token, num_tokens, chunk, num_chunks, first_partial * KV_HEADS + head, head, False, KV_HEADS,

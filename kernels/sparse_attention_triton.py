@@ -63,8 +63,7 @@ def sparse_attention_triton(
     is_tree = seqs.ancestors is not None
     block_d = max(16, triton.next_power_of_2(head_dim))
     merge_rows = min(triton.next_power_of_2(grid.rows), MERGE_ROWS)
-    # of partials, what registers hold at once: two programs a multiprocessor have 255 a thread, three have 168
-    merged = 16384 if launch.programs_per_sm <= 2 else 8192
+    merged = min(16384, 4096 * launch.num_warps)  # of partials, at once: 128 registers a thread
     overlap = overlaps(query.device)
     _sparse_kernel[(grid.programs,)](
         query,
@@ -174,10 +173,8 @@ def _sparse_kernel(
     HELD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        gdc_launch_dependents()
-        if not HELD:
-            gdc_wait()
+    if OVERLAP and not HELD:
+        gdc_wait()
     total_steps, programs, position, end, unit, unit_begin = find_run(
         counts, num_units, max_count, min_steps, TILES, SELECT, BLOCK_N, BLOCK_U, ONCE
     )
@@ -263,6 +260,8 @@ def _sparse_kernel(
                 visible = visible | ((column >= first_node) & (((bits >> node) & 1) != 0))
             scores = tl.where(visible, scores, UNSEEN)
             maximum, total, acc = absorb_finite(scores, v, maximum, total, acc)
+        if OVERLAP and unit_begin + high >= end:
+            gdc_launch_dependents()  # not earlier: as in kernels/rope_attention_triton.py
         total, acc = settle_unseen(maximum, total, acc)
         first_program = program_of(unit_begin, total_steps, programs)
         finish(

@@ -18,6 +18,7 @@ from kernels.attention import PagedSequences
 from kernels.attention_plan import Launch, num_programs
 
 MIN_CHUNK = 64  # keys of a run below which a further program costs more to combine than it saves
+SHORT = 1024  # keys of lists that are not cut where every multiprocessor has one
 ALIKE = 0.9  # of the programs that run at once: from so many on, each unit has as many
 
 
@@ -26,7 +27,8 @@ class Grid:
     """What a launch is made of, known to the host: its room in memory follows.
 
     tiles: of a sequence and key head, of `tokens` new tokens each. units: sequences times key heads times tiles.
-    programs: as many as run at once, or as there can be steps. min_steps: of a program's run.
+    programs: as many as run at once, and no more than there can be steps, or units of short lists. min_steps: of a
+    program's run.
     """
 
     launch: Launch
@@ -68,8 +70,8 @@ def choose_sparse_launch(rows: int, head_dim: int, dtype: torch.dtype) -> Launch
     if head_dim > 128:
         return Launch(min(block_m, 64), 32, num_warps=4, num_stages=3, programs_per_sm=2, fold=True)
     if block_m == 16 and head_dim <= 64:
-        # of 16 launches on an H100, 64 sequences with three lists of 256 and 512 keys each
-        return Launch(block_m, 64, num_warps=2, num_stages=3, programs_per_sm=3, fold=True)
+        # of 13 launches on an H100, 64 sequences with three lists of 256 and 512 keys each
+        return Launch(block_m, 64, num_warps=1, num_stages=3, programs_per_sm=4, fold=True)
     if block_m == 16:
         # of 13 launches on an H100, heads of 128, 1 x 8 Ki to 4 x 128 Ki keys of which 10 % are listed: the best, or
         # at most 2 % slower
@@ -98,8 +100,10 @@ def grid_of(
     min_steps = max(1, min_chunk // launch.block_n)
     max_runs = triton.cdiv(units * triton.cdiv(max_list_keys, launch.block_n), min_steps)
     programs = num_programs(seqs.slots.device, launch.programs_per_sm)
+    if num_programs(seqs.slots.device, 1) <= units < programs and max_list_keys <= SHORT:
+        programs = units
     # as many to each unit, where that leaves few idle: lists of equal length are then cut where units end
-    if (alike := programs // units * units) >= ALIKE * programs:
+    elif (alike := programs // units * units) >= ALIKE * programs:
         programs = alike
     return Grid(
         launch=launch,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kernels import sparse_split
 from kernels.attention import paged_sequences
+from kernels.attention_plan import Launch
 from kernels.sparse_split import find_run, grid_of, program_of
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="triton interprets only where no CUDA device is seen")
@@ -90,6 +91,26 @@ def test_every_unit_has_as_many_programs_unless_that_leaves_many_idle(
 ) -> None:
     monkeypatch.setattr(sparse_split, "num_programs", lambda device, per_sm: slots)
     monkeypatch.setattr(sparse_split, "ALIKE", 0.75)
+    assert _programs(batch, max_list_keys=1024) == programs
+
+
+@pytest.mark.parametrize(
+    ("batch", "max_list_keys", "programs"),
+    [(5, 512, 5), (5, 513, 10), (4, 512, 12), (12, 512, 12), (13, 512, 12)],
+    ids=["short", "longer", "idle multiprocessors", "as many", "more units than programs"],
+)
+def test_short_lists_are_not_cut_where_every_multiprocessor_has_one(
+    monkeypatch: pytest.MonkeyPatch, batch: int, max_list_keys: int, programs: int
+) -> None:
+    monkeypatch.setattr(sparse_split, "num_programs", lambda device, per_sm: 5 if per_sm == 1 else 12)
+    monkeypatch.setattr(sparse_split, "ALIKE", 0.75)
+    monkeypatch.setattr(sparse_split, "SHORT", 512)
+    launch = Launch(16, 32, num_warps=1, num_stages=2, programs_per_sm=3, fold=True)
+    assert _programs(batch, max_list_keys=max_list_keys, launch=launch) == programs
+
+
+def _programs(batch: int, *, max_list_keys: int, launch: Launch | None = None) -> int:
+    """Programs for one list a sequence."""
     seqs = paged_sequences(
         cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32),
         max_seqlen_q=1,
@@ -105,8 +126,8 @@ def test_every_unit_has_as_many_programs_unless_that_leaves_many_idle(
         num_kv_heads=1,
         head_dim=64,
         dtype=torch.float32,
-        max_list_keys=1024,
-        launch=None,
+        max_list_keys=max_list_keys,
+        launch=launch,
         min_chunk=32,
     )
-    assert grid.programs == programs
+    return grid.programs
