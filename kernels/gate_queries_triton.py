@@ -17,8 +17,8 @@ from kernels.linear_triton import overlaps
 from kernels.turns_triton import cos_sin
 
 MAX_TOKENS = 64  # new tokens that a program has the queries of
-MERGE_PROGRAMS = 128  # about one a multiprocessor: fewer would leave most of the weights' bandwidth unused
-MERGE_COLUMNS = 64
+MERGE_PROGRAMS = 128  # about one a multiprocessor
+MERGE_COLUMNS = 128
 
 
 def merge_queries(
@@ -29,7 +29,8 @@ def merge_queries(
     num_kv_heads, groups, _, gate_dim = weights.query_weight.shape[1:]
     assert query.stride(2) == 1 and weights.query_weight.is_contiguous() and num_heads == num_kv_heads * groups
     block_t = min(max(16, triton.next_power_of_2(num_tokens)), MAX_TOKENS)
-    tiles, columns = triton.cdiv(num_tokens, block_t), triton.cdiv(gate_dim, MERGE_COLUMNS)
+    block_o = min(max(16, triton.next_power_of_2(gate_dim)), MERGE_COLUMNS)
+    tiles, columns = triton.cdiv(num_tokens, block_t), triton.cdiv(gate_dim, block_o)
     shares = min(groups, triton.cdiv(MERGE_PROGRAMS, tiles * columns * num_kv_heads))
     heads = triton.cdiv(groups, shares)
     shares = triton.cdiv(groups, heads)
@@ -54,7 +55,7 @@ def merge_queries(
         GATE_DIM=gate_dim,
         BLOCK_T=block_t,
         BLOCK_H=max(16, triton.next_power_of_2(head_dim // 2)),
-        BLOCK_O=MERGE_COLUMNS,
+        BLOCK_O=block_o,
         OVERLAP=overlap,
         num_warps=4,
         launch_pdl=overlap,
