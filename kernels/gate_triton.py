@@ -120,7 +120,6 @@ def _launch(
         math.log(given.threshold) if given.threshold is not None and given.threshold > 0 else -math.inf,
         given.sinks,
         given.recent,
-        given.min_blocks,
         CHOOSE=lists is not None,
         HAS_THRESHOLD=given.threshold is not None,
         MANY=seqs.max_seqlen_q > MAX_TOKENS,
@@ -153,7 +152,7 @@ def _num_programs(device: torch.device) -> int:
 
 NUMBERS = [
     "num_tokens", "num_blocks", "splits", "score_stride", "table_stride", "room", "max_blocks", "budget_blocks",
-    "share", "log_threshold", "sinks", "recent", "min_blocks",
+    "share", "log_threshold", "sinks", "recent",
 ]  # fmt: skip
 
 
@@ -186,7 +185,6 @@ def _score_kernel(
     log_threshold,
     sinks,
     recent,
-    min_blocks,
     CHOOSE: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr,
     MANY: tl.constexpr,
@@ -273,7 +271,7 @@ def _score_kernel(
                 limit += _log_sum_exp(scores, complete, BLOCK_ALL)
             choose_list(
                 scores, blocks + list_index * room, counts + list_index, context, num_new, complete, room, max_blocks,
-                budget_blocks, share, limit, sinks, recent, min_blocks, HAS_THRESHOLD, 1, SELECT_BLOCK, BLOCK_ALL, FEW,
+                budget_blocks, share, limit, sinks, recent, HAS_THRESHOLD, 1, SELECT_BLOCK, BLOCK_ALL, FEW,
             )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ class Choice:
     is too little.
     The budget: budget_blocks, or this share of the sequence's blocks, to the nearest, where that is more, but at most
     max_blocks, the room of a list. threshold None: a list fills the budget. Otherwise it holds, of the others, those
-    alone that score more, up to the budget; where they are fewer than min_blocks in all, the best up to min_blocks.
+    alone that score more, up to the budget.
     """
 
     max_blocks: int
@@ -49,10 +49,9 @@ class Choice:
     threshold: float | None = None
     sinks: int = 0
     recent: int = 0
-    min_blocks: int = 0
 
     def __post_init__(self) -> None:
-        assert 0 <= self.min_blocks <= self.budget_blocks <= self.max_blocks, self
+        assert 0 <= self.budget_blocks <= self.max_blocks, self
         assert 0 <= self.share <= 1 and self.sinks >= 0 and self.recent >= 0, self
 
     @property
@@ -210,7 +209,7 @@ def choose_blocks_reference(
     wanted = wanted.clamp(choice.budget_blocks, choice.max_blocks)
     if choice.threshold is not None:
         passing = always | (exists & (scores > choice.threshold))
-        wanted = torch.minimum(wanted, passing.sum(dim=2, keepdim=True).clamp(min=choice.min_blocks))
+        wanted = torch.minimum(wanted, passing.sum(dim=2, keepdim=True))
     counts = torch.minimum(torch.maximum(wanted, always.sum(dim=2, keepdim=True)), total)
 
     # by what they are and then by score, newest first: the sorts keep the order of equals

@@ -50,7 +50,6 @@ def choose_blocks_triton(
         0.0 if choice.threshold is None else choice.threshold,
         choice.sinks,
         choice.recent,
-        choice.min_blocks,
         HAS_THRESHOLD=choice.threshold is not None,
         SCORE_STRIDE=scores.stride(2),
         KV_HEADS=num_kv_heads,
@@ -66,7 +65,7 @@ def choose_blocks_triton(
 
 NUMBERS = [
     "num_scores", "room", "row_stride", "head_stride", "max_blocks", "budget_blocks", "share", "threshold",
-    "sinks", "recent", "min_blocks",
+    "sinks", "recent",
 ]  # fmt: skip
 
 
@@ -87,7 +86,6 @@ def _choose_kernel(
     threshold,
     sinks,
     recent,
-    min_blocks,
     HAS_THRESHOLD: tl.constexpr,
     SCORE_STRIDE: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -107,7 +105,7 @@ def _choose_kernel(
     blocks += tl.program_id(0).to(tl.int64) * room
     choose_list(
         scores, blocks, counts + tl.program_id(0), context, num_new, num_scores, room, max_blocks, budget_blocks, share,
-        threshold, sinks, recent, min_blocks, HAS_THRESHOLD, SCORE_STRIDE, SELECT_BLOCK, BLOCK_N, FEW,
+        threshold, sinks, recent, HAS_THRESHOLD, SCORE_STRIDE, SELECT_BLOCK, BLOCK_N, FEW,
     )  # fmt: skip
 
 
@@ -126,7 +124,6 @@ def choose_list(
     threshold,
     sinks,
     recent,
-    min_blocks,
     HAS_THRESHOLD: tl.constexpr,
     SCORE_STRIDE: tl.constexpr,
     SELECT_BLOCK: tl.constexpr,
@@ -141,12 +138,12 @@ def choose_list(
     if (FEW < BLOCK_N) & (tl.maximum(total, room) <= FEW):
         _choose(
             scores, blocks, counts, total, complete, wanted, tl.minimum(num_scores, complete), room, threshold,
-            sinks, recent, min_blocks, HAS_THRESHOLD, SCORE_STRIDE, FEW,
+            sinks, recent, HAS_THRESHOLD, SCORE_STRIDE, FEW,
         )  # fmt: skip
     else:
         _choose(
             scores, blocks, counts, total, complete, wanted, tl.minimum(num_scores, complete), room, threshold,
-            sinks, recent, min_blocks, HAS_THRESHOLD, SCORE_STRIDE, BLOCK_N,
+            sinks, recent, HAS_THRESHOLD, SCORE_STRIDE, BLOCK_N,
         )  # fmt: skip
 
 
@@ -163,7 +160,6 @@ def _choose(
     threshold,
     sinks,
     recent,
-    min_blocks,
     HAS_THRESHOLD: tl.constexpr,
     SCORE_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -182,7 +178,7 @@ def _choose(
         # in one sum: no two of the counts reach 2^16
         sums = tl.sum(tl.where(always, 65536, 0) + tl.where(always | (exists & (score > threshold)), 1, 0), axis=0)
         num_always = sums >> 16
-        wanted = tl.minimum(wanted, tl.maximum(sums & 65535, min_blocks))
+        wanted = tl.minimum(wanted, sums & 65535)
     else:
         num_always = tl.sum(always.to(tl.int32), axis=0)
     wanted = tl.minimum(tl.maximum(wanted, num_always), total)

@@ -125,9 +125,7 @@ class HeadsSelector:
     def __init__(self, retrieval: torch.Tensor, choice: Choice, *, select_block: int) -> None:
         self.select_block = select_block
         newest = max(0, choice.budget_blocks - choice.sinks - 1)
-        self._choice = replace(
-            choice, max_blocks=EVERYTHING, budget_blocks=EVERYTHING, min_blocks=0, recent=newest, threshold=0.5
-        )
+        self._choice = replace(choice, max_blocks=EVERYTHING, budget_blocks=EVERYTHING, recent=newest, threshold=0.5)
         # a retrieval head's blocks pass the threshold, the others' only where they are always read
         self._scores = retrieval.float()[:, None, :, None]
 

@@ -165,7 +165,7 @@ def test_a_rotary_embedding_that_scales_is_undone(kernel: Kernel) -> None:
 
 CHOICES = [
     Choice(max_blocks=12, budget_blocks=8, sinks=1, recent=1),
-    Choice(max_blocks=40, budget_blocks=30, threshold=0.02, min_blocks=3),
+    Choice(max_blocks=40, budget_blocks=30, threshold=0.02),
     Choice(max_blocks=40, budget_blocks=30, threshold=0.0, sinks=2),
     Choice(max_blocks=20, budget_blocks=4, share=0.3, recent=2),
 ]

@@ -67,7 +67,7 @@ def wanted(scores: list[float], context: int, new: int, choice: Choice, select_b
     wanted = min(max(wanted, choice.budget_blocks), choice.max_blocks)
     if choice.threshold is not None:
         passing = always + [i for i in others if scores[i] > choice.threshold]
-        wanted = min(max(len(passing), choice.min_blocks), wanted)
+        wanted = min(len(passing), wanted)
     return sorted(ranking[: max(wanted, len(always))])
 
 
@@ -98,7 +98,6 @@ def cases(draw: Any) -> tuple[list[int], list[int], int, Choice, torch.Tensor]:
         share=draw(st.sampled_from([0.0, 0.1, 0.37, 1.0])),
         sinks=sinks,
         recent=recent,
-        min_blocks=draw(st.integers(0, budget)),
     )
     # by a seed: drawn one by one, scores would take most of the test's time
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
