@@ -7,7 +7,6 @@ for all of its new tokens; the last of them to be done makes the list.
 """
 
 import math
-from functools import cache
 
 import torch
 import triton
@@ -15,6 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import PagedSequences
+from kernels.attention_plan import num_programs
 from kernels.gate import GateWeights
 from kernels.gate_queries_triton import MAX_TOKENS, asked_of_blocks, merge_queries
 from kernels.linear_triton import overlaps
@@ -23,7 +23,6 @@ from kernels.select_triton import FEW_BLOCKS, MAX_BLOCKS, choose_list
 
 PROGRAMS_PER_SM = 2
 BLOCKS_PER_WARP = 256  # of a list: of 128 to 512 the best on an H100, where eight warps make lists of 128 Ki keys
-INTERPRETED_PROGRAMS = 12  # of a machine without multiprocessors: few, so that small tests meet every case
 LINE = 32  # scores of 128 bytes: no two lists share a line, of which a multiprocessor may keep an old copy
 STAGES = 3
 
@@ -79,7 +78,7 @@ def _launch(
     block_all = max(LINE, triton.next_power_of_2(num_blocks))
     num_warps = min(max(4, block_all // BLOCKS_PER_WARP), 16)
     block_n = 16 * num_warps
-    wave = _num_programs(device) // (num_rows * num_kv_heads)
+    wave = num_programs(device, PROGRAMS_PER_SM) // (num_rows * num_kv_heads)
     splits = max(1, min(wave, triton.cdiv(num_blocks, block_n)))
     lists = None
     if choice is not None:
@@ -140,14 +139,6 @@ def _launch(
         launch_pdl=overlap,
     )
     return scores, lists
-
-
-@cache
-def _num_programs(device: torch.device) -> int:
-    """Programs that run at once."""
-    if device.type != "cuda":
-        return INTERPRETED_PROGRAMS
-    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM
 
 
 NUMBERS = [

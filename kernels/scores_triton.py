@@ -6,7 +6,6 @@ A program reads some descriptors of one sequence and key head, once, for all new
 context alone, which may be far above it, so a fixed number of programs share out the blocks that there are.
 """
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.attention import PagedSequences
+from kernels.attention_plan import num_programs
 from kernels.linear_triton import overlaps
 from kernels.select import num_selection_blocks
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 TILE = 8192  # elements of descriptors that a program holds
 PROGRAMS_PER_SM = 16
-INTERPRETED_PROGRAMS = 12  # of a machine without multiprocessors: few, so that small tests meet every case
 MAXIMA_BLOCKS = 256  # that a program of verified_scores looks at
 
 
@@ -47,7 +46,8 @@ def _score(query: torch.Tensor, descriptors: torch.Tensor, seqs: PagedSequences,
     scores = torch.empty(num_rows, num_kv_heads, num_blocks, dtype=torch.float32, device=query.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
     block_n = min(max(16, TILE // (block_d * width // head_dim)), 128)
-    splits = max(1, min(triton.cdiv(num_blocks, block_n), _num_programs(query.device) // (num_rows * num_kv_heads)))
+    wave = num_programs(query.device, PROGRAMS_PER_SM) // (num_rows * num_kv_heads)
+    splits = max(1, min(triton.cdiv(num_blocks, block_n), wave))
     overlap = overlaps(query.device)
     _score_kernel[(num_rows * splits * num_kv_heads,)](
         query,
@@ -76,14 +76,6 @@ def _score(query: torch.Tensor, descriptors: torch.Tensor, seqs: PagedSequences,
         launch_pdl=overlap,
     )
     return scores
-
-
-@cache
-def _num_programs(device: torch.device) -> int:
-    """Programs that run at once."""
-    if device.type != "cuda":
-        return INTERPRETED_PROGRAMS
-    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_SM
 
 
 @triton.jit
