@@ -30,6 +30,14 @@ class BlockLists:
     select_block: int
     held: bool = False
 
+    def listed(self, num_blocks: int) -> torch.Tensor:
+        """Which of a sequence's first blocks are read, [B, Hkv, num_blocks] bool."""
+        exists = torch.arange(self.blocks.shape[2], device=self.blocks.device) < self.counts[:, :, None]
+        # one column more takes what lies past a list's end
+        column = torch.where(exists, self.blocks, num_blocks).clamp(0, num_blocks).long()
+        read = torch.zeros(*self.counts.shape, num_blocks + 1, dtype=torch.bool, device=self.blocks.device)
+        return read.scatter_(2, column, True)[:, :, :num_blocks]
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

@@ -45,12 +45,7 @@ def sparse_attention_reference(
     assert masks is not None
     num_kv_heads = key_cache.shape[2]
     num_keys = masks.visible.shape[3]
-    num_blocks = num_keys // lists.select_block
-    exists = torch.arange(lists.blocks.shape[2]) < lists.counts[:, :, None]
-    # one column more takes what lies past a list's end
-    column = torch.where(exists, lists.blocks, num_blocks).clamp(0, num_blocks).long()
-    listed = torch.zeros(*lists.counts.shape, num_blocks + 1, dtype=torch.bool).scatter_(2, column, True)
-    listed_keys = listed[:, :, :-1].repeat_interleave(lists.select_block, dim=2)
+    listed_keys = lists.listed(num_keys // lists.select_block).repeat_interleave(lists.select_block, dim=2)
     mask = (masks.visible & listed_keys[:, :, None]).repeat(1, 1, query.shape[1] // num_kv_heads, 1)
     rows, keys, values = masks.rows(query, num_kv_heads), masks.cached(key_cache), masks.cached(value_cache)
     output = attend(rows, keys, values, mask, scale=scale, softcap=None)

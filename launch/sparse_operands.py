@@ -116,12 +116,8 @@ def masked(given: Operands, lists: BlockLists, scale: float) -> torch.Tensor:
     keys, values = given.whole()
     batch, num_kv_heads, length = keys.shape[:3]
     num_heads = given.query.shape[1]
-    num_blocks = -(-length // lists.select_block)
-    exists = torch.arange(lists.blocks.shape[2], device=keys.device) < lists.counts[:, :, None]
-    column = torch.where(exists, lists.blocks, num_blocks).clamp(0, num_blocks).long()
-    listed = torch.zeros(batch, num_kv_heads, num_blocks + 1, dtype=torch.bool, device=keys.device)
-    listed.scatter_(2, column, True)
-    sees = listed[:, :, :-1].repeat_interleave(lists.select_block, dim=2)[:, :, None, :length]
+    listed = lists.listed(-(-length // lists.select_block))
+    sees = listed.repeat_interleave(lists.select_block, dim=2)[:, :, None, :length]
     sees = sees.repeat_interleave(num_heads // num_kv_heads, dim=1)
     query = given.query.view(batch, num_heads, 1, -1)
     # under a mask torch may widen grouped keys to every query head, in float32: that fits one sequence at a time

@@ -6,7 +6,7 @@ import torch
 
 from configs.schema import SparseConfig
 from kernels.attention import PagedSequences
-from kernels.select import BlockLists, choose_blocks, num_selection_blocks
+from kernels.select import choose_blocks, num_selection_blocks
 from kernels.sparse_attention import sparse_attention
 from launch.teacher_forced import Places
 from rollout.selectors import choice_of
@@ -59,7 +59,7 @@ class Weighed:
         else:
             text = self._places.rows.text
             lists = part.selector.select(layer - part.layers.start, query, positions, seqs, kept(part.selector, text))
-        self.mass[layer] = float((shares * listed(lists, shares.shape[3])[:, :, None]).sum(dim=3).mean())
+        self.mass[layer] = float((shares * lists.listed(shares.shape[3])[:, :, None]).sum(dim=3).mean())
         return sparse_attention(query, key_cache, value_cache, seqs, lists, scale=scale)
 
 
@@ -81,11 +81,3 @@ def block_shares(
     num_blocks = num_selection_blocks(places.seqs, select_block)
     shares = scores.softmax(dim=3).unflatten(3, (-1, select_block)).sum(dim=4)
     return shares[..., :num_blocks]
-
-
-def listed(lists: BlockLists, num_blocks: int) -> torch.Tensor:
-    """Which blocks are read, [B, Hkv, NB] bool."""
-    exists = torch.arange(lists.blocks.shape[2], device=lists.blocks.device) < lists.counts[:, :, None]
-    read = torch.zeros(*lists.counts.shape, num_blocks + 1, dtype=torch.bool, device=lists.blocks.device)
-    read.scatter_(2, torch.where(exists, lists.blocks, num_blocks).long(), True)
-    return read[:, :, :num_blocks]

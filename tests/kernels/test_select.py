@@ -182,6 +182,11 @@ def test_a_budget_grows_with_the_sequence(kernel: Kernel) -> None:
     assert lists.counts.flatten().tolist() == [2, 10, 50, 90]
 
 
+def test_listed_blocks_are_those_before_the_counts() -> None:
+    lists = BlockLists(torch.tensor([[[0, 2, 3], [1, 5, 0]]]).int(), torch.tensor([[2, 2]]).int(), SELECT_BLOCK)
+    assert lists.listed(4).int().tolist() == [[[1, 0, 1, 0], [0, 1, 0, 0]]]
+
+
 def test_a_list_without_room_for_what_is_always_read_is_refused() -> None:
     seqs = sequences([121], [9], device="cpu")
     with pytest.raises(AssertionError, match="no room for 3 blocks of 9 new tokens"):

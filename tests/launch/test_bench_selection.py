@@ -12,14 +12,13 @@ from typer.testing import CliRunner
 from configs.errors import ConfigError, DataError
 from configs.schema import SparseConfig
 from kernels.attention import PackedSequences, paged_sequences
-from kernels.select import BlockLists
 from launch import bench_selection
 from launch.bench import app
 from launch.bench_report import WrongResultError
 from launch.geometry import Subject
 from launch.natural_text import last_pieces, natural_tokens, overlapping_pieces
 from launch.teacher_forced import BLOCK_SIZE, Forced
-from launch.weighed import block_shares, listed
+from launch.weighed import block_shares
 from rollout.model import forward_packed, load_policy
 from rollout.pretrained import load_tokenizer
 from rollout.selectors import make_sparse
@@ -125,11 +124,6 @@ def test_shares_are_those_of_softmax_over_the_text_up_to_the_token(subject: Subj
         for block in range(shares.shape[3]):
             wanted = probs[:, :, block * 16 : (block + 1) * 16].sum(dim=2)
             torch.testing.assert_close(shares[row, :, :, block], wanted)
-
-
-def test_listed_blocks_are_those_before_the_counts() -> None:
-    lists = BlockLists(torch.tensor([[[0, 2, 3], [1, 0, 0]]]).int(), torch.tensor([[2, 1]]).int(), 16)
-    assert listed(lists, 4).int().tolist() == [[[1, 0, 1, 0], [0, 1, 0, 0]]]
 
 
 def test_what_does_not_say_what_training_says_is_not_measured(
