@@ -13,7 +13,7 @@ import torch
 
 from kernels.attention import PagedSequences
 from kernels.describe import touched_blocks
-from kernels.select import BlockLists, Choice, choose_blocks, num_selection_blocks
+from kernels.select import BlockLists, Choice, by_sequence, choose_blocks, largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,19 +153,10 @@ def gate_scores_reference(
     seqs: PagedSequences,
 ) -> torch.Tensor:
     """gate_scores in torch."""
-    parts = descriptors.shape[1]
-    index = torch.arange(num_selection_blocks(seqs, seqs.block_size // parts), device=query.device)
-    complete = index < (seqs.context_lens // (seqs.block_size // parts))[:, None]
-    # the tables' entries past a sequence's last block may hold anything
-    blocks = torch.where(complete, seqs.block_tables[:, index // parts], 0).long()
-    described = descriptors[blocks, index % parts].float()  # [B, NB, Hkv, Dg]
     asked = gate_queries(weights, layer, query, positions).float()
-    scores = []
-    for q, blocks_of_row in zip(asked.split(seqs.cu_seqlens_q.diff().tolist()), described, strict=True):
-        products = torch.einsum("thd,nhd->thn", q, blocks_of_row) * weights.gate_dim**-0.5
-        lowest = products.new_full((1, *products.shape[1:]), -torch.inf)  # a sequence may have no new token
-        scores.append(torch.cat([lowest, products]).amax(dim=0))
-    return torch.stack(scores)
+    pairs = by_sequence(asked, descriptors, seqs)
+    scores = [largest(torch.einsum("thd,nhd->thn", q, described)) for q, described in pairs]
+    return torch.stack(scores) * weights.gate_dim**-0.5
 
 
 def gate_choose_reference(

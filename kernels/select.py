@@ -154,36 +154,43 @@ def newest_blocks(seqs: PagedSequences, choice: Choice, *, num_kv_heads: int, se
 def bound_scores_reference(query: torch.Tensor, minmax: torch.Tensor, seqs: PagedSequences) -> torch.Tensor:
     """bound_scores in torch."""
     scores = []
-    for q, described in _by_sequence(query, minmax, seqs):
+    for q, described in by_sequence(_mean_queries(query, minmax), minmax, seqs):
         low, high = described.chunk(2, dim=2)
         # the larger product is with the maximum where q is positive, and with the minimum where it is negative
         bounds = torch.einsum("thd,nhd->thn", q.clamp(min=0), high) + torch.einsum("thd,nhd->thn", q.clamp(max=0), low)
-        scores.append(_largest(bounds))
+        scores.append(largest(bounds))
     return torch.stack(scores)
 
 
 def mean_scores_reference(query: torch.Tensor, means: torch.Tensor, seqs: PagedSequences) -> torch.Tensor:
     """mean_scores in torch."""
-    pairs = _by_sequence(query, means, seqs)
-    return torch.stack([_largest(torch.einsum("thd,nhd->thn", q, described)) for q, described in pairs])
+    pairs = by_sequence(_mean_queries(query, means), means, seqs)
+    return torch.stack([largest(torch.einsum("thd,nhd->thn", q, described)) for q, described in pairs])
 
 
-def _by_sequence(
-    query: torch.Tensor, descriptors: torch.Tensor, seqs: PagedSequences
+def _mean_queries(query: torch.Tensor, descriptors: torch.Tensor) -> torch.Tensor:
+    """Over the query heads of a key head, [T, Hkv, D] float32."""
+    return query.float().unflatten(1, (descriptors.shape[2], -1)).mean(dim=2)
+
+
+def by_sequence(
+    asked: torch.Tensor, descriptors: torch.Tensor, seqs: PagedSequences
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each sequence's new tokens' mean queries [Q, Hkv, D] and descriptors [NB, Hkv, F], float32."""
-    parts, num_kv_heads = descriptors.shape[1:3]
+    """For each sequence, what its new tokens ask, [Q, Hkv, D] of asked [T, Hkv, D], and its blocks' descriptors.
+
+    These are [NB, Hkv, F] float32; those of blocks that are not complete are another block's.
+    """
+    parts = descriptors.shape[1]
     num_blocks = num_selection_blocks(seqs, seqs.block_size // parts)
-    means = query.float().unflatten(1, (num_kv_heads, -1)).mean(dim=2)
-    index = torch.arange(num_blocks, device=query.device)
+    index = torch.arange(num_blocks, device=asked.device)
     complete = index < (seqs.context_lens // (seqs.block_size // parts))[:, None]
     # the tables' entries past a sequence's last block may hold anything
     blocks = torch.where(complete, seqs.block_tables[:, index // parts], 0).long()
     described = descriptors[blocks, index % parts].float()
-    return list(zip(means.split(seqs.cu_seqlens_q.diff().tolist()), described, strict=True))
+    return list(zip(asked.split(seqs.cu_seqlens_q.diff().tolist()), described, strict=True))
 
 
-def _largest(products: torch.Tensor) -> torch.Tensor:
+def largest(products: torch.Tensor) -> torch.Tensor:
     """Over the tokens, -inf without any. [Q, Hkv, NB] to [Hkv, NB]."""
     lowest = products.new_full((1, *products.shape[1:]), -torch.inf)
     return torch.cat([lowest, products]).amax(dim=0)
@@ -197,7 +204,7 @@ def verified_scores_reference(
     finite = maxima.lse.masked_fill(maxima.lse.isneginf(), 0)
     weights = maxima.scores.float() - finite[:, :, None]
     groups = weights.unflatten(1, (out.shape[1], -1)).amax(dim=2)
-    scores = torch.stack([_largest(each) for each in groups.split(seqs.cu_seqlens_q.diff().tolist())])
+    scores = torch.stack([largest(each) for each in groups.split(seqs.cu_seqlens_q.diff().tolist())])
     out[:, :, : scores.shape[2]].index_copy_(0, rows, scores)
 
 
