@@ -51,7 +51,8 @@ def rope_and_attend_triton(
 ) -> torch.Tensor:
     """kernels.rope_attention.rope_and_attend on the GPU. launch: None chooses by shape.
 
-    Where the plan is there already, the launch before this one is qkv's and started only after all before it had ended.
+    Where the plan is there already, the launch before this one is qkv's, which lets this one in only once all before it
+    have ended: the plan and all else that qkv has no part in are read while qkv is still being computed.
     """
     num_tokens, head_dim = qkv.shape[0], key_cache.shape[3]
     groups = num_heads // num_kv_heads

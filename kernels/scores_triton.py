@@ -212,6 +212,7 @@ def _verified_kernel(
     BLOCK_N: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    """Some blocks of one sequence and key head, over all of its new tokens and the group's query heads."""
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()

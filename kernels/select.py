@@ -21,8 +21,9 @@ class BlockLists:
     """The selection blocks that each sequence's new tokens read, a list for each key head.
 
     blocks [B, Hkv, K] int32: indices in the sequence, ascending and distinct; entries past counts hold anything in
-    range. counts [B, Hkv] int32. held: made by an earlier launch than the one before the attention's, which may read
-    them while that one still runs.
+    range. counts [B, Hkv] int32. held: made by an earlier launch than the one before the attention's, as all that says
+    which keys they are; attention reads them while that one still runs, which lets it in only once all before have
+    ended (kernels/cache_triton.py's rope_and_write_triton does).
     """
 
     blocks: torch.Tensor
