@@ -1,10 +1,14 @@
 """Kernels that start while their predecessor drains read nothing before it is written, and write nothing too early."""
 
+import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
+import kernels
 from kernels import attention_plan, cache_triton, linear_triton, paged_attention, rope_attention_triton
 from kernels.attention import paged_sequences
 from kernels.cache import compact
@@ -14,6 +18,42 @@ from kernels.rope_attention import plan_rope_and_attend, rope_and_attend
 
 HEADS, KV_HEADS, DIM, WIDTH, LAYERS, BLOCK_SIZE, LONGEST = 8, 2, 64, 512, 4, 16, 1500
 TILE = Tile(16, 64, 64, 4, split_k=2)
+
+# these read before they wait what the launch before theirs has not written, and one before that may have
+AHEAD = {
+    "gate_triton._score_kernel",
+    "rope_attention_triton._rope_and_attend_kernel",
+    "sparse_attention_triton._sparse_kernel",
+}
+# these read weights alone
+WEIGHTS_AHEAD = {"gate_queries_triton._merge_kernel", "linear_triton._rms_norm_kernel"}
+# what may be the launch before one that reads ahead: the product of q, k and v, the new keys, a gate's queries
+BEFORE = {
+    "cache_triton._rope_and_write_kernel",
+    "gate_queries_triton._merge_kernel",
+    "linear_triton._linear_kernel",
+    "lowbit_triton._lowbit_kernel",
+}
+
+
+def overlapping() -> Iterator[tuple[str, str]]:
+    """The kernels that start while their predecessor drains, by name, and their source."""
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        for function in ast.parse(path.read_text()).body:
+            if isinstance(function, ast.FunctionDef) and "gdc_wait()" in (source := ast.unparse(function)):
+                yield f"{path.stem}.{function.name}", source
+
+
+def test_few_kernels_read_before_they_wait() -> None:
+    found = {name for name, source in overlapping() if "tl.load(" in source[: source.rindex("gdc_wait()")]}
+    assert found == AHEAD | WEIGHTS_AHEAD
+
+
+def test_who_comes_before_those_lets_them_in_after_waiting_itself() -> None:
+    sources = {name: source for name, source in overlapping() if name in BEFORE}
+    assert sources.keys() == BEFORE
+    for name, source in sources.items():
+        assert source.index("gdc_wait()") < source.index("gdc_launch_dependents()"), name
 
 
 @dataclass(frozen=True)
