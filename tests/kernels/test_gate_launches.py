@@ -43,11 +43,15 @@ def compiles(kernel, num_warps, **constants):
 
 
 shape = dict(KV_HEADS=8, GATE_DIM=128)
-compiles(_merge_kernel, 4, GROUPS=8, HEADS=8, HEAD_DIM=128, BLOCK_T=64, BLOCK_H=64, BLOCK_O=64, **shape)
+for tokens, heads in ((16, 1), (64, 8)):
+    compiles(
+        _merge_kernel, 4, GROUPS=8, HEADS=heads, HEAD_DIM=128, BLOCK_T=tokens, BLOCK_H=64, BLOCK_O=128, **shape
+    )
 score = dict(SHARES=8, PARTS=1, SELECT_BLOCK=64, BLOCK_H=64, FEW=1024, STAGES=3, CHOOSE=True, **shape)
-compiles(
-    _score_kernel, 4, HAS_THRESHOLD=True, MANY=False, BLOCK_Q=16, BLOCK_N=64, BLOCK_ALL=2048, **score
-)
+for many, tokens in ((False, 16), (True, 64)):
+    compiles(
+        _score_kernel, 8, HAS_THRESHOLD=True, MANY=many, BLOCK_Q=tokens, BLOCK_N=128, BLOCK_ALL=2048, **score
+    )
 compiles(
     _compress_kernel, 4, PARTS=1, SELECT_BLOCK=64, HEAD_DIM=128, ITEMS=16, BLOCK_T=64, BLOCK_H=64, BLOCK_O=64, **shape
 )
