@@ -237,6 +237,8 @@ def _setting(config: Config, setting: Setting) -> Iterator[tuple[str, str]]:
     sparse, block_size, selector_key = setting.sparse, config.rollout.block_size, setting.selector_key
     if sparse.threshold > 0 and sparse.selector not in ("gate", "duo", "verified"):
         yield "sparse.threshold", f"the scores of {selector_key}={sparse.selector} are no weights; set 0"
+    if sparse.budget_share > 0 and sparse.selector == "duo":  # heads see everything, or a window that is the budget
+        yield "sparse.budget_share", f"the window of {selector_key}=duo is as long for every sequence; set 0"
     block = max(sparse.block_tokens, 1)  # a smaller one is refused by its own check
     whole = -(-block_size // block) * block
     if block_size % block:

@@ -63,6 +63,10 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
         ),
         (["sparse.learn=true"], r"sparse\.learn=True: sparse\.selector=quest has no gates; set false, or .*=gate"),
         (["sparse.selector=duo"], r"sparse\.gate='': name DuoAttention's full_attention_heads\.tsv"),
+        (
+            ["sparse.selector=duo", "sparse.gate=HEADS", "sparse.budget_share=0.1"],
+            r"sparse\.budget_share=0\.1: the window of sparse\.selector=duo is as long for every sequence; set 0",
+        ),
         (["sparse.inner=eagle"], r"sparse\.inner='eagle': there is no head; set spec\.source=eagle"),
         (
             ["sparse.inner=suffix", "spec.source=off", "spec.min_match=0"],
