@@ -96,3 +96,9 @@ def verify(engine: NativeEngine, model: PreTrainedModel, *, seed: int, under: Sa
             f"({mean:g} allowed) and {found['agreement']:.1%} of its tokens are the same ({agreement:.1%} wanted)"
         )
     return found
+
+
+def divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(dense || other) of two logits [R, V], in nats: [R] float32."""
+    log_p, log_q = (logits.float().log_softmax(dim=1) for logits in (dense, other))
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)

@@ -18,6 +18,7 @@ from configs.errors import ConfigError
 from configs.schema import SparseConfig
 from kernels.attention import PackedSequences
 from kernels.sample import noise_key, sample
+from launch.agreement import divergence
 from launch.bench_options import require_budget, require_part
 from launch.bench_report import WrongResultError, plain_table, provenance, say, shape
 from launch.geometry import Subject
@@ -231,12 +232,6 @@ def measure(forced: Forced, places: Places, totals: dict[Side, Totals], job: Job
 def draw(logits: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """What the noise of these keys draws at temperature 1, [R] int64."""
     return sample(logits, keys, positions, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)[0]
-
-
-def divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(dense || other) of two logits [R, V], in nats: [R] float32."""
-    log_p, log_q = (logits.float().log_softmax(dim=1) for logits in (dense, other))
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
 def _line(side: Side, totals: Totals) -> str:

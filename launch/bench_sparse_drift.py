@@ -21,6 +21,7 @@ from configs.layers import settings
 from configs.schema import SparseConfig
 from drafter.types import OFF, Rows
 from kernels.attention import PagedSequences, paged_sequences
+from launch.agreement import divergence
 from launch.bench_options import require_part
 from launch.bench_report import plain_table, provenance, say, shape
 from launch.bench_rollout import generate, make_engine, sampling, subject_prompts
@@ -202,12 +203,6 @@ class Walk:
             slots=slots.flatten(),
             block_size=size,
         )
-
-
-def divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(dense || other) of two logits [B, V], in nats: [B] float32."""
-    log_p, log_q = (logits.float().log_softmax(dim=1) for logits in (dense, other))
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
 def binned(values: Sequence[float], start: int, size: int, *, step: int = 1) -> list[dict[str, float]]:

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 from configs.errors import ConfigError
 from configs.schema import SparseConfig
 from launch import bench_sparse_drift
+from launch.agreement import divergence
 from launch.bench import app
-from launch.bench_sparse_drift import Job, Mode, Walk, binned, by_place, divergence
+from launch.bench_sparse_drift import Job, Mode, Walk, binned, by_place
 from launch.geometry import Subject
 
 TOKENS, START = 90, 20
