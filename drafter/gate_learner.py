@@ -195,7 +195,7 @@ class GateLearner:
         if not choices:
             return GateStanding(nan, nan), 0
         recall = sum(hits for hits, _ in found) / (choices * self._budget)
-        loss = sum(float(loss) for loss, _ in losses) / sum(int(num_tokens) for _, num_tokens in losses)
+        loss = sum(float(loss) for loss, _ in losses) / sum(int(count) for _, count in losses)
         return GateStanding(recall, loss), choices
 
 

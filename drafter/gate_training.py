@@ -43,14 +43,11 @@ class LayerSample:
 class GateStats:
     """One update.
 
-    loss: the mean divergence, in nats, over layers, key heads and tokens that had a choice; num_tokens: how many these
-    are, in each layer and head; grad_norm: before clipping; applied: False where there were none, or one of them was
-    not finite.
+    loss: the mean divergence, in nats, over layers, key heads and tokens that had a choice. seconds: since the update
+    before. applied: False where none had, or loss or gradient was not finite.
     """
 
     loss: float
-    grad_norm: float
-    num_tokens: int
     seconds: float
     applied: bool
 
@@ -117,8 +114,8 @@ class GateTrainer:
             if parameter.grad is not None:
                 parameter.grad /= count
         norm = nn.utils.clip_grad_norm_(self.gates.parameters(), MAX_GRAD_NORM)
-        loss, grad_norm, num_tokens = torch.stack([self._loss / count, norm, self._count]).tolist()
-        applied = num_tokens > 0 and isfinite(loss) and isfinite(grad_norm)
+        loss, grad_norm, num_choices = torch.stack([self._loss / count, norm, self._count]).tolist()
+        applied = num_choices > 0 and isfinite(loss) and isfinite(grad_norm)
         if applied:
             self.steps += 1
             for group in self._adam.param_groups:
@@ -127,7 +124,7 @@ class GateTrainer:
         self._adam.zero_grad()
         begun, self._begun = self._begun, perf_counter()
         self._loss = self._count = torch.zeros(())
-        return GateStats(loss, grad_norm, int(num_tokens), self._begun - begun, applied)
+        return GateStats(loss, self._begun - begun, applied)
 
     def step(self, samples: Iterable[LayerSample]) -> GateStats:
         """One update by these samples."""

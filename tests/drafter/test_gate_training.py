@@ -111,16 +111,16 @@ def test_the_loss_is_the_divergence_over_complete_blocks_before_the_tokens_own()
             target /= target.sum()
             total += float((target * (target.log() - scores[token, head, :before].log_softmax(dim=0))).sum())
             count += 1
-    loss, num_tokens = gate_loss(gates, given)
-    assert int(num_tokens) == count
+    loss, num_choices = gate_loss(gates, given)
+    assert int(num_choices) == count
     assert float(loss) == pytest.approx(total, rel=1e-4)
 
 
 def test_tokens_without_a_choice_teach_nothing() -> None:
     gates = Gates(CONFIG)
-    loss, num_tokens = gate_loss(gates, sample(2 * BLOCK))
+    loss, num_choices = gate_loss(gates, sample(2 * BLOCK))
     loss.backward()
-    assert int(num_tokens) == 0 and loss.item() == 0
+    assert int(num_choices) == 0 and loss.item() == 0
     for parameter in gates.parameters():
         assert parameter.grad is not None and not parameter.grad.any()
 
@@ -130,7 +130,7 @@ def test_an_update_takes_the_mean_over_all_it_was_shown_and_touches_the_layers_s
     GateTrainer(together, lr=1e-2).step([sample(100), sample(70)])
     sums = [gate_loss(apart, each) for each in (sample(100), sample(70))]
     torch.stack([loss for loss, _ in sums]).sum().backward()
-    count = sum(int(num_tokens) for _, num_tokens in sums)
+    count = sum(int(num_choices) for _, num_choices in sums)
     for name, parameter in apart.named_parameters():
         assert parameter.grad is not None
         parameter.grad /= count
