@@ -109,16 +109,13 @@ class Gates(nn.Module):
             eps=NORM_EPS,
         )
 
-    def compress(
-        self, layer: int, keys: torch.Tensor, starts: torch.Tensor, num_valid: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def compress(self, layer: int, keys: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """A layer's descriptors of blocks of keys, as the cache holds them, after the policy's rotary embedding.
 
         Shapes: keys [..., P, Hkv, D], P at most select_block; starts [...] int64, the position of each block's first
-        key, those that follow being consecutive; num_valid [...]: how many keys of each block count, None for all (a
-        block without any gives something finite). Returns [..., Hkv, Dg] in the weights' dtype.
+        key, those that follow being consecutive. Returns [..., Hkv, Dg] in the weights' dtype.
         """
-        count = torch.full_like(starts, keys.shape[-3]) if num_valid is None else num_valid
+        count = torch.full_like(starts, keys.shape[-3])
         pooled = pool_keys(keys, starts, count, self._turns.on(starts.device)).to(self.key_weight.dtype)
         merged = torch.einsum("...hi,hio->...ho", pooled, self.key_weight[layer])
         return finish(merged, self.key_norm[layer], starts, self._gate_turns.on(starts.device), NORM_EPS)

@@ -211,11 +211,11 @@ def pool_keys(keys: torch.Tensor, starts: torch.Tensor, num_valid: torch.Tensor,
     """Maximum, minimum and mean of each block's plain keys, side by side, float32.
 
     Shapes: keys [..., P, Hkv, D] after rotation; starts [...] int64: each block's first key's position; num_valid
-    [...]: how many of its keys count (a block without any gives something finite). Returns [..., Hkv, 3 D].
+    [...]: how many of its keys count, one at least. Returns [..., Hkv, 3 D].
     """
     index = torch.arange(keys.shape[-3], device=keys.device)
     plain = unrotate(keys.float(), *rotation.at(starts[..., None] + index))
-    count = num_valid.clamp(min=1)[..., None, None]
+    count = num_valid[..., None, None]
     out = (index[:, None, None] >= count[..., None]).expand(plain.shape)
     largest = plain.masked_fill(out, -torch.inf).amax(dim=-3)
     smallest = plain.masked_fill(out, torch.inf).amin(dim=-3)

@@ -89,17 +89,6 @@ def test_sequences_are_scored_by_their_own_blocks() -> None:
     torch.testing.assert_close(together, torch.cat(apart))
 
 
-def test_keys_past_those_that_count_change_nothing() -> None:
-    gates = make()
-    keys, starts = torch.randn(4, BLOCK, KV_HEADS, DIM), torch.arange(4) * BLOCK
-    valid = torch.tensor([64, 20, 1, 0])
-    before = gates.compress(0, keys, starts, valid)
-    keys[1, 20:], keys[2, 1:] = 1e4, -1e4
-    after = gates.compress(0, keys, starts, valid)
-    assert torch.equal(before, after) and after.isfinite().all()
-    torch.testing.assert_close(after[1], gates.compress(0, keys[1, :20], starts[1]))
-
-
 def test_new_gates_as_wide_as_heads_prefer_the_block_whose_mean_key_points_their_way() -> None:
     gates = Gates(GateConfig.of(CONFIG)).requires_grad_(False)
     torch.manual_seed(0)
