@@ -13,7 +13,7 @@ import torch
 
 from kernels.attention import PagedSequences
 from kernels.describe import touched_blocks
-from kernels.select import BlockLists, Choice, by_sequence, choose_blocks, largest
+from kernels.select import BlockLists, Choice, by_sequence, choose_blocks, largest_over_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +155,7 @@ def gate_scores_reference(
     """gate_scores in torch."""
     asked = gate_queries(weights, layer, query, positions).float()
     pairs = by_sequence(asked, descriptors, seqs)
-    scores = [largest(torch.einsum("thd,nhd->thn", q, described)) for q, described in pairs]
+    scores = [largest_over_tokens(torch.einsum("thd,nhd->thn", q, described)) for q, described in pairs]
     return torch.stack(scores) * weights.gate_dim**-0.5
 
 

@@ -159,14 +159,14 @@ def bound_scores_reference(query: torch.Tensor, minmax: torch.Tensor, seqs: Page
         low, high = described.chunk(2, dim=2)
         # the larger product is with the maximum where q is positive, and with the minimum where it is negative
         bounds = torch.einsum("thd,nhd->thn", q.clamp(min=0), high) + torch.einsum("thd,nhd->thn", q.clamp(max=0), low)
-        scores.append(largest(bounds))
+        scores.append(largest_over_tokens(bounds))
     return torch.stack(scores)
 
 
 def mean_scores_reference(query: torch.Tensor, means: torch.Tensor, seqs: PagedSequences) -> torch.Tensor:
     """mean_scores in torch."""
     pairs = by_sequence(_mean_queries(query, means), means, seqs)
-    return torch.stack([largest(torch.einsum("thd,nhd->thn", q, described)) for q, described in pairs])
+    return torch.stack([largest_over_tokens(torch.einsum("thd,nhd->thn", q, described)) for q, described in pairs])
 
 
 def _mean_queries(query: torch.Tensor, descriptors: torch.Tensor) -> torch.Tensor:
@@ -191,8 +191,8 @@ def by_sequence(
     return list(zip(asked.split(seqs.cu_seqlens_q.diff().tolist()), described, strict=True))
 
 
-def largest(products: torch.Tensor) -> torch.Tensor:
-    """Over the tokens, -inf without any. [Q, Hkv, NB] to [Hkv, NB]."""
+def largest_over_tokens(products: torch.Tensor) -> torch.Tensor:
+    """-inf without any token. [Q, Hkv, NB] to [Hkv, NB]."""
     lowest = products.new_full((1, *products.shape[1:]), -torch.inf)
     return torch.cat([lowest, products]).amax(dim=0)
 
@@ -205,7 +205,7 @@ def verified_scores_reference(
     finite = maxima.lse.masked_fill(maxima.lse.isneginf(), 0)
     weights = maxima.scores.float() - finite[:, :, None]
     groups = weights.unflatten(1, (out.shape[1], -1)).amax(dim=2)
-    scores = torch.stack([largest(each) for each in groups.split(seqs.cu_seqlens_q.diff().tolist())])
+    scores = torch.stack([largest_over_tokens(each) for each in groups.split(seqs.cu_seqlens_q.diff().tolist())])
     out[:, :, : scores.shape[2]].index_copy_(0, rows, scores)
 
 
