@@ -51,8 +51,9 @@ class Job:
 
 
 def run(job: Job, *, fa3_at: Path | None, tilelang_file: Path | None) -> dict[str, Any]:
-    """Check every sparse result against masked SDPA, then time all sides; JSON-able. Raises WrongResultError.
+    """Check every sparse result against masked SDPA, then time all sides; JSON-able.
 
+    Raises ConfigError before anything is timed, PreflightError where a peer does not do its work, WrongResultError.
     fa3_at: a Python that has vLLM, or a folder with its FlashAttention-3; None leaves it out. tilelang_file: TileLang's
     published kernel, timed over the lists of selectors of 64-token blocks; None leaves it out.
     """

@@ -137,7 +137,10 @@ class LowBitLayer:
 
 @dataclass(slots=True)
 class Peaks:
-    """The largest magnitude of each channel that entered a layer's products so far, attention's output apart."""
+    """The largest magnitude of each channel that entered a layer's products so far, attention's output apart.
+
+    [K] float32 each, K inputs of the product; [1] before anything has entered. mlp: of gate and up.
+    """
 
     attention: torch.Tensor
     mlp: torch.Tensor

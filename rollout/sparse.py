@@ -1,7 +1,8 @@
 """Attention to the blocks of the KV cache that are worth reading: who picks them, and forwards that attend so.
 
 What a selector knows of the cached keys (descriptors of their blocks, what was attended to) lies beside the cache. It
-is updated when tokens are committed, from committed keys alone: a draft that was rejected leaves no trace in it.
+is updated when tokens are committed, from committed keys alone: a draft that was rejected leaves no trace in it. Those
+of sparse.mode=plain are approximate; all others were computed densely.
 """
 
 from collections.abc import Callable, Sequence
@@ -177,7 +178,7 @@ class SparseAttention:
         return _InParts(tuple(watched)) if watched else None
 
     def commit(self, rows: Rows, inputs: CycleInputs, counts: torch.Tensor, *, most: int) -> None:
-        """Each row committed so many tokens of a dense cycle, whose keys are at their places: they are known now.
+        """Each row committed so many tokens of a cycle, whose keys are at their places: they are known now.
 
         counts [B] int32, at most `most`. The last of them is pending: its key is not cached.
         """
@@ -186,7 +187,7 @@ class SparseAttention:
         self.describe(block_tables=tables, begins=begins, ends=begins + counts, most=most)
 
     def prefilled(self, seqs: PagedSequences) -> None:
-        """The new tokens of a dense forward are cached: they are known now. seqs: of that forward, without drafts."""
+        """The new tokens of a forward are cached: they are known now. seqs: of that forward, without drafts."""
         assert seqs.num_drafted is None
         begins = seqs.context_lens
         self.describe(
