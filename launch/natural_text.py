@@ -46,9 +46,9 @@ def last_pieces(name: str, tokens: list[int], count: int, length: int) -> list[l
 def overlapping_pieces(name: str, tokens: list[int], count: int, length: int) -> list[list[int]]:
     """So many pieces that begin at places evenly apart, and so differ from their first token on. Raises ConfigError."""
     apart = (len(tokens) - length) // max(1, count - 1)
-    if apart < 1:
+    if apart < min(1, count - 1):
         raise ConfigError(
             f"{count} texts of {length} tokens cannot differ in {name}, which has {len(tokens)}; ask for shorter ones, "
             "or give a longer --text FILE"
         )
-    return [tokens[at : at + length] for at in range(0, count * apart, apart)]
+    return [tokens[number * apart : number * apart + length] for number in range(count)]

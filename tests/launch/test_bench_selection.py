@@ -206,8 +206,10 @@ def test_pieces_come_from_the_end_of_a_text_or_begin_evenly_apart() -> None:
     tokens = list(range(10))
     assert last_pieces("it", tokens, 2, 3) == [[4, 5, 6], [7, 8, 9]]
     assert overlapping_pieces("it", tokens, 3, 4) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
-    with pytest.raises(ConfigError, match="12 texts of 4 tokens cannot differ in it, which has 10"):
-        overlapping_pieces("it", tokens, 12, 4)
+    assert overlapping_pieces("it", tokens, 1, 10) == [tokens], "one need not differ from any"
+    for count, length in ((12, 4), (2, 10), (1, 11)):
+        with pytest.raises(ConfigError, match=f"{count} texts of {length} tokens cannot differ in it, which has 10"):
+            overlapping_pieces("it", tokens, count, length)
 
 
 def test_without_a_file_the_text_is_english() -> None:
