@@ -289,7 +289,7 @@ def _rms_norm_kernel(x_ptr, norm_ptr, out_ptr, width, x_stride, eps, BLOCK: tl.c
         gdc_wait()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
     if OVERLAP:
-        gdc_launch_dependents()  # not sooner: what the next kernel prefetches would be served before this row
+        gdc_launch_dependents()  # not sooner: the next kernel reads nothing before this one has ended
     wide = x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     normed = (wide * rstd).to(x.dtype).to(tl.float32) * norm.to(tl.float32)
