@@ -195,6 +195,7 @@ def _score_kernel(
     """Some blocks of a row for one key head; the last program of the row and head to be done makes the list."""
     if OVERLAP:
         gdc_launch_dependents()
+    # all that the merged queries have no part in, before waiting for them: what came before their launch has ended
     head = tl.program_id(0) % KV_HEADS  # fastest: heads of one block lie side by side in memory
     split = tl.program_id(0) // KV_HEADS % splits
     row = tl.program_id(0) // KV_HEADS // splits
