@@ -88,7 +88,9 @@ def test_what_is_held_for_a_draft_has_every_block_that_it_fills(
         block_tables=first.block_tables.repeat(2, 1),
     )
     held = selector.hold(seqs, torch.tensor([1, 0]))
-    assert [lists.select_block for lists in held] == [4, 4]
+    assert [(lists.select_block, lists.held) for lists in held] == [(4, True), (4, True)]
+    own = selector.select(0, torch.zeros(12, 4, 16), torch.zeros(12), seqs, torch.tensor([1, 0]))
+    assert not own.held, "made just before they are read"
     found = [[[set(blocks.tolist()) for blocks in row] for row in lists.blocks] for lists in held]
     assert all(bool((lists.counts == 6).all()) for lists in held)
     # six tokens from 40 on fill blocks 10 and 11, and from 28 on blocks 7 and 8
