@@ -123,12 +123,19 @@ def _tensors(folder: Path) -> Mapping[str, torch.Tensor]:
     try:
         if (folder / WEIGHTS).is_file():
             return load_file(folder / WEIGHTS)
-        tensors: Mapping[str, torch.Tensor] = torch.load(folder / PICKLE, map_location="cpu", weights_only=True)
-        return tensors
+        held: object = torch.load(folder / PICKLE, map_location="cpu", weights_only=True)
     # a pickle that is damaged, or holds more than tensors, surfaces as whatever torch raises
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise PreflightError(f"{folder} holds neither {WEIGHTS} nor {PICKLE} that can be read ({reason})") from error
+    if not isinstance(held, dict):
+        kind = type(held).__name__
+        raise PreflightError(f"{folder / PICKLE} holds {kind}, expected tensors by name; take gates as published")
+    for name, tensor in held.items():
+        if not isinstance(tensor, torch.Tensor):
+            kind = type(tensor).__name__
+            raise PreflightError(f"{folder / PICKLE}: {name} is {kind}, expected a tensor; take gates as published")
+    return held
 
 
 def _name(layer: int, part: str) -> str:

@@ -136,7 +136,7 @@ def test_a_rescaled_rotary_embedding_is_saved_with_the_gates(tmp_path: Path) -> 
         read_gates(tmp_path, tiny())
 
 
-def _rewrite(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+def _rewrite(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """Change the tensors of a folder, as published: in a pickle alone."""
 
     def damage(folder: Path) -> None:
@@ -144,6 +144,16 @@ def _rewrite(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[P
         change(tensors)
         torch.save(tensors, folder / "attn_gate_weights.pth")
         (folder / "attn_gate_weights.safetensors").unlink()
+
+    return damage
+
+
+def _pickled(held: object) -> Callable[[Path], object]:
+    """Hold something else than tensors by name, in a pickle alone."""
+
+    def damage(folder: Path) -> None:
+        (folder / "attn_gate_weights.safetensors").unlink()
+        torch.save(held, folder / "attn_gate_weights.pth")
 
     return damage
 
@@ -166,6 +176,8 @@ FIRST = "model.layers.0.self_attn.attn_gate."
         (_rewrite(lambda tensors: tensors.update({FIRST + "mask": torch.ones(3)})), "mask is .3., expected none"),
         (_rewrite(lambda tensors: tensors.update({FIRST + LINEAR_Q: torch.ones(2, 2, 16, 8)})), r"expected \[2, 2, 16"),
         (_rewrite(lambda tensors: tensors[FIRST + LINEAR_Q].fill_(torch.nan)), "not finite"),
+        (_pickled([torch.ones(3)]), r"attn_gate_weights\.pth holds list, expected tensors by name"),
+        (_rewrite(lambda tensors: tensors.update(epoch=3)), r"attn_gate_weights\.pth: epoch is int, expected a tensor"),
         (_describe(seerattn_q_head_pooling_type="Qavgproj"), "seerattn_q_head_pooling_type='Qavgproj'"),
         (_describe(seerattn_use_qk_norm=False), "seerattn_use_qk_norm=False"),
         (_describe(seerattn_gate_block_size=None), "no gates that can be read .*; set sparse.gate to"),
