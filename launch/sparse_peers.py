@@ -210,8 +210,9 @@ def tilelang(file: Path) -> TileLang:
     with _first_on_path(file.resolve().parent):
         try:
             spec.loader.exec_module(module)
-        except (ImportError, OSError, SyntaxError) as error:
-            raise PreflightError(f"--tilelang {file}: cannot be imported ({error}); {remedy}") from error
+        except Exception as error:  # whatever a file for another release raises of this one's names
+            why = str(error).strip().rpartition("\n")[2]
+            raise PreflightError(f"--tilelang {file}: cannot be imported ({why}); {remedy}") from error
     kernel = getattr(module, KERNEL_CLASS, None)
     if kernel is None:
         raise ConfigError(f"--tilelang {file}: defines no {KERNEL_CLASS}; {remedy}")

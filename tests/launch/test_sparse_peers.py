@@ -140,6 +140,12 @@ def test_a_file_whose_neighbour_is_missing_is_refused_and_leaves_the_path_as_it_
     assert sys.path == before
 
 
+def test_a_file_of_another_release_of_tilelang_says_what_it_misses(published: Path) -> None:
+    published.write_text("import json\n\njson.PassConfigKey\n")
+    with pytest.raises(PreflightError, match="cannot be imported .*no attribute 'PassConfigKey'.*; give examples/"):
+        sparse_peers.tilelang(published)
+
+
 def test_a_machine_without_tilelang_is_told_to_install_it(published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with pytest.raises(PreflightError, match="tilelang is missing; `pip install tilelang`"):
