@@ -10,6 +10,7 @@ from rich.console import Console
 
 from configs.errors import ConfigError
 from launch.bench_options import require_writable
+from launch.natural_text import read_text
 
 if TYPE_CHECKING:
     from drafter.trainer import DrafterStats
@@ -45,6 +46,8 @@ def train(
     layout: Annotated[Literal["eagle3", "speculators"], typer.Option("--format", help="Of OUT.")] = "eagle3",
 ) -> None:
     """Warm a drafter up: on what a policy says, on worked solutions, or on a text."""
+    if text is not None:
+        read_text(text)  # what is wrong with it is said before the policy is loaded
     subject = load_source(source, overrides)
     from launch import offline
     from rl.export_drafter import require_drafter_place

@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 
 from configs.errors import ConfigError
-from launch.bench_options import require_writable
+from launch.bench_options import prepare
 from launch.drafter import Json, Overrides, Source, load_source
+from launch.natural_text import read_text
 
 if TYPE_CHECKING:
     from drafter.gate_quality import Quality
@@ -61,13 +62,17 @@ def train(
         raise ConfigError(
             f"--length {length} leaves nothing to select where {num_blocks * block} keys are read; make it longer"
         )
-    require_writable("--json", figures)
+    prepare(figures)
+    from rl.export import require_free
+
+    # before the policy is loaded, which may take minutes
+    require_free(out)
+    if text is not None:
+        read_text(text)
     subject = load_source(source, overrides)
     from drafter.gate import GateConfig, Gates
     from launch import distil, offline
-    from rl.export import require_free
 
-    require_free(out)
     offline.require_length(subject, length)
     gates = Gates(GateConfig.of(subject.policy.config, select_block=block), seed=subject.config.run.seed)
     gates = gates.to(subject.device)

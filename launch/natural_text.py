@@ -19,12 +19,17 @@ def natural_tokens(tokenizer: Any, path: Path | None) -> tuple[str, list[int]]:
 
         name, text = PYTHON_TOPICS, "\n\n".join(topics.topics.values())
     else:
-        try:
-            name, text = str(path), path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"--text {path} cannot be read as UTF-8 ({error}); give another file") from error
+        name, text = str(path), read_text(path)
     # said once for all of it: that it is longer than the model's context is meant
     return name, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def read_text(path: Path) -> str:
+    """The text of --text. Raises DataError for a file that cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--text {path} cannot be read as UTF-8 ({error}); give another file") from error
 
 
 def whole_pieces(tokens: Sequence[int], length: int) -> list[list[int]]:

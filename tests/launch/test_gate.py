@@ -158,13 +158,18 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert not (tmp_path / "gates").exists()
 
 
-def test_a_folder_that_holds_something_is_not_overwritten(
-    recipe: Path, tmp_path: Path, paceline: Callable[..., None]
+def test_a_folder_that_is_taken_and_a_text_that_is_not_there_are_found_before_the_policy_is_loaded(
+    tmp_path: Path, paceline: Callable[..., None]
 ) -> None:
     (tmp_path / "gates").mkdir()
     (tmp_path / "gates" / "notes").write_text("mine")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(model=tmp_path / "no_model"))
     with pytest.raises(PreflightError, match="not empty"):
         paceline("gate", "train", recipe, tmp_path / "gates", *SMALL)
+    for command in ("gate", "drafter"):
+        with pytest.raises(DataError, match="--text /no/such/file cannot be read"):
+            paceline(command, "train", recipe, tmp_path / "out", "--text", "/no/such/file")
 
 
 def test_a_policy_that_caps_its_scores_is_refused_and_windows_are_left_out(tmp_path: Path) -> None:
