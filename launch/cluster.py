@@ -23,7 +23,7 @@ from rl.data import DataSet, load_data
 from rl.gate_lessons import GateLessons
 from rl.lessons import Lessons
 from rl.loop import Loop
-from rl.reward import check_rewards
+from rl.reward import check_prompt, check_rewards
 from rl.rundir import RunDir
 from rl.sandbox import RewardPool
 from rl.types import Learner, TeachesGates, Trainer
@@ -109,6 +109,8 @@ def read_inputs(config: Config, *, num_heldout: int, quarantine: Path | None) ->
         quarantine=quarantine,
     )
     check_counts(config, data)
+    if config.data.source != "reasoning_gym":  # whose problems name their task
+        check_prompt(config.reward, data.prompts(1, 1)[0])
     return path, tokenizer, data
 
 

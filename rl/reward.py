@@ -8,12 +8,12 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DataError
 from configs.schema import RewardConfig
 from rl.cell import check_sandbox
-from rl.code import CodeReward
+from rl.code import CodeReward, parse_tests
 from rl.plain import from_plain
 from rl.process import Worker
 from rollout.types import Prompt, Rollout
@@ -69,12 +69,24 @@ def extract_answer(pattern: re.Pattern[str], text: str) -> str:
     return answer.strip()
 
 
+def check_prompt(config: RewardConfig, prompt: Prompt) -> None:
+    """Raise DataError for a prompt with nothing to score by, where that would stop the run at its first rollout."""
+    if config.on_error == "zero":
+        return
+    needed: dict[str, Callable[[], object]] = {
+        "task": lambda: _task_of(prompt),
+        "code": lambda: parse_tests(prompt.task.get("tests")),
+    }
+    for name in needed.keys() & config.functions.keys():
+        try:
+            needed[name]()
+        except ValueError as error:
+            raise DataError(f"reward.functions: {name!r} cannot score prompt {prompt.id!r}: {error}") from error
+
+
 def score_task(prompt: Prompt, answer: str) -> float:
     """reasoning-gym's own score of the answer, in its own scale (partial credit included)."""
-    metadata = from_plain(prompt.task.get("metadata", {}))
-    name = prompt.task.get("name", metadata.get("source_dataset"))
-    if name is None:
-        raise ValueError("the prompt comes from no reasoning-gym task; use the reward 'math' or module:function")
+    name, metadata = _task_of(prompt)
     oracle = from_plain(prompt.task["entry_answer"]) if "entry_answer" in prompt.task else prompt.answer
     entry = {"question": prompt.task["question"], "answer": oracle, "metadata": metadata}
     task = _scorer(name, json.dumps(prompt.task.get("options", {})))
@@ -87,6 +99,15 @@ def score_task(prompt: Prompt, answer: str) -> float:
         # A scorer that raises on the reference as well is broken, and says so here.
         task.score_answer(oracle, entry)
         return 0.0
+
+
+def _task_of(prompt: Prompt) -> tuple[str, dict[str, Any]]:
+    """The reasoning-gym task a prompt comes from, and what its scorer reads. Raises ValueError for one of none."""
+    metadata = from_plain(prompt.task.get("metadata", {}))
+    name = prompt.task.get("name", metadata.get("source_dataset"))
+    if name is None:
+        raise ValueError("the prompt comes from no reasoning-gym task; use the reward 'math' or module:function")
+    return name, metadata
 
 
 @cache

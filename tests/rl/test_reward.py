@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import reasoning_gym
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DataError
 from configs.schema import RewardConfig
 from rl.plain import from_plain, to_plain
-from rl.reward import build_rewards, check_rewards, extract_answer
+from rl.reward import build_rewards, check_prompt, check_rewards, extract_answer
 from rollout.types import Prompt, Rollout, SpecStats
 
 
@@ -81,6 +81,18 @@ def test_an_answer_the_scorer_chokes_on_earns_nothing() -> None:
 def test_the_task_reward_needs_a_task() -> None:
     with pytest.raises(ValueError, match="comes from no reasoning-gym task"):
         score("task", Prompt("p", [1], "1", {"question": "?"}), "1")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("task", "comes from no reasoning-gym task; use the reward 'math'"), ("code", "not a list of statements")],
+)
+def test_a_row_with_nothing_to_score_by_is_told_of_before_it_is_answered(name: str, told: str) -> None:
+    row = Prompt("rows.jsonl:14", [1], "1", {"question": "?"})
+    with pytest.raises(DataError, match=f"reward.functions: '{name}' cannot score prompt 'rows.jsonl:14': .*{told}"):
+        check_prompt(RewardConfig(functions={name: 1.0}), row)
+    check_prompt(RewardConfig(functions={name: 1.0}, on_error="zero"), row)  # it counts as zero, as was asked for
+    check_prompt(RewardConfig(functions={"math": 1.0}), row)
 
 
 def test_entries_exported_by_reasoning_gym_name_their_task() -> None:
