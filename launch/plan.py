@@ -281,22 +281,30 @@ def _epochs(config: Config) -> float | None:
 
 
 def _speculation(config: Config, model_config: PretrainedConfig, device: str) -> str:
-    """Where drafts come from, who chooses their shape, and the widest, as "source: shape"."""
-    strategies = configured(config.spec, config.sparse)
-    strategy = strategies[0]
-    if strategy == OFF:
-        sparse = config.sparse
-        if sparse.mode in ("plain", "rectified"):
-            alike = runs(sparse, kv_shape(model_config)[0])
-            read = dict.fromkeys(f"{each.selector}, {each.budget_tokens:,} tokens read" for _, each in alike)
-            return f"{sparse.mode}: sampled under {', or '.join(read) or 'no selector'}, not as dense"
+    """Where drafts come from, who chooses their shape, and the largest of each, as "source: shape"."""
+    sparse = config.sparse
+    strategies = configured(config.spec, sparse)
+    if sparse.mode in ("plain", "rectified"):
+        return f"{sparse.mode}: sampled under {_read(sparse, model_config)}, not as dense"
+    if strategies == (OFF,):
         return "off: one token a forward"
-    shape = "chains" if strategy.top_k == 1 else f"trees of {strategy.top_k} children a node"
     choice = chooser_for(config, model_config, device).summary()["choice"]
     sources = " and ".join(each.source for each in strategies)
     if config.spec.below:
         choice += f" below {config.spec.below} running"
-    return f"{sources}, {choice}: {shape}, up to {strategy.depth} deep, {strategy.num_verify} verified"
+    shapes = []
+    for strategy in strategies:
+        shape = "chains" if strategy.top_k == 1 else f"trees of {strategy.top_k} children a node"
+        shape += f", up to {strategy.depth} deep, {strategy.num_verify} verified"
+        shapes.append(f"{shape}, under {_read(sparse, model_config)}" if strategy.source == "sparse" else shape)
+    return f"{sources}, {choice}: {'; '.join(dict.fromkeys(shapes))}"
+
+
+def _read(sparse: SparseConfig, model_config: PretrainedConfig) -> str:
+    """The selectors of a policy's layers, and what is read under them."""
+    alike = runs(sparse, kv_shape(model_config)[0])
+    read = dict.fromkeys(f"{each.selector}, {each.budget_tokens:,} tokens read" for _, each in alike)
+    return ", or ".join(read) or "no selector"
 
 
 def _context_warnings(longest: int, context: int) -> list[str]:

@@ -161,6 +161,21 @@ def test_the_plan_says_where_samples_are_not_the_dense_policys(model_config: Pre
     mixed = plan_for(model_config, "spec.source=off", "sparse.mode=plain", "sparse.budget_tokens=300", layers)
     read = "streaming, 128 tokens read, or quest, 300 tokens read"
     assert mixed.speculation == f"plain: sampled under {read}, not as dense"
+    rectified = plan_for(model_config, "spec.source=off", "sparse.mode=rectified", layers)
+    assert (
+        rectified.speculation
+        == "rectified: sampled under streaming, 128 tokens read, or quest, 1,024 tokens read, not as dense"
+    )
+
+
+def test_the_plan_says_how_deep_the_policy_drafts_and_under_what(model_config: PretrainedConfig) -> None:
+    alone = plan_for(model_config, "spec.source=off", "sparse.mode=draft", "sparse.budget_tokens=300")
+    assert alone.speculation == "sparse, fixed: chains, up to 8 deep, 8 verified, under quest, 300 tokens read"
+    beside = plan_for(model_config, "sparse.mode=draft", "sparse.budget_tokens=300", "sparse.depth=4")
+    under = "chains, up to 4 deep, 4 verified, under quest, 300 tokens read"
+    assert beside.speculation == f"suffix and sparse, fixed: chains, up to 6 deep, 6 verified; {under}"
+    sources = plan_for(model_config, "spec.source=auto")
+    assert sources.speculation == "suffix and eagle, fixed: chains, up to 6 deep, 6 verified"
 
 
 def test_the_plan_says_who_chooses_and_that_a_chain_has_a_node_a_level(model_config: PretrainedConfig) -> None:
