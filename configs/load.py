@@ -216,6 +216,8 @@ def _convert(value: Any, hint: Any, key: str, problems: list[Problem], *, defaul
     assert hint in (bool, int, float, str), f"no conversion for {key}: {hint}"
     if hint is float and type(value) in (int, float):
         return float(value) if math.isfinite(value) else reject(_TYPE_NAMES[float])
+    if hint is str and value is None and default == "":  # a shell makes a.b= of a.b=''
+        return default
     if type(value) is not hint:
         return reject(_TYPE_NAMES[hint] + (" (quote it)" if hint is str and value is not None else ""))
     return value

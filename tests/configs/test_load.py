@@ -78,6 +78,11 @@ def test_unquoted_off_is_the_word() -> None:
     assert parse(BASE + "spec: {source: off}").spec.source == "off"
 
 
+def test_text_that_may_be_empty_is_emptied_by_nothing_which_shells_make_of_two_quotes() -> None:
+    assert parse(BASE, ["drafter.init=head", "drafter.init="]).drafter.init == ""
+    assert complaint(BASE, "run.name=") == ["run.name=null: expected text, not null"]
+
+
 def test_interpolation_reads_given_and_default_keys() -> None:
     config = parse(BASE + "run: {name: 'g${rollout.group_size}s${train.steps}'}", ["train.steps=7"])
     assert config.run.name == "g8s7"
