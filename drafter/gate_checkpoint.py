@@ -96,6 +96,10 @@ def read_gate_config(folder: Path, model_config: Any) -> GateConfig:
         raise PreflightError(
             f"{folder} holds no gates: there is no {path}; set sparse.gate to the folder of `paceline gate train`"
         )
+    if not any((folder / name).is_file() for name in (WEIGHTS, PICKLE)):
+        raise PreflightError(
+            f"{folder} holds no gates: there is neither {WEIGHTS} nor {PICKLE}; fetch or train the gates again"
+        )
     try:
         described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         block, width = int(described[SELECT_BLOCK]), int(described[GATE_DIM])
@@ -120,21 +124,23 @@ def read_gate_config(folder: Path, model_config: Any) -> GateConfig:
 
 def _tensors(folder: Path) -> Mapping[str, torch.Tensor]:
     """The tensors by name, from whichever file there is. Raises PreflightError."""
+    path = folder / WEIGHTS
     try:
-        if (folder / WEIGHTS).is_file():
-            return load_file(folder / WEIGHTS)
-        held: object = torch.load(folder / PICKLE, map_location="cpu", weights_only=True)
+        if path.is_file():
+            return load_file(path)
+        path = folder / PICKLE
+        held: object = torch.load(path, map_location="cpu", weights_only=True)
     # a pickle that is damaged, or holds more than tensors, surfaces as whatever torch raises
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise PreflightError(f"{folder} holds neither {WEIGHTS} nor {PICKLE} that can be read ({reason})") from error
+        raise PreflightError(f"{path} cannot be read ({reason}); fetch or train the gates again") from error
     if not isinstance(held, dict):
         kind = type(held).__name__
-        raise PreflightError(f"{folder / PICKLE} holds {kind}, expected tensors by name; take gates as published")
+        raise PreflightError(f"{path} holds {kind}, expected tensors by name; take gates as published")
     for name, tensor in held.items():
         if not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
-            raise PreflightError(f"{folder / PICKLE}: {name} is {kind}, expected a tensor; take gates as published")
+            raise PreflightError(f"{path}: {name} is {kind}, expected a tensor; take gates as published")
     return held
 
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, Qwen3Config
 
 from configs.errors import PreflightError
 from drafter.gate import GateConfig, Gates
-from drafter.gate_checkpoint import read_gates, write_gates
+from drafter.gate_checkpoint import read_gate_config, read_gates, write_gates
 
 LAYERS, HEADS, KV_HEADS, DIM, WIDTH = 36, 32, 8, 128, 128  # of Qwen3-8B and its published gates
 LINEAR_Q, LINEAR_K = "attngate_linear_q.weight", "attngate_linear_k.weight"
@@ -185,7 +185,7 @@ FIRST = "model.layers.0.self_attn.attn_gate."
         (_describe(num_hidden_layers=3), "no gates that can be read"),
         (_describe(num_key_value_heads=4), "num_kv_heads=4, not 2"),
         (lambda folder: (folder / "config.json").unlink(), "holds no gates: there is no .*; set sparse.gate to"),
-        (lambda folder: (folder / "attn_gate_weights.safetensors").write_bytes(b"short"), "can be read"),
+        (lambda folder: (folder / "attn_gate_weights.safetensors").write_bytes(b"short"), "cannot be read .*; fetch"),
         (lambda folder: shutil.rmtree(folder), "holds no gates: there is no .*; set sparse.gate to"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -197,6 +197,14 @@ def test_what_does_not_fit_is_refused_by_name(folder: Path, damage: Callable[[Pa
     assert "\n" not in str(caught.value)
 
 
+def test_gates_without_weights_are_told_of_before_a_policy_is_loaded(folder: Path) -> None:
+    (folder / "attn_gate_weights.safetensors").unlink()
+    assert read_gate_config(folder, tiny()).select_block == read_gates(folder, tiny()).config.select_block
+    (folder / "attn_gate_weights.pth").unlink()
+    with pytest.raises(PreflightError, match="holds no gates: there is neither .*; fetch or train"):
+        read_gate_config(folder, tiny())
+
+
 def test_a_pickle_that_is_more_than_tensors_is_never_run(folder: Path, tmp_path: Path) -> None:
     class Harmful:
         def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -204,6 +212,6 @@ def test_a_pickle_that_is_more_than_tensors_is_never_run(folder: Path, tmp_path:
 
     (folder / "attn_gate_weights.safetensors").unlink()
     torch.save({"weight": Harmful()}, folder / "attn_gate_weights.pth")
-    with pytest.raises(PreflightError, match="can be read"):
+    with pytest.raises(PreflightError, match=r"attn_gate_weights.pth cannot be read .*; fetch or train"):
         read_gates(folder, tiny())
     assert not (tmp_path / "touched").exists()
