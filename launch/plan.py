@@ -20,7 +20,7 @@ from launch.memory import Memory, Sizes, memory_of
 from launch.shares import count_parameters, empty_model, share_of
 from rl.ulysses import require_heads
 from rollout.gate_sampler import sample_bytes
-from rollout.lowbit import LowBitPolicy
+from rollout.lowbit import LowBitPolicy, require_readable
 from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, kv_shape, resolve_compute
 from rollout.selectors import require_sparse, share_of_cache
@@ -93,6 +93,8 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     require_heads(model_config, config.train.sequence_parallel)
     if config.sparse.mode != "off":
         require_sparse(config.sparse, model_config)
+    if config.sparse.weights != "policy":
+        require_readable(config.sparse.weights, torch.device(device))
     itemsize = getattr(torch, dtype).itemsize
     compute, rollout, train = config.compute, config.rollout, config.train
     is_separate = compute.placement == "separate"

@@ -150,6 +150,15 @@ def test_a_drafter_that_cannot_be_trained_is_found_before_a_run_is_made(model_co
         plan_for(model_config, "spec.source=eagle", "spec.top_k=1", "drafter.unroll=16", "drafter.window=16")
 
 
+def test_a_gpu_without_the_copys_type_is_found_before_a_run_is_made(
+    model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.plan.resolve_compute", lambda _: ("cuda", "bfloat16"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(PreflightError, match=r"8\.0 has no such type"):
+        plan_for(model_config, "sparse.mode=draft", "sparse.weights=fp8", "sparse.budget_tokens=300")
+
+
 def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> None:
     assert plan_for(model_config, "spec.source=off").speculation.startswith("off")
 
