@@ -18,7 +18,7 @@ from kernels.attention import PagedSequences
 from kernels.attention_plan import Launch, num_programs
 
 MIN_CHUNK = 64  # keys of a run below which a further program costs more to combine than it saves
-SHORT = 1024  # keys of lists that are not cut where every multiprocessor has one
+SHORT = 1024  # keys of lists that are not cut, where they are alike and every multiprocessor has one
 ALIKE = 0.9  # of the programs that run at once: from so many on, each unit has as many
 
 
