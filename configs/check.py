@@ -101,6 +101,8 @@ _AT_MOST: dict[str, float] = {
 }
 # selection blocks of a sequence; kernels/select_triton.py has room for 16384, rows longer than any sequence among them
 MOST_BLOCKS = 15000
+# tokens of a block whose largest weight verification leaves behind; kernels/paged_attention.py has room for as many
+MOST_WEIGHED = 128
 _BELOW: dict[str, float] = {"rollout.min_p": 1, "sparse.threshold": 1}  # of a softmax no weight is more
 _REWARDS = ("task", "math", "format", "code")
 
@@ -246,6 +248,10 @@ def _setting(config: Config, setting: Setting) -> Iterator[tuple[str, str]]:
             "sparse.select_block" if sparse.select_block else "rollout.block_size",
             f"a KV block must hold whole blocks of {block} tokens; set rollout.block_size={whole}",
         )
+    learns = sparse.learn and sparse.selector == "gate"
+    if (learns or sparse.selector == "verified") and (block & (block - 1) or block > MOST_WEIGHED):
+        remedy = "take gates of such blocks, or set sparse.learn=false" if learns else "set 16"
+        yield "sparse.select_block", f"verification weighs 1, 2, 4 to {MOST_WEIGHED} tokens together; {remedy}"
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     if longest > block * MOST_BLOCKS:
         wanted = block << (-(-longest // (block * MOST_BLOCKS)) - 1).bit_length()

@@ -74,6 +74,24 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
         ),
         (["rollout.backend=vllm"], r"sparse\.mode='draft': .* set off, or rollout\.backend=native"),
         (["sparse.threshold=0.1"], r"sparse\.threshold=0\.1: the scores of sparse\.selector=quest are no weights"),
+        (
+            ["sparse.selector=verified", "sparse.select_block=24", "rollout.block_size=24"],
+            r"sparse\.select_block=24: verification weighs 1, 2, 4 to 128 tokens together; set 16",
+        ),
+        (
+            ["sparse.selector=verified", "sparse.select_block=256", "rollout.block_size=256"],
+            r"sparse\.select_block=256: verification weighs .* set 16",
+        ),
+        (
+            [
+                "sparse.selector=gate",
+                "sparse.gate=G",
+                "sparse.learn=true",
+                "sparse.select_block=256",
+                "rollout.block_size=256",
+            ],
+            r"sparse\.select_block=256: verification weighs .* take gates of such blocks, or set sparse\.learn=false",
+        ),
         (["sparse.selector=verified", "sparse.threshold=1"], r"sparse\.threshold=1\.0: must be below 1"),
         (
             ["rollout.max_new_tokens=600000", "rollout.block_size=64"],

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from configs.check import MOST_WEIGHED
 from kernels.attention import BlockMaxima, paged_attention, paged_attention_reference
 from kernels.attention_plan import Launch
-from kernels.paged_attention import paged_attention_triton
+from kernels.paged_attention import MAX_SELECT_BLOCK, paged_attention_triton
 
 SCALE = 0.3
 TREE = [-1, 0, 0, 1, 1, 2, 3]
@@ -142,3 +143,7 @@ def test_the_largest_weight_of_a_block_follows_from_both(make_paged: Callable[..
     weights = torch.softmax(paged.scores(SCALE)[0], dim=1)
     largest = torch.stack([part.amax(dim=1) for part in weights.split(16, dim=1)], dim=1)
     torch.testing.assert_close((maxima.scores[0] - maxima.lse[0, :, None]).exp().double(), largest)
+
+
+def test_a_config_asks_for_no_larger_blocks_than_a_step_holds() -> None:
+    assert MOST_WEIGHED == MAX_SELECT_BLOCK
