@@ -60,8 +60,9 @@ class BlockMaxima:
     """What paged_attention leaves behind of its scores, scaled and capped as its softmax takes them; overwritten whole.
 
     scores [T, Hq, NB] float32: the largest score of each selection block (select_block keys in slot order; it divides
-    the cache's block size), -inf where nothing in it is visible; no key past the NB blocks may be visible. lse [T, Hq]
-    float32: the logarithm of the sum of the exponentials of all scores. exp(scores - lse): a block's largest weight.
+    the cache's block size, and on a GPU is a power of two up to 128), -inf where nothing in it is visible; no key past
+    the NB blocks may be visible. lse [T, Hq] float32: the logarithm of the sum of the exponentials of all scores.
+    exp(scores - lse): a block's largest weight.
     """
 
     scores: torch.Tensor

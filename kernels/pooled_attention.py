@@ -23,6 +23,7 @@ def pooled_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As packed_attention, without gradients, and what block_weights needs.
 
+    select_block: on a GPU a power of two, 16 or more.
     Shapes: query [T, Hq, D]; key, value [T, Hkv, D]. NB blocks of the longest sequence. Returns the output [T, Hq, D],
     the largest scaled score in each block [T, Hq, NB] float32, -inf where a token sees none of its keys, and the
     log-sum-exp of all a token's scores [T, Hq] float32.
