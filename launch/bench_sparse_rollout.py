@@ -299,6 +299,7 @@ def _cell(
     rounds = times[side.name]
     tokens = [sum(len(rollout.token_ids) for rollout in timed.rollouts.values()) for timed in rounds]
     forwards = [sum(rollout.spec.forwards for rollout in timed.rollouts.values()) for timed in rounds]
+    decoding = [timed.seconds - prefill_s for timed in rounds]
     cell: dict[str, Any] = {
         "name": side.name,
         "mode": side.config.mode,
@@ -308,7 +309,8 @@ def _cell(
         "strategy": asdict(side.strategy),
         "budget": None if side.config.mode == "off" else side.config.budget_tokens,
         "tokens_per_s": spread([_rate(timed) for timed in rounds]),
-        "decoded_per_s": spread([n / (timed.seconds - prefill_s) for n, timed in zip(tokens, rounds, strict=True)]),
+        # few tokens on a busy machine: less time than their prompts took by themselves says nothing of decoding
+        "decoded_per_s": spread([n / s for n, s in zip(tokens, decoding, strict=True)]) if min(decoding) > 0 else None,
         "prefill_s": prefill_s,
         "tail_s": spread([timed.tail_s for timed in rounds]),
         "accept_length": spread([n / count for n, count in zip(tokens, forwards, strict=True)]),
@@ -346,12 +348,12 @@ def table(result: dict[str, Any]) -> Table:
     headings = ["mode", "reads", "tok/s", "min", "max", "decoding", "gain", "asked", "accept", "tail s", "equal"]
     shown = plain_table(title, headings)
     for cell in result["cells"]:
-        rate, gain = cell["tokens_per_s"], cell.get("gain")
+        rate, decoded, gain = cell["tokens_per_s"], cell["decoded_per_s"], cell.get("gain")
         shown.add_row(
             cell["name"],
             "all" if cell["budget"] is None else str(cell["budget"]),
             *(f"{rate[which]:.0f}" for which in ("median", "min", "max")),
-            f"{cell['decoded_per_s']['median']:.0f}",
+            f"{decoded['median']:.0f}" if decoded else "",
             f"{gain['median']:.2f}" if gain else "",
             f"{LIMIT}" if cell["mode"] == "draft" else "",
             f"{cell['accept_length']['median']:.2f}",

@@ -118,6 +118,18 @@ def test_a_timed_run_finds_all_its_rows_made(subject: Subject) -> None:
     assert side.engine._workspace.residency is residency and residency is not None
 
 
+def test_a_rollout_quicker_than_its_prompts_alone_has_no_rate_of_decoding(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_sparse_rollout, "make_ready", lambda *_: 1e9)
+    job = make_job(modes=("off",), sequences=1)
+    pieces = [[3 + byte for byte in TEXT.encode()][: job.prompt_tokens]]
+    result = bench_sparse_rollout.run(subject, job, name="the text", pieces=pieces)
+    assert result["cells"][0]["decoded_per_s"] is None
+    decoding = bench_sparse_rollout.table(result).columns[5]
+    assert (decoding.header, list(decoding.cells)) == ("decoding", [""])
+
+
 def test_the_command_writes_its_modes_and_draws_a_line_for_each(tiny_model_dir: Path, tmp_path: Path) -> None:
     out, text = tmp_path / "rollout.json", tmp_path / "text.txt"
     text.write_text(TEXT)
