@@ -70,6 +70,6 @@ def solution_ids(solve: Solver, prompt: Prompt, tokenizer: Any) -> list[int]:
     if not isinstance(solution, str) or not solution:
         raise DataError(
             f"prompt {prompt.id} has no worked solution (got {solution!r}); "
-            "name its column in data.solution_field, give warmstart.solutions a function, or set warmstart.steps=0"
+            "name its column in data.solution_field, or set warmstart.solutions, as to rl.worked:chain_sum"
         )
     return [*tokenizer.encode(solution, add_special_tokens=False), tokenizer.eos_token_id]

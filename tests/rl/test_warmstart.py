@@ -113,7 +113,7 @@ def test_function_that_fails_names_prompt_and_error(
 def test_missing_solution_names_the_prompt(tokenizer: Any, solution: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = Prompt("sum-3", [1], answer="", task={} if solution is None else {"solution": solution})
     monkeypatch.setattr(Sums, "prompt", lambda self, index: bare)
-    with pytest.raises(DataError, match="prompt sum-3 has no worked solution"):
+    with pytest.raises(DataError, match=r"prompt sum-3 has no worked solution .*, as to rl\.worked:chain_sum"):
         warmed(tokenizer)
 
 
