@@ -256,7 +256,14 @@ def retrieval_heads(path: Path, model_config: PretrainedConfig, *, above: float)
             [float(value) for value in line.split("\t")] for line in path.read_text().splitlines() if line.strip()
         ]
     except (OSError, ValueError) as error:
-        raise PreflightError(f"sparse.gate={path} is no full_attention_heads.tsv: {error}") from error
+        raise PreflightError(
+            f"sparse.gate={path} is no full_attention_heads.tsv ({error}); name the one of this policy"
+        ) from error
     if [len(values), *{len(line) for line in values}] != [*shape]:
-        raise PreflightError(f"sparse.gate={path} is not of {shape[0]} layers of {shape[1]} key heads")
-    return torch.tensor(values) > above
+        raise PreflightError(
+            f"sparse.gate={path} is not of {shape[0]} layers of {shape[1]} key heads; name the one of this policy"
+        )
+    scores = torch.tensor(values)
+    if not scores.isfinite().all():
+        raise PreflightError(f"sparse.gate={path} holds values that are not finite; name the one of this policy")
+    return scores > above

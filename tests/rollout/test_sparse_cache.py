@@ -117,10 +117,13 @@ def test_what_does_not_fit_the_policy_is_said(policy: PreTrainedModel, tmp_path:
         make_sparse(replace(SPARSE, layers={"1-2": LayersConfig(selector="dense")}), policy)
     heads = tmp_path / "heads.tsv"
     heads.write_text("0.5\t0.5\n")
-    with pytest.raises(PreflightError, match=r"heads\.tsv is not of 2 layers of 2 key heads"):
+    with pytest.raises(PreflightError, match=r"heads\.tsv is not of 2 layers of 2 key heads; name"):
+        make_sparse(replace(SPARSE, selector="duo", gate=str(heads)), policy)
+    heads.write_text("0.5\t0.5\n0.5\tnan\n")
+    with pytest.raises(PreflightError, match=r"heads\.tsv holds values that are not finite; name"):
         make_sparse(replace(SPARSE, selector="duo", gate=str(heads)), policy)
     heads.write_text("many\n")
-    with pytest.raises(PreflightError, match=r"heads\.tsv is no full_attention_heads\.tsv"):
+    with pytest.raises(PreflightError, match=r"heads\.tsv is no full_attention_heads\.tsv .*; name"):
         make_sparse(replace(SPARSE, selector="duo", gate=str(heads)), policy)
 
 
