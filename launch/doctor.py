@@ -122,7 +122,7 @@ def _sandbox(config: "Config | None") -> "Finding":
 
 
 def _of_config(config: "Config", run_dir: str) -> "Iterator[Finding]":
-    """The recipe's model, and room for its checkpoints."""
+    """The recipe's model, what sparse attention reads beside it, and room for its checkpoints."""
     from launch import doctor_checks as checks
 
     found, folder = checks.model(config)
@@ -134,6 +134,7 @@ def _of_config(config: "Config", run_dir: str) -> "Iterator[Finding]":
     from launch.doctor_node import existing
     from launch.shares import count_parameters
     from rollout.model import load_config, resolve_compute
+    from rollout.selectors import require_sparse
 
     sizes: list[tuple[int, str]] = []
 
@@ -142,7 +143,13 @@ def _of_config(config: "Config", run_dir: str) -> "Iterator[Finding]":
         sizes.append((count_parameters(load_config(folder)), dtype))
         return f"{sizes[0][0]:,} parameters, {kind} in {dtype}"
 
+    def sparse() -> str:
+        require_sparse(config.sparse, load_config(folder))
+        return f"sparse.mode={config.sparse.mode} has all that it reads"
+
     yield checks.attempt("device", device)
+    if config.sparse.mode != "off":
+        yield checks.attempt("sparse attention", sparse)
     for parameters, dtype in sizes:
         free, keep = shutil.disk_usage(existing(Path(run_dir))).free, config.checkpoint.keep
         yield checks.disk(free, parameters=parameters, dtype=dtype, keep=keep, run_dir=run_dir)

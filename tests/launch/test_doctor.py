@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from configs.load import parse
 from launch import doctor_checks as checks
 from launch import doctor_cluster, doctor_pairs
-from launch.doctor import findings, show
+from launch.doctor import _of_config, findings, show
 from launch.doctor_checks import GIB, Finding
 from launch.doctor_node import PACKAGES, NodeFacts, gather
 from launch.doctor_pairs import rounds
@@ -159,8 +160,6 @@ def test_a_pair_that_hangs_is_named_when_the_deadline_is_over(monkeypatch: pytes
 
 
 def test_a_model_that_is_not_whole_fails_with_its_remedy(tiny_model_dir: Path, tmp_path: Path) -> None:
-    from configs.load import parse
-
     broken = tmp_path / "model"
     broken.mkdir()
     (broken / "config.json").write_text((tiny_model_dir / "config.json").read_text())
@@ -170,8 +169,6 @@ def test_a_model_that_is_not_whole_fails_with_its_remedy(tiny_model_dir: Path, t
 
 
 def test_a_model_with_code_of_its_own_is_warned_of(tiny_model_dir: Path, tmp_path: Path) -> None:
-    from configs.load import parse
-
     folder = tmp_path / "model"
     folder.mkdir()
     for file in tiny_model_dir.iterdir():
@@ -185,6 +182,15 @@ def test_a_model_with_code_of_its_own_is_warned_of(tiny_model_dir: Path, tmp_pat
 def test_lines_are_plain_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     show([Finding("disk", "fail", "[0] bytes", "free some"), Finding("clock", "pass", "fine")])
     assert capsys.readouterr().out == "fail  disk: [0] bytes -> free some\npass  clock: fine\n"
+
+
+def test_gates_that_are_not_there_fail_with_their_remedy(tiny_model_dir: Path) -> None:
+    recipe = f"{{model: {tiny_model_dir}, data: {{name: chain_sum}}}}"
+    gated = ["sparse.mode=draft", "sparse.selector=gate", "sparse.gate=/nowhere", "rollout.block_size=64"]
+    missing = {finding.check: finding for finding in _of_config(parse(recipe, gated), "runs")}
+    assert missing["sparse attention"].level == "fail" and "paceline gate train" in missing["sparse attention"].remedy
+    found = {finding.check: finding for finding in _of_config(parse(recipe, ["sparse.mode=draft"]), "runs")}
+    assert found["sparse attention"].level == "pass"
 
 
 def test_a_recipe_of_a_whole_model_passes_and_a_missing_model_is_exit_3(tiny_model_dir: Path, tmp_path: Path) -> None:
