@@ -77,9 +77,11 @@ def check_prompt(config: RewardConfig, prompt: Prompt) -> None:
         "task": lambda: _task_of(prompt),
         "code": lambda: parse_tests(prompt.task.get("tests")),
     }
-    for name in needed.keys() & config.functions.keys():
+    for name, look in needed.items():
+        if name not in config.functions:
+            continue
         try:
-            needed[name]()
+            look()
         except ValueError as error:
             raise DataError(f"reward.functions: {name!r} cannot score prompt {prompt.id!r}: {error}") from error
 
