@@ -128,7 +128,7 @@ def test_finished_run_is_replayed(written, serving, page) -> None:
     page.fill("#slider", "4")
     wait_for(page, "#rollout-title", "Rollouts of step 4")
     wait_for(page, "#samples-title", "Samples of step 4")
-    assert "0.400" in text(page, "#figures")
+    sync_api.expect(page.locator("#figures")).to_contain_text("0.400")  # its own question: it may come last
     assert page.get_attribute("#lanes", "aria-label").startswith("What 2 workers do: decode")
     curve = "Sequences running: at most 8, over {} seconds; 1 switches of strategy"
     assert page.get_attribute("#curve", "aria-label") == curve.format("8.0")
