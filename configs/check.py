@@ -224,6 +224,11 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
             "sparse.gate",
             f"sparse.selector={sparse.selector} reads none; set '', or sparse.selector=gate",
         )
+    if sparse.descriptors != "policy" and "gate" not in selectors:
+        yield (
+            "sparse.descriptors",
+            f"sparse.selector={sparse.selector} has no gates; set policy, or sparse.selector=gate",
+        )
     if sparse.mode == "draft" and sparse.inner == "eagle" and config.spec.source not in ("eagle", "auto"):
         yield "sparse.inner", "there is no head; set spec.source=eagle or auto, or sparse.inner=suffix"
     # where spec.source drafts, this is judged with the rest of spec

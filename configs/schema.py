@@ -126,6 +126,8 @@ class SparseConfig:
     selector: SelectorName = "quest"
     gate: str = ""  # gate: folder of trained gates; duo: DuoAttention's full_attention_heads.tsv
     learn: bool = False  # gate: in draft, gates learn on from what verification computes; sparse.gate stays as it is
+    # gate: what the descriptors that it scores are kept in, the policy's type or eight bits, half as much to read
+    descriptors: Literal["policy", "fp8"] = "policy"
     select_block: int = 0  # tokens in a block that is picked or not; 0 is 64 for gate and mean, 16 for others
     budget_tokens: int = 1024  # that a token attends to at most, those it always does included
     budget_share: float = 0.0  # of a sequence's tokens, where that is more

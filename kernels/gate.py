@@ -4,6 +4,7 @@ The query side merges the query heads of a key head by one linear map, the key s
 mean of a block's keys by another. Both end in an RMSNorm and a rotary embedding, the key side's at the position of the
 block's first key; a block's score is their scaled product. What enters is as it was before the policy's own rotary
 embedding, which is undone here: a descriptor is a pure function of the keys that are committed to its block.
+It is kept in the gates' dtype or, for scoring to read half as much, in FP8; products are in FP16 then, which holds FP8.
 Source: SeerAttention-R (arXiv 2506.08889) sec. 3.
 """
 
@@ -107,8 +108,10 @@ def gate_choose(
     return gate_choose_triton(weights, layer, query, positions, descriptors, seqs, choice)
 
 
-def empty_compressed(weights: GateWeights, storage: torch.Tensor, *, select_block: int) -> torch.Tensor:
-    """Room for descriptors of all keys in the storage of a cache, in the gates' dtype, zeros.
+def empty_compressed(
+    weights: GateWeights, storage: torch.Tensor, *, select_block: int, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Room for descriptors of all keys in the storage of a cache, zeros, in the gates' dtype or FP8.
 
     Shapes: storage [L, 2, num_blocks, block_size, Hkv, D]; returns
     [L, num_blocks, block_size / select_block, Hkv, Dg].
@@ -116,7 +119,7 @@ def empty_compressed(weights: GateWeights, storage: torch.Tensor, *, select_bloc
     layers, _, num_blocks, block_size, num_kv_heads, _ = storage.shape
     assert block_size % select_block == 0, f"blocks of {select_block} do not divide the cache's of {block_size}"
     shape = (layers, num_blocks, block_size // select_block, num_kv_heads, weights.gate_dim)
-    return weights.key_weight.new_zeros(shape)
+    return weights.key_weight.new_zeros(shape, dtype=dtype)
 
 
 def compress(
@@ -195,7 +198,8 @@ def compress_reference(
     pooled = pool_keys(touched.keys, touched.starts, touched.num_keys, weights.rotation).to(weights.key_weight.dtype)
     merged = torch.einsum("lnhi,lhio->lnho", pooled, weights.key_weight)
     compressed = finish(merged, weights.key_norm[:, None, None], touched.starts, weights.gate_rotation, weights.eps)
-    out[:, touched.blocks, touched.part] = compressed.to(out.dtype)
+    largest = torch.finfo(out.dtype).max
+    out[:, touched.blocks, touched.part] = compressed.clamp(-largest, largest).to(out.dtype)
 
 
 def gate_queries(weights: GateWeights, layer: int, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

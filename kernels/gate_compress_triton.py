@@ -64,6 +64,7 @@ def compress_triton(
         BLOCK_T=triton.next_power_of_2(block_size // parts),
         BLOCK_H=max(16, triton.next_power_of_2(head_dim // 2)),
         BLOCK_O=max(16, triton.next_power_of_2(gate_dim // 2)),
+        LARGEST=torch.finfo(out.dtype).max,
         OVERLAP=overlap,
         num_warps=4,
         launch_pdl=overlap,
@@ -98,6 +99,7 @@ def _compress_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    LARGEST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Some selection blocks, for one layer and key head. All rows' first blocks come before any row's second."""
@@ -175,8 +177,9 @@ def _compress_kernel(
     cosine, sine = cosine * gate_scaling, sine * gate_scaling
     target = out + layer.to(tl.int64) * out_stride + ((place * KV_HEADS + head) * GATE_DIM)[:, None] + column[None, :]
     mask = is_touched[:, None] & is_column[None, :]
-    tl.store(target, first * cosine - second * sine, mask=mask)
-    tl.store(target + gate_half, second * cosine + first * sine, mask=mask)
+    turned, other_turned = first * cosine - second * sine, second * cosine + first * sine
+    tl.store(target, tl.clamp(turned, -LARGEST, LARGEST), mask=mask)
+    tl.store(target + gate_half, tl.clamp(other_turned, -LARGEST, LARGEST), mask=mask)
 
 
 @triton.jit

@@ -25,6 +25,12 @@ PROGRAMS_PER_SM = 2
 BLOCKS_PER_WARP = 256  # of a list: of 128 to 512 the best on an H100, where eight warps make lists of 128 Ki keys
 LINE = 32  # scores of 128 bytes: no two lists share a line, of which a multiprocessor may keep an old copy
 STAGES = 3
+PRODUCTS = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float8_e4m3fn: tl.float16,  # which holds all of FP8 and more of the query than bfloat16
+}
 
 
 def gate_scores_triton(
@@ -132,6 +138,7 @@ def _launch(
         BLOCK_N=block_n,
         BLOCK_ALL=block_all,
         FEW=min(FEW_BLOCKS, block_all),
+        PRODUCT=PRODUCTS[descriptors.dtype],
         STAGES=STAGES,
         OVERLAP=overlap,
         num_warps=num_warps,
@@ -189,6 +196,7 @@ def _score_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_ALL: tl.constexpr,
     FEW: tl.constexpr,
+    PRODUCT: tl.constexpr,
     STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -232,7 +240,7 @@ def _score_kernel(
             merged, positions, first_token + new, is_new, head, num_tokens, dim, is_dim, frequency, gain, other_gain,
             scaling, eps, KV_HEADS, GATE_DIM, SHARES, BLOCK_Q, BLOCK_H,
         )  # fmt: skip
-        asked = tl.trans(asked.to(descriptors.dtype.element_ty))
+        asked = tl.trans(asked.to(PRODUCT))
         for begin in tl.range(split * BLOCK_N, complete, splits * BLOCK_N, num_stages=STAGES):
             index = begin + tl.arange(0, BLOCK_N)
             part = tl.minimum(index, complete - 1) % PARTS
@@ -243,7 +251,7 @@ def _score_kernel(
                 described = tl.load(descriptors + place[:, None] + column[None, :])
             else:
                 described = tl.load(descriptors + place[:, None] + column[None, :], mask=is_column[None, :], other=0.0)
-            products = tl.dot(described, asked, input_precision="ieee") * scale
+            products = tl.dot(described.to(PRODUCT), asked, input_precision="ieee") * scale
             best = tl.max(tl.where(is_new[None, :], products, -float("inf")), axis=1)
             target = scores + index
             is_complete = index < complete

@@ -20,7 +20,7 @@ from launch.memory import Memory, Sizes, memory_of
 from launch.shares import count_parameters, empty_model, share_of
 from rl.ulysses import require_heads
 from rollout.gate_sampler import sample_bytes
-from rollout.lowbit import LowBitPolicy, require_readable
+from rollout.lowbit import LowBitPolicy, require_fp8, require_readable
 from rollout.memory import available_bytes, cache_budget
 from rollout.model import bytes_per_block, context_length, kv_shape, resolve_compute
 from rollout.selectors import require_sparse, share_of_cache
@@ -95,6 +95,8 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         require_sparse(config.sparse, model_config)
     if config.sparse.weights != "policy":
         require_readable(config.sparse.weights, torch.device(device))
+    if config.sparse.descriptors != "policy":
+        require_fp8(torch.device(device), key="sparse.descriptors", instead="policy")
     itemsize = getattr(torch, dtype).itemsize
     compute, rollout, train = config.compute, config.rollout, config.train
     is_separate = compute.placement == "separate"
@@ -173,7 +175,8 @@ def _kv_blocks(config: Config, model_config: PretrainedConfig, sizes: Sizes, *, 
 def _block_bytes(config: Config, model_config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Of a block of the KV cache, and of what sparse attention keeps beside it."""
     num_bytes = bytes_per_block(model_config, config.rollout.block_size, dtype)
-    return num_bytes + ceil(share_of_cache(config.sparse, kv_shape(model_config)[0]) * num_bytes)
+    num_layers = kv_shape(model_config)[0]
+    return num_bytes + ceil(share_of_cache(config.sparse, num_layers, itemsize=dtype.itemsize) * num_bytes)
 
 
 def _drafter_bytes(config: Config, model_config: PretrainedConfig, device: str, itemsize: int) -> DrafterBytes:

@@ -251,14 +251,19 @@ class LowBitPolicy:
 
 def require_readable(kind: Kind, device: torch.device) -> None:
     """Raise PreflightError where torch or the GPU lacks the type of the copy; on a CPU it is widened to multiply."""
-    remedy = "set sparse.weights=int8"
-    if kind == "fp8" and not hasattr(torch, "float8_e4m3fn"):
-        raise PreflightError(f"sparse.weights=fp8: torch {torch.__version__} has no float8_e4m3fn; {remedy}")
-    if kind == "fp8" and device.type == "cuda":
+    if kind == "fp8":
+        require_fp8(device, key="sparse.weights", instead="int8")
+
+
+def require_fp8(device: torch.device, *, key: str, instead: str) -> None:
+    """Raise PreflightError where torch or the GPU lacks the type, which this key asks for; and what to set instead."""
+    if not hasattr(torch, "float8_e4m3fn"):
+        raise PreflightError(f"{key}=fp8: torch {torch.__version__} has no float8_e4m3fn; set {key}={instead}")
+    if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) < (8, 9):
             raise PreflightError(
-                f"sparse.weights=fp8: a GPU of compute capability {major}.{minor} has no such type (8.9); {remedy}"
+                f"{key}=fp8: a GPU of compute capability {major}.{minor} has no such type (8.9); set {key}={instead}"
             )
 
 

@@ -26,7 +26,7 @@ from kernels.select import (
 )
 from rollout.gate_sampler import GateSampler
 from rollout.gate_selector import GateSelector
-from rollout.lowbit import LowBitPolicy
+from rollout.lowbit import LowBitPolicy, require_fp8
 from rollout.model import kv_shape
 from rollout.sparse import Part, Selector, SparseAttention
 from rollout.verified import VerifiedSelector
@@ -212,12 +212,13 @@ def choice_of(config: SparseConfig) -> Choice:
     )
 
 
-def share_of_cache(config: SparseConfig, num_layers: int) -> float:
+def share_of_cache(config: SparseConfig, num_layers: int, *, itemsize: int) -> float:
     """What the selectors that are configured keep of each block, relative to its keys and values; 0 where all are read.
 
-    Of gates as wide as the policy's heads.
+    Of gates as wide as the policy's heads. itemsize: of the policy's dtype.
     """
-    planes = {"quest": PLANES["minmax"], "resa": PLANES["minmax"], "mean": PLANES["mean"], "gate": 1}
+    gate = 1 if config.descriptors == "policy" else 1 / itemsize
+    planes = {"quest": PLANES["minmax"], "resa": PLANES["minmax"], "mean": PLANES["mean"], "gate": gate}
     if config.mode == "off":
         return 0.0
     alike = runs(config, num_layers)
@@ -242,7 +243,10 @@ def _selector(config: SparseConfig, policy: PreTrainedModel, layers: range, gate
             return HeadsSelector(heads[layers.start : layers.stop], choice, select_block=block)
         case "gate":
             assert gates is not None
-            return GateSelector(gates, choice, layers=layers)
+            if config.descriptors == "policy":
+                return GateSelector(gates, choice, layers=layers)
+            require_fp8(policy.device, key="sparse.descriptors", instead="policy")
+            return GateSelector(gates, choice, layers=layers, dtype=torch.float8_e4m3fn)
 
 
 def retrieval_heads(path: Path, model_config: PretrainedConfig, *, above: float) -> torch.Tensor:

@@ -187,7 +187,7 @@ def self_drafting(sparse: SparseConfig, num_layers: int) -> SelfDrafting:
         weights=1.0 if sparse.weights == "policy" else BITS_8,
         cached=round(sum(budgets) / max(1, len(budgets))),
         cached_share=sparse.budget_share,
-        described=share_of_cache(sparse, num_layers),
+        described=share_of_cache(sparse, num_layers, itemsize=2),  # of 16 bits, as BITS_8
         dense=1 - len(budgets) / num_layers,
     )
 

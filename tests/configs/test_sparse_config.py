@@ -62,6 +62,10 @@ def test_drafting_needs_no_more_than_its_mode(selector: str) -> None:
             r"sparse\.gate='GATES': sparse\.selector=quest reads none; set '', or .*=gate",
         ),
         (["sparse.learn=true"], r"sparse\.learn=True: sparse\.selector=quest has no gates; set false, or .*=gate"),
+        (
+            ["sparse.descriptors=fp8"],
+            r"sparse\.descriptors='fp8': sparse\.selector=quest has no gates; set policy, or .*=gate",
+        ),
         (["sparse.selector=duo"], r"sparse\.gate='': name DuoAttention's full_attention_heads\.tsv"),
         (
             ["sparse.selector=duo", "sparse.gate=HEADS", "sparse.budget_share=0.1"],

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from configs.schema import LayersConfig, RolloutConfig, SparseConfig
@@ -58,15 +59,16 @@ def attention(policy: PreTrainedModel, selector: str, budget: int) -> SparseAtte
     if selector == "by layer":
         layers = {"0": LayersConfig("quest"), "1": LayersConfig("verified", 48)}
         return make_sparse(replace(config, selector="quest", layers=layers), policy)
-    if selector == "gate":
+    if selector in ("gate", "gate-fp8"):
         gates = Gates(GateConfig.of(policy.config, select_block=16), seed=1).to(policy.device)
         layers = range(gates.config.num_layers)
-        by_gates = GateSelector(gates.requires_grad_(False), choice_of(config), layers=layers)
+        dtype = torch.float8_e4m3fn if selector == "gate-fp8" else None
+        by_gates = GateSelector(gates.requires_grad_(False), choice_of(config), layers=layers, dtype=dtype)
         return SparseAttention([Part(layers, by_gates)])
     return make_sparse(config, policy)
 
 
-@pytest.mark.parametrize("selector", ["quest", "mean", "verified", "streaming", "gate", "by layer"])
+@pytest.mark.parametrize("selector", ["quest", "mean", "verified", "streaming", "gate", "gate-fp8", "by layer"])
 @pytest.mark.parametrize("options", [{}, {"graph_mb": 0}, {"kv_tokens": 640}], ids=str)
 def test_no_selector_graph_or_preemption_changes_a_token(
     policy: PreTrainedModel, selector: str, options: dict[str, int]

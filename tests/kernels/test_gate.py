@@ -27,14 +27,23 @@ class Kernel:
     device: str
     dtype: torch.dtype
     tolerance: float
+    stored: torch.dtype | None = None  # descriptors; None: as dtype
 
 
+FP8 = torch.float8_e4m3fn
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="triton interprets only where no CUDA device is seen")
 KERNELS = [
     pytest.param(Kernel(gate_scores_reference, gate_choose_reference, "cpu", torch.float32, 1e-5), id="reference"),
     pytest.param(Kernel(gate_scores_triton, gate_choose_triton, "cpu", torch.float32, 1e-5), id="triton", marks=on_cpu),
+    pytest.param(Kernel(gate_scores_reference, gate_choose_reference, "cpu", torch.float32, 1e-5, FP8), id="fp8"),
+    pytest.param(
+        Kernel(gate_scores_triton, gate_choose_triton, "cpu", torch.float32, 1e-3, FP8), id="triton-fp8", marks=on_cpu
+    ),
     pytest.param(Kernel(gate_scores, gate_choose, "cuda", torch.float32, 1e-4), id="float32", marks=pytest.mark.gpu),
     pytest.param(Kernel(gate_scores, gate_choose, "cuda", torch.bfloat16, 3e-2), id="bfloat16", marks=pytest.mark.gpu),
+    pytest.param(
+        Kernel(gate_scores, gate_choose, "cuda", torch.bfloat16, 3e-2, FP8), id="bfloat16-fp8", marks=pytest.mark.gpu
+    ),
 ]
 
 
@@ -86,11 +95,13 @@ class Case:
         self.query = torch.randn(heads[0], sum(news), head_dim).to(**options).transpose(0, 1)
         self.positions = torch.cat([torch.arange(c, c + n) for c, n in zip(contexts, news, strict=True)])
         self.positions = self.positions.to(kernel.device)
-        self.described = torch.randn(len(contexts), width * parts, heads[1], gate_dim).to(**options)
-        self.descriptors = torch.full((num_blocks, parts, heads[1], gate_dim), torch.nan, **options)
+        stored = kernel.stored or kernel.dtype
+        described = torch.randn(len(contexts), width * parts, heads[1], gate_dim).to(kernel.device, stored)
+        self.described = described.to(kernel.dtype)
+        self.descriptors = described.new_full((num_blocks, parts, heads[1], gate_dim), torch.nan)
         for row, context in enumerate(contexts):
             index = torch.arange(context // SELECT_BLOCK)
-            self.descriptors[tables[row].long()[index // parts], index % parts] = self.described[row, : len(index)]
+            self.descriptors[tables[row].long()[index // parts], index % parts] = described[row, : len(index)]
         self.seqs = sequences(contexts, news, bound, tables.to(kernel.device), block_size)
 
     @property

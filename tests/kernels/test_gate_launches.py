@@ -14,24 +14,28 @@ from kernels.select import BlockLists, Choice
 # in a process of its own, without the interpreter, which takes anything; no GPU takes part
 COMPILE = """
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels.gate_compress_triton import _compress_kernel
 from kernels.gate_queries_triton import _merge_kernel
 from kernels.gate_triton import _score_kernel
 
-STORED = ("query", "weight", "norm", "descriptors", "storage", "out")
+STORED = ("query", "weight", "norm", "storage")
+DESCRIPTORS = ("descriptors", "out")
 FLOATS = ("frequencies", "gate_frequencies", "merged", "scores")
 INTEGERS = ("block_tables", "begins", "ends", "cu_seqlens", "context_lens", "blocks", "counts", "arrived")
 NUMBERS = ("scaling", "gate_scaling", "eps", "scale", "log_threshold")
 
 
-def compiles(kernel, num_warps, **constants):
+def compiles(kernel, num_warps, descriptors="*bf16", **constants):
     signature = {}
     for parameter in kernel.params:
         name = parameter.name
         if name in constants:
             signature[name] = "constexpr"
+        elif name in DESCRIPTORS:
+            signature[name] = descriptors
         elif name in STORED + FLOATS + INTEGERS:
             signature[name] = "*bf16" if name in STORED else "*fp32" if name in FLOATS else "*i32"
         else:
@@ -48,13 +52,14 @@ for tokens, heads in ((16, 1), (64, 8)):
         _merge_kernel, 4, GROUPS=8, HEADS=heads, HEAD_DIM=128, BLOCK_T=tokens, BLOCK_H=64, BLOCK_O=128, **shape
     )
 score = dict(SHARES=8, PARTS=1, SELECT_BLOCK=64, BLOCK_H=64, FEW=1024, STAGES=3, CHOOSE=True, **shape)
-for many, tokens in ((False, 16), (True, 64)):
-    compiles(
-        _score_kernel, 8, HAS_THRESHOLD=True, MANY=many, BLOCK_Q=tokens, BLOCK_N=128, BLOCK_ALL=2048, **score
-    )
-compiles(
-    _compress_kernel, 4, PARTS=1, SELECT_BLOCK=64, HEAD_DIM=128, ITEMS=16, BLOCK_T=64, BLOCK_H=64, BLOCK_O=64, **shape
-)
+compress = dict(PARTS=1, SELECT_BLOCK=64, HEAD_DIM=128, ITEMS=16, BLOCK_T=64, BLOCK_H=64, BLOCK_O=64, **shape)
+for descriptors, product, largest in (("*bf16", tl.bfloat16, 3e38), ("*fp8e4nv", tl.float16, 448.0)):
+    for many, tokens in ((False, 16), (True, 64)):
+        compiles(
+            _score_kernel, 8, descriptors, HAS_THRESHOLD=True, MANY=many, BLOCK_Q=tokens, BLOCK_N=128, BLOCK_ALL=2048,
+            PRODUCT=product, **score
+        )
+    compiles(_compress_kernel, 4, descriptors, LARGEST=largest, **compress)
 """
 
 

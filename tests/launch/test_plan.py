@@ -16,6 +16,8 @@ from configs.errors import ConfigError, PacelineError, PreflightError
 from configs.load import parse
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.export import write_drafter
+from drafter.gate import GateConfig, Gates
+from drafter.gate_checkpoint import write_gates
 from drafter.layouts import Origin
 from launch.memory import Memory
 from launch.plan import Plan, derive, table
@@ -150,13 +152,18 @@ def test_a_drafter_that_cannot_be_trained_is_found_before_a_run_is_made(model_co
         plan_for(model_config, "spec.source=eagle", "spec.top_k=1", "drafter.unroll=16", "drafter.window=16")
 
 
-def test_a_gpu_without_the_copys_type_is_found_before_a_run_is_made(
-    model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_without_fp8_is_found_before_a_run_is_made(
+    model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("launch.plan.resolve_compute", lambda _: ("cuda", "bfloat16"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(PreflightError, match=r"8\.0 has no such type"):
         plan_for(model_config, "sparse.mode=draft", "sparse.weights=fp8", "sparse.budget_tokens=300")
+    written = Gates(GateConfig.of(model_config, select_block=16))
+    write_gates(tmp_path, written, model_config=model_config, base_model="tiny", dtype=torch.bfloat16)
+    gates = [f"sparse.gate={tmp_path}", "sparse.selector=gate", "sparse.select_block=16", "sparse.descriptors=fp8"]
+    with pytest.raises(PreflightError, match=r"8\.0 has no such type.*set sparse\.descriptors=policy"):
+        plan_for(model_config, "sparse.mode=draft", *gates, "sparse.budget_tokens=300")
 
 
 def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> None:

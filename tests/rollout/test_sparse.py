@@ -101,9 +101,10 @@ def attention(policy: PreTrainedModel, selector: str, config: SparseConfig, fold
     """The tiny policy's sparse attention under a selector that is configured, or one of random gates, or the worst."""
     if selector == "worst":
         return SparseAttention([Part(range(2), WorstSelector())])
-    if selector == "gate":
+    if selector in ("gate", "gate-fp8"):
         gates = Gates(GateConfig.of(policy.config, select_block=config.block_tokens), seed=1)
-        by_gates = GateSelector(gates.requires_grad_(False), choice_of(config), layers=range(2))
+        dtype = torch.float8_e4m3fn if selector == "gate-fp8" else None
+        by_gates = GateSelector(gates.requires_grad_(False), choice_of(config), layers=range(2), dtype=dtype)
         return SparseAttention([Part(range(2), by_gates)])
     heads = folder / "full_attention_heads.tsv"
     heads.write_text("0.9\t0.1\n0.2\t0.3\n")
@@ -116,7 +117,7 @@ def accepted(rollouts: dict[Key, Rollout]) -> tuple[int, int]:
     return sum(spec.accepted for spec in specs), sum(spec.proposed for spec in specs)
 
 
-@pytest.mark.parametrize("selector", [*SELECTORS, "worst"])
+@pytest.mark.parametrize("selector", [*SELECTORS, "gate-fp8", "worst"])
 def test_no_selector_changes_what_is_sampled(
     selector: str,
     make: Callable[..., NativeEngine],

@@ -148,8 +148,8 @@ def test_what_a_selector_keeps_is_counted_with_the_cache(
     assert engine.sparse is not None and engine._workspace.cache is not None
     (part,) = engine.sparse.parts
     kept = getattr(part.selector, "descriptors", torch.empty(0)).nbytes
-    assert kept == share_of_cache(config, 2) * engine._workspace.cache.storage.nbytes
-    assert engine.sparse.share_of_cache(2) == share_of_cache(config, 2)
+    assert kept == share_of_cache(config, 2, itemsize=4) * engine._workspace.cache.storage.nbytes
+    assert engine.sparse.share_of_cache(2) == share_of_cache(config, 2, itemsize=4)
 
 
 def test_what_is_kept_of_rows_is_what_the_plan_counts(

@@ -39,14 +39,14 @@ OPTIONS = RolloutConfig(block_size=16, max_running=6)
 
 def drafting(
     policy: PreTrainedModel,
-    selector: Literal["quest", "mean", "verified", "gate"],
+    selector: Literal["quest", "mean", "verified", "gate", "gate-fp8"],
     drafter: ResidentDrafter | None = None,
 ) -> NativeEngine:
     """An engine that drafts with its own policy; by gates, with random ones."""
-    if selector == "gate":
+    if selector in ("gate", "gate-fp8"):
         gates = Gates(GateConfig.of(policy.config, select_block=4), seed=1).requires_grad_(False)
-        layers = range(2)
-        sparse = SparseAttention([Part(layers, GateSelector(gates, choice_of(SPARSE), layers=layers))])
+        layers, dtype = range(2), torch.float8_e4m3fn if selector == "gate-fp8" else None
+        sparse = SparseAttention([Part(layers, GateSelector(gates, choice_of(SPARSE), layers=layers, dtype=dtype))])
     else:
         sparse = make_sparse(replace(SPARSE, selector=selector), policy)
     chooser = FixedChooser(STRATEGY)
@@ -81,9 +81,9 @@ def fresh_prefill(policy: PreTrainedModel, tokens: list[int], selector: Describe
 
 
 @pytest.mark.parametrize("make_drafter", [SelfDrafter, three_tiers], ids=["two tiers", "three tiers"])
-@pytest.mark.parametrize("selector", ["quest", "mean", "gate"])
+@pytest.mark.parametrize("selector", ["quest", "mean", "gate", "gate-fp8"])
 def test_after_rejections_cache_and_descriptors_are_those_of_a_fresh_dense_prefill(
-    selector: Literal["quest", "mean", "gate"],
+    selector: Literal["quest", "mean", "gate", "gate-fp8"],
     make_drafter: Callable[[], ResidentDrafter],
     policy: PreTrainedModel,
     long_prompts: list[Prompt],
@@ -114,7 +114,11 @@ def test_after_rejections_cache_and_descriptors_are_those_of_a_fresh_dense_prefi
                 tables = torch.from_numpy(sequence.block_table.copy()).long()
                 found = chosen.descriptors[:, tables[blocks // 4], blocks % 4]
                 wanted = fresh.descriptors[:, blocks // 4, blocks % 4]
-                torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+                atol, rtol = 1e-4, 1e-4
+                if selector == "gate-fp8":  # next to a border such sums fall to either side of it
+                    found, wanted, atol, rtol = found.float(), wanted.float(), 2**-9, 2**-3
+                    assert (found == wanted).float().mean() > 0.99
+                torch.testing.assert_close(found, wanted, atol=atol, rtol=rtol)
                 compared += sum(sequence.proposed_by_depth) > sum(sequence.accepted_by_depth)
         return compared
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -305,17 +305,23 @@ def test_gates_learn_of_the_layers_that_go_by_them_and_of_the_least_of_their_bud
     assert (sampler._layers, sampler.budget_blocks) == ([1, 3], 4)
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("mix", "descriptors"), [*((mix, "policy") for mix in MIXES), ("gates", "fp8")])
 def test_what_is_kept_beside_the_cache_is_what_the_plan_counts(
-    mix: str, deep: PreTrainedModel, make: Callable[..., NativeEngine], collect: Collect, long_prompts: list[Prompt]
+    mix: str,
+    descriptors: Literal["policy", "fp8"],
+    deep: PreTrainedModel,
+    make: Callable[..., NativeEngine],
+    collect: Collect,
+    long_prompts: list[Prompt],
 ) -> None:
-    config = replace(SPARSE, layers=MIXES[mix])
+    config = replace(SPARSE, layers=MIXES[mix], descriptors=descriptors)
     engine = make(deep, config)
     collect(engine, long_prompts[:1], replace(SAMPLING, max_new_tokens=1))
     assert engine.sparse is not None and engine._workspace.cache is not None
     kept = sum(getattr(part.selector, "descriptors", torch.empty(0)).nbytes for part in engine.sparse.parts)
-    assert kept == share_of_cache(config, 4) * engine._workspace.cache.storage.nbytes
-    assert engine.sparse.share_of_cache(4) == pytest.approx(share_of_cache(config, 4))
+    share = share_of_cache(config, 4, itemsize=4)
+    assert kept == share * engine._workspace.cache.storage.nbytes
+    assert engine.sparse.share_of_cache(4) == pytest.approx(share)
     watching = [part for part in engine.sparse.parts if isinstance(part.selector, VerifiedSelector)]
     for part in watching:
         assert isinstance(part.selector, VerifiedSelector)
