@@ -208,7 +208,9 @@ def sparse(
     batches: Annotated[str, typer.Option(help="Sequences that decode.")] = "1,4,8,16",
     contexts: Annotated[str, typer.Option(help="Keys of each.")] = "8192,32768,131072",
     left_out: Annotated[str, typer.Option(help="Blocks that are not read, in percent.")] = "50,60,70,80,90",
-    selectors: Annotated[str, typer.Option(help="Who picks the blocks: gate,quest,mean.")] = "gate,quest",
+    selectors: Annotated[
+        str, typer.Option(help="Who picks the blocks: of gate, gate-fp8, quest, mean.")
+    ] = "gate,quest",
     fa3: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Python with vLLM, or a wheel's vllm_flash_attn: FlashAttention-3 beside."),

@@ -28,8 +28,9 @@ def selection(
     selectors: Annotated[
         str,
         typer.Option(
-            help="Of quest (or resa), mean, streaming, verified, gate, and best: by hindsight. '': all. Not duo, which "
-            "picks heads by a calibration of their own, not blocks by budget: see sparse-rollout."
+            help="Of quest (or resa), mean, streaming, verified, gate, gate-fp8 (descriptors in FP8), and best: by "
+            "hindsight. '': all. Not duo, which picks heads by a calibration of their own, not blocks by budget: see "
+            "sparse-rollout."
         ),
     ] = "",
     budgets: Annotated[str, typer.Option(help="Tokens that are attended to.")] = "256,512,1024,2048",
@@ -56,7 +57,9 @@ def selection(
     from rollout.model import load_config
     from rollout.pretrained import load_tokenizer, resolve
 
-    chosen = named or tuple(name for name in bench_selection.KNOWN if name != "resa" and (name != "gate" or gate))
+    chosen = named or tuple(
+        name for name in bench_selection.KNOWN if name != "resa" and (name not in bench_selection.GATED or gate)
+    )
     sparse = SparseConfig(gate=gate, select_block=block, dense_layers=dense_layers)
     job = bench_selection.Job(texts, tokens, places, draws, chosen, sizes, sparse, seed)
     bench_selection.require(job)
@@ -73,7 +76,10 @@ def sparse_rollout(
     model: RealModel = DEFAULT_MODEL,
     modes: Annotated[str, typer.Option(help="Of off, draft, rectified, plain.")] = "off,draft,rectified,plain",
     selectors: Annotated[
-        str, typer.Option(help="draft goes by each of them in turn, the lossy modes by the first.")
+        str,
+        typer.Option(
+            help="draft goes by each of them in turn, the lossy modes by the first. gate-fp8: FP8 descriptors."
+        ),
     ] = "quest,mean,streaming,verified",
     gate: GateOrHeads = "",
     text: Text = None,

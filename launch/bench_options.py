@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,6 +32,7 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Where 
 
 PYTHON = Path(sys.executable)
 ANY_WIDTH = 1000
+GATE_FP8 = "gate-fp8"  # to benchmarks, which compare them, gates under sparse.descriptors=fp8 are another selector
 
 
 def numbers(option: str, text: str) -> list[int]:
@@ -42,6 +44,17 @@ def numbers(option: str, text: str) -> list[int]:
     if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
         raise ConfigError(f"{option} {text!r}: give different positive numbers with commas between, as in 1,8,32")
     return numbers
+
+
+def picking_by(named: str, sparse: "SparseConfig", **others: Any) -> "SparseConfig":
+    """What a selector's name in a benchmark means. others: further fields that change."""
+    others |= {"selector": "gate", "descriptors": "fp8"} if named == GATE_FP8 else {"selector": named}
+    return replace(sparse, **others)
+
+
+def named_by(sparse: "SparseConfig") -> str:
+    """A selector's name in a benchmark."""
+    return GATE_FP8 if sparse.descriptors == "fp8" else sparse.selector
 
 
 def require_budget(option: str, sparse: "SparseConfig") -> None:

@@ -7,7 +7,7 @@ token moves, and how often the same noise draws the same token from both: the ra
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from configs.schema import SparseConfig
 from kernels.attention import PackedSequences
 from kernels.sample import noise_key, sample
 from launch.agreement import divergence
-from launch.bench_options import require_budget, require_part
+from launch.bench_options import GATE_FP8, picking_by, require_budget, require_part
 from launch.bench_report import WrongResultError, plain_table, provenance, say, shape
 from launch.geometry import Subject
 from launch.teacher_forced import BLOCK_SIZE, Forced, Places
@@ -27,7 +27,8 @@ from launch.weighed import BEST, Side, Weighed
 from rollout.model import context_length, forward_packed
 from rollout.selectors import make_sparse, require_sparse
 
-KNOWN = ("quest", "mean", "streaming", "verified", "gate", BEST, "resa")  # the last is the first by another name
+GATED = ("gate", GATE_FP8)
+KNOWN = ("quest", "mean", "streaming", "verified", *GATED, BEST, "resa")  # the last is the first by another name
 ROWS = 64  # places of a text forwarded at once
 # nats by which a dense forward may differ from training's, and one that reads everything from a dense one
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -92,9 +93,10 @@ def require(job: Job) -> None:
         )
     if unknown := [each for each in job.selectors if each not in KNOWN]:
         raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(KNOWN)}")
-    if "gate" in job.selectors and not job.sparse.gate:
-        raise ConfigError("--selectors gate needs --gate FOLDER, as `paceline gate train` writes it")
-    if job.sparse.gate and "gate" not in job.selectors:
+    gated = [each for each in job.selectors if each in GATED]
+    if gated and not job.sparse.gate:
+        raise ConfigError(f"--selectors {gated[0]} needs --gate FOLDER, as `paceline gate train` writes it")
+    if job.sparse.gate and not gated:
         raise ConfigError(f"--gate {job.sparse.gate}: nobody reads it; add gate to --selectors, or leave it out")
     if job.tokens <= job.places + job.sparse.depth + 1:
         raise ConfigError(f"--tokens {job.tokens} leaves nothing before the last --places {job.places}; give more")
@@ -121,8 +123,8 @@ def require_fit(job: Job, model_config: PretrainedConfig) -> None:
 
 def config_of(job: Job, selector: str, budget: int) -> SparseConfig:
     """How one selector picks under one budget."""
-    named: Any = "quest" if selector == BEST else selector
-    return replace(job.sparse, selector=named, budget_tokens=budget, gate=job.sparse.gate if named == "gate" else "")
+    named = "quest" if selector == BEST else selector
+    return picking_by(named, job.sparse, budget_tokens=budget, gate=job.sparse.gate if named in GATED else "")
 
 
 def make_side(job: Job, model: PreTrainedModel, selector: str, budget: int) -> Side:

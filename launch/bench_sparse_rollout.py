@@ -19,7 +19,7 @@ from configs.schema import Config, DrafterConfig, RolloutConfig, SelectorName, S
 from drafter.types import OFF, Strategy
 from launch.agreement import verify
 from launch.bench_drift import Key, diverge, summary
-from launch.bench_options import require_budget, require_part
+from launch.bench_options import GATE_FP8, named_by, picking_by, require_budget, require_part
 from launch.bench_report import in_turns, plain_table, provenance, say, shape, spread
 from launch.bench_rollout import PREFILL_TOKENS, PROBE_TOKENS, generate, random_prompts, sampling, synchronize
 from launch.drafting import make_drafting, starting_shape
@@ -39,9 +39,9 @@ COMPARED = 8  # rollouts of a mode whose first difference from "off" is looked i
 ALL_BUT = 0.9  # of the rollouts: what comes after so many have finished is the tail
 LIMIT = 2.0  # tokens a second of the best drafting mode over "off", at least (issue 6)
 MODES = ("off", "draft", "rectified", "plain")
-SELECTORS = get_args(SelectorName)
+SELECTORS = (*get_args(SelectorName), GATE_FP8)
 INNERS = get_args(get_type_hints(SparseConfig)["inner"])
-GATED = {"gate", "duo"}  # what reads --gate
+GATED = {"gate", GATE_FP8, "duo"}  # what reads --gate
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def require(job: Job) -> None:
         raise ConfigError(f"--selectors {min(trained)} needs --gate: what sparse.gate names in a recipe")
     if job.sparse.gate and not trained:
         raise ConfigError(f"--gate {job.sparse.gate}: nobody reads it; add gate or duo to --selectors, or leave it out")
-    if trained == GATED:
+    if "duo" in trained and len(trained) > 1:
         raise ConfigError("--selectors: gate and duo each read another --gate; measure one at a time")
     if unknown := [inner for inner in job.inners if inner not in INNERS]:
         raise ConfigError(f"--inner: {unknown[0]!r} is none of {', '.join(INNERS)}")
@@ -181,11 +181,11 @@ def configs_of(job: Job) -> list[SparseConfig]:
     found = []
     for mode in job.modes:
         for selector in job.selectors if mode == "draft" else job.selectors[:1]:
-            kind: Any = {"mode": mode, "selector": selector}
+            kind: Any = {"mode": mode}
             kind["weights"] = job.sparse.weights if mode == "draft" else "policy"
             kind["gate"] = job.sparse.gate if selector in GATED else ""
             inners: Any = job.inners if mode == "draft" else ("off",)
-            found += [replace(job.sparse, **kind, inner=inner) for inner in inners]
+            found += [picking_by(selector, job.sparse, **kind, inner=inner) for inner in inners]
     return found
 
 
@@ -195,7 +195,7 @@ def make_sides(model: PreTrainedModel, job: Job) -> list[Side]:
 
 
 def _side(config: SparseConfig, model: PreTrainedModel, job: Job) -> Side:
-    names: list[str] = ["off"] if config.mode == "off" else [config.mode, config.selector]
+    names: list[str] = ["off"] if config.mode == "off" else [config.mode, named_by(config)]
     if config.inner != "off":
         names.append(config.inner)
     strategy = OFF
@@ -303,7 +303,7 @@ def _cell(
     cell: dict[str, Any] = {
         "name": side.name,
         "mode": side.config.mode,
-        "selector": None if side.config.mode == "off" else side.config.selector,
+        "selector": None if side.config.mode == "off" else named_by(side.config),
         "inner": side.config.inner,
         "sampled_under": side.under,
         "strategy": asdict(side.strategy),

@@ -13,9 +13,10 @@ from kernels.gate import GateWeights, Rotation, gate_choose
 from kernels.select import BlockLists, Choice, bound_scores, choose_blocks, mean_scores
 from kernels.sparse_attention import sparse_attention
 from launch.bench_attention import Heads, in_order
+from launch.bench_options import GATE_FP8
 
 BLOCK_SIZE = 64
-SELECT_BLOCK = {"gate": 64, "quest": 16, "mean": 64}
+SELECT_BLOCK = {"gate": 64, GATE_FP8: 64, "quest": 16, "mean": 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,11 @@ def operands(
     )
     storage = torch.randn(1, 2, num_blocks, BLOCK_SIZE, heads.key, heads.dim, dtype=dtype, device=device)
     query = torch.randn(batch, heads.query, heads.dim, dtype=dtype, device=device)
-    if selector == "gate":
+    if selector in ("gate", GATE_FP8):
         gates = random_gates(heads, dtype=dtype, device=device)
         described = torch.randn(1, num_blocks, 1, heads.key, heads.dim, dtype=dtype, device=device)
+        if selector == GATE_FP8:
+            described = described.to(torch.float8_e4m3fn)
         return Operands(length, query, storage, tables, seqs, described, gates)
     kind: Any = {"quest": "minmax", "mean": "mean"}[selector]
     described = empty_descriptors(kind, storage, select_block=SELECT_BLOCK[selector])

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from configs.errors import ConfigError, DataError
 from configs.schema import SparseConfig
+from drafter.gate import GateConfig, Gates
+from drafter.gate_checkpoint import write_gates
 from kernels.attention import PackedSequences, paged_sequences
 from launch import bench_selection
 from launch.bench import app
@@ -90,6 +92,17 @@ def test_the_best_blocks_keep_more_attention_than_any_selector_finds(subject: Su
     cells = measured(subject, make_job(selectors=("quest", "streaming", "verified", "best")))
     # of the first layer alone all sides ask the same: deeper ones ask what the layers before made of them
     assert cells["best", 64]["mass"] > max(cells[name, 64]["mass"] for name in ("quest", "streaming", "verified"))
+
+
+def test_descriptors_in_fp8_are_compared_with_those_of_the_policys_type(subject: Subject, tmp_path: Path) -> None:
+    gates = Gates(GateConfig.of(subject.model.config, select_block=4), seed=1)
+    write_gates(tmp_path, gates, model_config=subject.model.config, base_model="tiny", dtype=torch.float32)
+    sparse = SparseConfig(window=16, select_block=4, gate=str(tmp_path))
+    job = make_job(selectors=("gate", "gate-fp8"), sparse=sparse)
+    bench_selection.require(job)
+    cells = measured(subject, job)
+    assert cells["gate-fp8", 64]["mass"] == pytest.approx(cells["gate", 64]["mass"], abs=0.05)
+    assert cells["gate-fp8", 64]["kl"] != cells["gate", 64]["kl"]
 
 
 @pytest.mark.parametrize("place", [63, 64, 65, 130, 191])

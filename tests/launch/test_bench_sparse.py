@@ -19,7 +19,7 @@ HEADS = Heads(4, 2, 64)
 
 
 def make_job(**changes: object) -> bench_sparse.Job:
-    how = {"sizes": ((2, 300),), "sparsities": (0.5,), "selectors": ("gate", "quest", "mean"), "seed": 0}
+    how = {"sizes": ((2, 300),), "sparsities": (0.5,), "selectors": ("gate", "gate-fp8", "quest", "mean"), "seed": 0}
     return bench_sparse.Job(heads=HEADS, device="cpu", dtype="float32", **(how | changes))  # type: ignore[arg-type]
 
 
@@ -37,11 +37,11 @@ def test_the_command_writes_a_line_for_every_cell(tmp_path: Path) -> None:
         assert cell["speedup"] == pytest.approx(fastest / cell["us"]["median"])
 
 
-@pytest.mark.parametrize("selector", ["gate", "quest", "mean"])
+@pytest.mark.parametrize("selector", ["gate", "gate-fp8", "quest", "mean"])
 def test_lists_are_short_and_their_masked_form_is_what_sparse_attention_computes(selector: str) -> None:
     torch.manual_seed(0)
     given = operands(HEADS, 2, 300, selector, dtype=torch.float32, device=torch.device("cpu"))
-    block = {"gate": 64, "quest": 16, "mean": 64}[selector]
+    block = {"gate": 64, "gate-fp8": 64, "quest": 16, "mean": 64}[selector]
     choice = Choice(max_blocks=2, budget_blocks=2)
     lists = given.lists(choice, block)
     assert int(lists.counts.max()) <= 2
@@ -60,7 +60,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--selectors", "guess"], "'guess' is none of gate, quest, mean"),
+        (["--selectors", "guess"], "'guess' is none of gate, gate-fp8, quest, mean"),
         (["--selectors", ""], "--selectors '': give different names with commas between"),
         (["--selectors", "quest,quest"], "--selectors 'quest,quest': give different names"),
         (

@@ -13,6 +13,8 @@ from configs.errors import ConfigError
 from configs.schema import SparseConfig
 from drafter.eagle import EagleConfig, EagleHead
 from drafter.export import write_drafter
+from drafter.gate import GateConfig, Gates
+from drafter.gate_checkpoint import write_gates
 from drafter.layouts import Origin
 from launch import bench_sparse_rollout
 from launch.bench import app
@@ -108,6 +110,15 @@ def test_drafts_alone_read_a_copy_of_the_weights(subject: Subject) -> None:
     assert [side.config.weights for side in sides] == ["policy", "int8", "policy", "policy"]
 
 
+def test_descriptors_in_fp8_are_a_side_of_their_own(subject: Subject, tmp_path: Path) -> None:
+    gates = Gates(GateConfig.of(subject.model.config, select_block=8), seed=1)
+    write_gates(tmp_path, gates, model_config=subject.model.config, base_model="tiny", dtype=torch.float32)
+    sparse = SparseConfig(budget_tokens=BUDGET, select_block=8, depth=4, window=16, gate=str(tmp_path))
+    cells = measured(subject, make_job(sparse=sparse, selectors=("gate", "gate-fp8"), modes=("off", "draft")))
+    assert [cell["selector"] for cell in cells.values()] == [None, "gate", "gate-fp8"]
+    assert [cells[name]["equal"] for name in ("draft gate", "draft gate-fp8")] == [3, 3]
+
+
 def test_a_timed_run_finds_all_its_rows_made(subject: Subject) -> None:
     job = make_job(modes=("draft",), selectors=("streaming",))
     (side,) = bench_sparse_rollout.make_sides(subject.model, job)
@@ -169,6 +180,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(subject: Subject, changes
         (["--modes", "off,fast"], "--modes: 'fast' is none of off, draft"),
         (["--selectors", "guess"], "--selectors: 'guess' is none of quest"),
         (["--selectors", "gate"], "--selectors gate needs --gate"),
+        (["--selectors", "gate-fp8,duo", "--gate", "G"], "--selectors: gate and duo each read another --gate"),
         (["--selectors", "gate,duo", "--gate", "G"], "--selectors: gate and duo each read another --gate"),
         (["--selectors", "duo", "--gate", "/no/such/heads"], "/no/such/heads is no full_attention_heads.tsv"),
         (["--gate", "G"], "--gate G: nobody reads it; add gate or duo to --selectors, or leave it out"),
