@@ -21,14 +21,14 @@ from drafter.gate_training import GateStats, GateTrainer, LayerSample
 from kernels.attention import PackedSequences, packed_attention
 from kernels.pooled_attention import block_weights, pooled_attention
 from launch.bench_report import provenance
-from launch.natural_text import natural_tokens, whole_pieces
+from launch.natural_text import tokens_of, whole_pieces
 from launch.offline import split, texts_for
 from launch.subject import Subject
 from rl.export import staged
 from rollout.model import forward_packed
 from rollout.pretrained import hub_name
 
-HELDOUT = 8  # one sequence in so many of a file is kept from training
+HELDOUT = 8  # one sequence in so many of a text is kept from training
 MEASURED_TOKENS = 64  # of a held-out sequence, evenly from its later half: each costs a row of dense attention
 
 Report = Callable[[int, GateStats], None]
@@ -54,12 +54,11 @@ def of_answers(subject: Subject, count: int, *, answers: Literal["policy", "solu
     return _require(Sequences(learned, heldout), length, "raise --texts")
 
 
-def of_file(path: Path, subject: Subject, length: int) -> Sequences:
-    """A file's text, cut to sequences; the last of them held out. Raises DataError."""
-    _, tokens = natural_tokens(subject.tokenizer, path)
-    pieces = whole_pieces(tokens, length)
+def of_text(text: str, subject: Subject, length: int) -> Sequences:
+    """A text, cut to sequences; the last of them held out. Raises DataError."""
+    pieces = whole_pieces(tokens_of(subject.tokenizer, text), length)
     kept = max(1, len(pieces) // HELDOUT)
-    return _require(Sequences(pieces[:-kept], pieces[-kept:]), length, "give a longer file")
+    return _require(Sequences(pieces[:-kept], pieces[-kept:]), length, "give a longer --text")
 
 
 def train_gates(

@@ -46,18 +46,17 @@ def train(
     layout: Annotated[Literal["eagle3", "speculators"], typer.Option("--format", help="Of OUT.")] = "eagle3",
 ) -> None:
     """Warm a drafter up: on what a policy says, on worked solutions, or on a text."""
-    if text is not None:
-        read_text(text)  # what is wrong with it is said before the policy is loaded
+    given = None if text is None else read_text(text)  # what is wrong with it is said before the policy is loaded
     subject = load_source(source, overrides)
     from launch import offline
     from rl.export_drafter import require_drafter_place
 
     require_drafter_place(out, offline.drafter_shape(subject.config, subject.policy.config))
     console = Console()
-    if text is None:
+    if given is None:
         learned = offline.texts_for(subject, texts, answers=answers)
     else:
-        learned = offline.texts_of(text, subject, texts, length=length)
+        learned = offline.texts_of(given, subject, texts, length=length)
     console.print(f"{len(learned)} texts, {sum(len(text.token_ids) for text in learned):,} tokens", highlight=False)
 
     def report(step: int, stats: "DrafterStats") -> None:

@@ -67,8 +67,7 @@ def train(
 
     # before the policy is loaded, which may take minutes
     require_free(out)
-    if text is not None:
-        read_text(text)
+    given = None if text is None else read_text(text)
     subject = load_source(source, overrides)
     from drafter.gate import GateConfig, Gates
     from launch import distil, offline
@@ -77,10 +76,10 @@ def train(
     gates = Gates(GateConfig.of(subject.policy.config, select_block=block), seed=subject.config.run.seed)
     gates = gates.to(subject.device)
     console = Console(highlight=False, soft_wrap=True)
-    if text is None:
+    if given is None:
         sequences = distil.of_answers(subject, texts, answers=answers, length=length)
     else:
-        sequences = distil.of_file(text, subject, length)
+        sequences = distil.of_text(given, subject, length)
     console.print(f"{len(sequences.learned)} sequences of {length:,} tokens, and {len(sequences.heldout)} held out")
 
     losses: list[float] = []

@@ -20,8 +20,14 @@ def natural_tokens(tokenizer: Any, path: Path | None) -> tuple[str, list[int]]:
         name, text = PYTHON_TOPICS, "\n\n".join(topics.topics.values())
     else:
         name, text = str(path), read_text(path)
+    return name, tokens_of(tokenizer, text)
+
+
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens, without any that begin or end one."""
     # said once for all of it: that it is longer than the model's context is meant
-    return name, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    token_ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return token_ids
 
 
 def read_text(path: Path) -> str:

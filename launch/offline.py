@@ -20,7 +20,7 @@ from drafter.evaluate import Cycles, walk
 from drafter.layouts import Layout
 from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary, evaluate, require_unroll
 from launch.drafting import starting_head, starting_shape
-from launch.natural_text import natural_tokens, whole_pieces
+from launch.natural_text import tokens_of, whole_pieces
 from launch.subject import Subject, policy_answers, sampled_texts, solved_texts
 from launch.windows import Context, features, training_batches
 from rl.export import newest_intact
@@ -32,7 +32,7 @@ from rollout.types import Prompt
 
 HELDOUT = 8  # one prompt in so many is kept from training, to say how well the drafter does on others
 MEASURED = 8  # batches of texts held out that this is said of, at most
-PIECE_PROMPT = 16  # tokens of a file's pieces that stand for a prompt, which tells them apart
+PIECE_PROMPT = 16  # tokens of a text's pieces that stand for a prompt, which tells them apart
 CONTEXTS: tuple[Context, ...] = ("rollout", "server")  # a drafter for both reads as both have it read
 
 Report = Callable[[int, DrafterStats], None]
@@ -129,17 +129,17 @@ def texts_for(subject: Subject, count: int, *, answers: Literal["policy", "solut
     return policy_answers(subject, prompts, temperature=subject.config.rollout.temperature)[0]
 
 
-def texts_of(path: Path, subject: Subject, count: int, *, length: int) -> list[Text]:
-    """What to learn from of a file: its first pieces of so many tokens, each begun by its first PIECE_PROMPT.
+def texts_of(text: str, subject: Subject, count: int, *, length: int) -> list[Text]:
+    """What to learn from of a text: its first pieces of so many tokens, each begun by its first PIECE_PROMPT.
 
     Raises ConfigError for longer ones than the policy takes, DataError where there are fewer than two.
     """
     require_length(subject, length)
-    name, tokens = natural_tokens(subject.tokenizer, path)
+    tokens = tokens_of(subject.tokenizer, text)
     pieces = whole_pieces(tokens, length)[:count]
     if len(pieces) < 2:
         raise DataError(
-            f"{name} has {len(tokens)} tokens, not two pieces of {length}; give a longer --text, or --length"
+            f"--text has {len(tokens)} tokens, not two pieces of {length}; give a longer one, or a shorter --length"
         )
     return [Text(piece, num_prompt=PIECE_PROMPT) for piece in pieces]
 

@@ -1,6 +1,8 @@
 """What several tests of launch share."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,21 @@ def refuses_unread(
             app([command, *usual, *options], standalone_mode=False)
 
     return refuses
+
+
+@pytest.fixture
+def piped() -> Iterator[Callable[[str], Path]]:
+    """A file of this short text that is empty once it was read, as <(...) of a shell is."""
+    with ExitStack() as open_ends:
+
+        def pipe(text: str) -> Path:
+            reading, writing = os.pipe()
+            open_ends.callback(os.close, reading)
+            os.write(writing, text.encode())
+            os.close(writing)
+            return Path(f"/dev/fd/{reading}")
+
+        yield pipe
 
 
 @pytest.fixture(scope="session")

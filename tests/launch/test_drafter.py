@@ -110,18 +110,19 @@ def test_a_drafter_is_trained_measured_and_trained_on(
 
 
 def test_a_drafter_learns_from_a_text(
-    recipe: Path, tmp_path: Path, paceline: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    tmp_path: Path,
+    paceline: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    piped: Callable[[str], Path],
 ) -> None:
-    text, out = tmp_path / "text.txt", tmp_path / "out"
-    text.write_text("The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40)
-    train = ("drafter", "train", recipe, out, "--text", text)
-    with pytest.raises(DataError, match=r"text.txt has \d+ tokens, not two pieces of 250; give a longer"):
-        text.write_text(text.read_text()[:400])
-        paceline(*train, "--length", 250)
+    text, out = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40, tmp_path / "out"
+    train = ("drafter", "train", recipe, out, "--text")
+    with pytest.raises(DataError, match=r"--text has \d+ tokens, not two pieces of 250; give a longer"):
+        paceline(*train, piped(text[:400]), "--length", 250)
     with pytest.raises(ConfigError, match="--length 99999 exceeds the 256 positions of the policy"):
-        paceline(*train, "--length", 99999)
-    text.write_text("The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 40)
-    paceline(*train, "--length", 64, "--texts", 12, "--steps", 30)
+        paceline(*train, piped(text), "--length", 99999)
+    paceline(*train, piped(text), "--length", 64, "--texts", 12, "--steps", 30)
     said = capsys.readouterr().out
     before, after = re.findall(r"([\d.]+) before, ([\d.]+) after", said)[0]
     assert "12 texts, 768 tokens" in said and float(after) > float(before)

@@ -74,9 +74,10 @@ def test_gates_are_trained_saved_and_fit_the_policy_which_is_left_alone(
     assert not torch.equal(gates.query_weight, Gates(gates.config).query_weight)
 
 
-def test_a_text_file_is_learned_from(recipe: Path, tmp_path: Path, paceline: Callable[..., None]) -> None:
-    (tmp_path / "book.txt").write_text("one two three four five six seven " * 60)
-    files = ("--text", tmp_path / "book.txt", "--json", tmp_path / "figures.json")
+def test_a_text_that_can_be_read_only_once_is_learned_from(
+    recipe: Path, tmp_path: Path, paceline: Callable[..., None], piped: Callable[[str], Path]
+) -> None:
+    files = ("--text", piped("one two three four five six seven " * 60), "--json", tmp_path / "figures.json")
     paceline("gate", "train", recipe, tmp_path / "gates", *SMALL, *files)
     assert (tmp_path / "gates" / "attn_gate_weights.safetensors").is_file()
     figures = json.loads((tmp_path / "figures.json").read_text())
