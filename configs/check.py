@@ -1,14 +1,14 @@
 """What a configuration's values must satisfy beyond their types."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from configs.layers import Setting, layer_problems, settings
 from configs.placement import placement
 from configs.redact import holds_secret, is_secret, redact
-from configs.schema import Config, SparseConfig
+from configs.schema import Config
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
     if sparse.weights != "policy" and sparse.mode != "draft":
         yield "sparse.weights", "is of drafts, which dense verification corrects; set policy, or sparse.mode=draft"
     if sparse.learn:
-        yield from _learned_gates(sparse, selectors)
+        yield from _learned_gates(sparse.mode, found)
     if sparse.mode == "off":
         return
     if config.rollout.backend == "vllm":
@@ -222,7 +222,7 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
     elif sparse.gate and not readers:
         yield (
             "sparse.gate",
-            f"sparse.selector={sparse.selector} reads none; set '', or sparse.selector=gate",
+            f"{found[0].selector_key}={found[0].sparse.selector} reads none; set '', or {found[0].selector_key}=gate",
         )
     if sparse.descriptors != "policy" and "gate" not in selectors:
         yield (
@@ -285,12 +285,13 @@ def _too_little(setting: Setting) -> str:
     return f"sparse.sinks, sparse.{recent} and the present block take {least} tokens by themselves; set {least} or more"
 
 
-def _learned_gates(sparse: SparseConfig, selectors: Collection[str]) -> Iterator[tuple[str, str]]:
+def _learned_gates(mode: str, found: Sequence[Setting]) -> Iterator[tuple[str, str]]:
     """What gates that learn in a run need."""
-    if sparse.mode != "draft":  # where gates decide what is sampled, they may not depend on what a machine had time for
-        yield "sparse.learn", f"is of sparse.mode=draft, not of {sparse.mode}; set false"
-    if "gate" not in selectors:
-        yield "sparse.learn", f"sparse.selector={sparse.selector} has no gates; set false, or sparse.selector=gate"
+    if mode != "draft":  # where gates decide what is sampled, they may not depend on what a machine had time for
+        yield "sparse.learn", f"is of sparse.mode=draft, not of {mode}; set false"
+    if all(setting.sparse.selector != "gate" for setting in found):
+        key, selector = found[0].selector_key, found[0].sparse.selector
+        yield "sparse.learn", f"{key}={selector} has no gates; set false, or {key}=gate"
 
 
 def _lossy(config: Config) -> Iterator[tuple[str, str]]:

@@ -24,8 +24,15 @@ class Setting:
 
 
 def settings(sparse: SparseConfig) -> Iterator[Setting]:
-    """All that is set for layers that are not dense: for those that no range names first."""
-    yield Setting("", sparse, "sparse.selector", "sparse.budget_tokens")
+    """All that is set for layers that are not dense: first for those that no range names, where there may be any."""
+    ranges = list(_ranges(sparse))
+    if not ranges or not _name_all(sparse):
+        yield Setting("", sparse, "sparse.selector", "sparse.budget_tokens")
+    yield from ranges
+
+
+def _ranges(sparse: SparseConfig) -> Iterator[Setting]:
+    """What is set for the ranges that are not dense."""
     for name, layers in sparse.layers.items():
         if layers.selector == "dense" or span_of(name) is None:
             continue
@@ -46,7 +53,7 @@ def by_layer(sparse: SparseConfig, num_layers: int) -> list[Setting | None]:
     if sparse.dense_layers > num_layers:
         raise ConfigError(f"sparse.dense_layers={sparse.dense_layers}: the policy has {num_layers} layers; set fewer")
     found = {setting.name: setting for setting in settings(sparse)}
-    of_layers: list[Setting | None] = [None] * sparse.dense_layers + [found[""]] * (num_layers - sparse.dense_layers)
+    of_layers = [None] * sparse.dense_layers + [found.get("")] * (num_layers - sparse.dense_layers)
     for name in sparse.layers:
         span = span_of(name)
         assert span is not None, f"{name!r} names no layers"
@@ -80,6 +87,16 @@ def span_of(name: str) -> tuple[int, int | None] | None:
     if not found[3]:
         return first, None
     return (first, int(found[3])) if first <= int(found[3]) else None
+
+
+def _name_all(sparse: SparseConfig) -> bool:
+    """Whether the ranges leave no layer to what the section has, whatever the policy: the last of them is open."""
+    begin = sparse.dense_layers
+    for first, last in sorted(filter(None, map(span_of, sparse.layers)), key=lambda span: span[0]):
+        if last is None or first > begin:
+            return first <= begin
+        begin = last + 1
+    return False
 
 
 def layer_problems(sparse: SparseConfig) -> Iterator[tuple[str, str]]:

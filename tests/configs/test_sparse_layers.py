@@ -127,6 +127,53 @@ def test_what_cannot_work_is_answered_with_the_remedy(layers: str, overrides: li
     assert re.search(answer, line), line
 
 
+UNUSED = ["sparse.selector=verified", "sparse.select_block=24", "sparse.budget_tokens=8", "rollout.block_size=24"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "dense_layers"),
+    [
+        ("{0-: RANGE}", 0),
+        ("{4-: RANGE, 0-3: {selector: dense}}", 0),
+        ("{2-4: {selector: dense}, 5-: RANGE}", 2),
+    ],
+)
+def test_what_ranges_leave_no_layer_is_not_judged(layers: str, dense_layers: int) -> None:
+    layers = layers.replace("RANGE", "{selector: streaming, budget_tokens: 512}")
+    config = parsed(layers, f"sparse.dense_layers={dense_layers}", *UNUSED)
+    assert {each.selector for _, each in runs(config.sparse, 8)} == {"streaming"}
+
+
+@pytest.mark.parametrize(
+    "layers", ["{1-: RANGE}", "{0-2: RANGE, 4-: RANGE}", "{0-7: RANGE}", "{0-: {selector: dense}}"]
+)
+def test_what_a_layer_may_be_left_to_is_judged(layers: str) -> None:
+    with pytest.raises(ConfigError, match=r"sparse\.select_block=24: verification weighs"):
+        parsed(layers.replace("RANGE", "{selector: streaming, budget_tokens: 512}"), *UNUSED)
+
+
+@pytest.mark.parametrize(
+    ("layers", "overrides", "answer"),
+    [
+        ("{0-: {selector: mean}}", ["sparse.budget_tokens=8"], r"sparse\.budget_tokens=8: .* set 192 or more"),
+        ("{0-: {budget_tokens: 512}}", ["sparse.threshold=0.1"], r"scores of sparse\.selector=quest are no weights"),
+        (
+            "{0-: {selector: mean}}",
+            ["sparse.gate=G"],
+            r"sparse\.gate='G': sparse\.layers\.0-\.selector=mean reads none; set '', or .*\.0-\.selector=gate",
+        ),
+        (
+            "{0-: {selector: mean}}",
+            ["sparse.learn=true", "sparse.selector=gate"],
+            r"sparse\.learn=True: sparse\.layers\.0-\.selector=mean has no gates",
+        ),
+    ],
+)
+def test_what_ranges_take_of_the_section_is_judged(layers: str, overrides: list[str], answer: str) -> None:
+    with pytest.raises(ConfigError, match=answer):
+        parsed(layers, *overrides)
+
+
 def test_gates_of_some_layers_may_learn() -> None:
     assert parsed("{2-: {selector: gate}}", "sparse.gate=G", "sparse.learn=true").sparse.learn
 
