@@ -13,12 +13,13 @@ attn_gate_training.py (the kind that was published, shapes). SeerAttention-Decod
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from configs.errors import PreflightError
@@ -73,22 +74,18 @@ def read_gates(folder: Path, model_config: Any) -> Gates:
     gates = Gates(config)
     state = gates.state_dict()
     wanted = {_name(layer, part): state[part][layer] for part in PARTS for layer in range(config.num_layers)}
-    found = _tensors(folder)
-    for name in sorted(wanted.keys() | found.keys()):
-        shapes = [list(tensors[name].shape) if name in tensors else None for tensors in (found, wanted)]
-        if shapes[0] != shapes[1]:
-            raise PreflightError(
-                f"{folder}: {name} is {shapes[0] or 'missing'}, expected {shapes[1] or 'none of that name'}; take the "
-                "gates of this policy"
-            )
-        if not found[name].isfinite().all():
+    for name, tensor in _tensors(folder).items():
+        if not tensor.isfinite().all():
             raise PreflightError(f"{folder}: {name} holds values that are not finite; fetch or train the gates again")
-        wanted[name].copy_(found[name])  # a view of the state
+        wanted[name].copy_(tensor)  # a view of the state
     return gates
 
 
 def read_gate_config(folder: Path, model_config: Any) -> GateConfig:
-    """The shape of the gates in a folder, held against the policy's. Raises PreflightError."""
+    """The shape of the gates in a folder, held against the policy's and against the tensors that there are.
+
+    Of safetensors the header alone is read. Raises PreflightError, as read_gates does but for values.
+    """
     from transformers import AutoConfig  # seconds to import
 
     path = folder / CONFIG
@@ -119,21 +116,47 @@ def read_gate_config(folder: Path, model_config: Any) -> GateConfig:
         if getattr(found, field) != getattr(wanted, field):
             trained, given = (_shown(getattr(each, field)) for each in (found, wanted))
             raise PreflightError(f"{folder} holds gates for a policy of {field}={trained}, not {given}; take its own")
+    _require_shapes(folder, found)
     return found
+
+
+def _require_shapes(folder: Path, config: GateConfig) -> None:
+    """Raise PreflightError unless the folder has the tensors of such gates, and no others."""
+    heads, dim, width = config.num_kv_heads, config.head_dim, config.gate_dim
+    shapes = {
+        "query_weight": [heads, config.num_heads // heads, dim, width],
+        "key_weight": [heads, 3 * dim, width],
+        "query_norm": [width],
+        "key_norm": [width],
+    }
+    wanted = {_name(layer, part): shapes[part] for part in PARTS for layer in range(config.num_layers)}
+    found = _shapes(folder)
+    for name in sorted(wanted.keys() | found.keys()):
+        if found.get(name) != wanted.get(name):
+            raise PreflightError(
+                f"{folder}: {name} is {found.get(name, 'missing')}, expected {wanted.get(name, 'none of that name')};"
+                " take the gates of this policy"
+            )
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """The tensors' shapes by name, from the file that _tensors reads. Raises PreflightError."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        return {name: list(tensor.shape) for name, tensor in _tensors(folder).items()}
+    with _readable(path), safe_open(path, framework="pt") as file:  # raises where the header's sizes are not the file's
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def _tensors(folder: Path) -> Mapping[str, torch.Tensor]:
     """The tensors by name, from whichever file there is. Raises PreflightError."""
     path = folder / WEIGHTS
-    try:
-        if path.is_file():
+    if path.is_file():
+        with _readable(path):
             return load_file(path)
-        path = folder / PICKLE
+    path = folder / PICKLE
+    with _readable(path):
         held: object = torch.load(path, map_location="cpu", weights_only=True)
-    # a pickle that is damaged, or holds more than tensors, surfaces as whatever torch raises
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise PreflightError(f"{path} cannot be read ({reason}); fetch or train the gates again") from error
     if not isinstance(held, dict):
         kind = type(held).__name__
         raise PreflightError(f"{path} holds {kind}, expected tensors by name; take gates as published")
@@ -142,6 +165,17 @@ def _tensors(folder: Path) -> Mapping[str, torch.Tensor]:
             kind = type(tensor).__name__
             raise PreflightError(f"{path}: {name} is {kind}, expected a tensor; take gates as published")
     return held
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """While inside, what is wrong with this file is raised as PreflightError."""
+    try:
+        yield
+    # a pickle that is damaged, or holds more than tensors, surfaces as whatever torch raises
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PreflightError(f"{path} cannot be read ({reason}); fetch or train the gates again") from error
 
 
 def _name(layer: int, part: str) -> str:

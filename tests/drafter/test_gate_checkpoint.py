@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import PretrainedConfig, Qwen3Config
 
 from configs.errors import PreflightError
+from drafter import gate_checkpoint
 from drafter.gate import GateConfig, Gates
 from drafter.gate_checkpoint import read_gate_config, read_gates, write_gates
 
@@ -203,6 +204,34 @@ def test_gates_without_weights_are_told_of_before_a_policy_is_loaded(folder: Pat
     (folder / "attn_gate_weights.pth").unlink()
     with pytest.raises(PreflightError, match="holds no gates: there is neither .*; fetch or train"):
         read_gate_config(folder, tiny())
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (
+            lambda whole: whole[:-1],
+            r"attn_gate_weights\.safetensors cannot be read \(.*\); fetch or train the gates again",
+        ),
+        (lambda whole: whole + b"more", r"attn_gate_weights\.safetensors cannot be read"),
+        (lambda whole: whole[:100], r"attn_gate_weights\.safetensors cannot be read"),
+        (lambda whole: b"", r"attn_gate_weights\.safetensors cannot be read"),
+        (
+            lambda whole: whole.replace(b"layers.1.self_attn", b"layers.2.self_attn"),
+            r"layers\.1\.\S+ is missing, expected",
+        ),
+    ],
+    ids=["cut", "longer", "cut in its header", "empty", "another policy's"],
+)
+def test_weights_that_are_not_whole_are_told_of_before_a_policy_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[bytes], bytes], named: str
+) -> None:
+    weights = folder / "attn_gate_weights.safetensors"
+    weights.write_bytes(damage(weights.read_bytes()))
+    monkeypatch.delattr(gate_checkpoint, "load_file")  # nor are their data read
+    with pytest.raises(PreflightError, match=named) as caught:
+        read_gate_config(folder, tiny())
+    assert "\n" not in str(caught.value)
 
 
 def test_a_pickle_that_is_more_than_tensors_is_never_run(folder: Path, tmp_path: Path) -> None:
