@@ -3,6 +3,7 @@
 import typer
 
 from launch import bench_engines, bench_learning, bench_long, bench_runs
+from launch.bench_options import in_options
 
 app = typer.Typer(help="Measure Paceline against its peers.")
 
@@ -41,7 +42,7 @@ for command in (
     bench_runs.reward,
     bench_runs.monitor,
 ):
-    app.command()(command)
+    app.command()(in_options(command))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from configs.errors import ConfigError, StorageError
+from configs.errors import ConfigError, PacelineError, StorageError
 
 if TYPE_CHECKING:
     from configs.schema import SparseConfig
@@ -30,9 +34,42 @@ PeerPython = Annotated[Path, typer.Option(metavar="PATH", help="Python of an env
 PeerMemory = Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of the GPU's memory the peer may take.")]
 Json = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Where the results go.")]
 
+# options by their parameters' names, and the config's keys that they stand for
+STANDS_FOR = {
+    "model": "model",
+    "gate": "sparse.gate",
+    "block": "sparse.select_block",
+    "weights": "sparse.weights",
+    "modes": "sparse.mode",
+    "drafter": "drafter.init",
+}
 PYTHON = Path(sys.executable)
 ANY_WIDTH = 1000
 GATE_FP8 = "gate-fp8"  # to benchmarks, which compare them, gates under sparse.descriptors=fp8 are another selector
+
+
+def in_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, whose errors name its options where they would name the keys that these stand for.
+
+    One that takes keys as well leaves what they can set as it is, but for the model.
+    """
+    given = signature(command).parameters
+    named = STANDS_FOR.keys() & given.keys() & ({"model"} if "overrides" in given else STANDS_FOR.keys())
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        try:
+            command(**options)
+        except PacelineError as error:
+            text = str(error)
+            for name in named:
+                text = re.sub(rf"\b{re.escape(STANDS_FOR[name])}=", f"--{name} ", text)
+                if name != "model":  # of which there are others
+                    text = re.sub(rf"\b{re.escape(STANDS_FOR[name])}\b", f"--{name}", text)
+            error.args = (text,)
+            raise
+
+    return run
 
 
 def numbers(option: str, text: str) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from configs.errors import ResourceError
+from configs.errors import ConfigError, ResourceError
 from launch import bench, bench_options, bench_vllm
 from launch.bench_report import plain_table
 from launch.exits import outcome
@@ -195,6 +195,32 @@ def test_a_measurement_needs_one_model(failure: Callable[..., tuple[int, str]]) 
         code, line = failure("cycle", *given)
         assert code == 2
         assert "--geometry" in line and "--model" in line
+
+
+@pytest.mark.parametrize("command", ["decode", "sparse-drift"])
+def test_a_model_that_is_not_there_is_named_as_it_was_given(
+    command: str, failure: Callable[..., tuple[int, str]]
+) -> None:
+    code, line = failure(command, "--model", "nope")
+    assert code == 3
+    assert "--model 'nope' is neither a folder" in line and "model=" not in line
+
+
+def test_options_are_named_for_the_keys_they_stand_for_and_keys_where_they_can_be_set() -> None:
+    said = "sparse.weights=fp8: sparse.gate of model='x'; the model's sparse.weights=int8, sparse.window"
+
+    def options(model: str, gate: str, weights: str) -> None:
+        raise ConfigError(said)
+
+    def keys(model: str, weights: str, overrides: list[str]) -> None:
+        raise ConfigError(said)
+
+    with pytest.raises(ConfigError) as caught:
+        bench_options.in_options(options)(model="x", gate="g", weights="fp8")
+    assert str(caught.value) == "--weights fp8: --gate of --model 'x'; the model's --weights int8, sparse.window"
+    with pytest.raises(ConfigError) as caught:
+        bench_options.in_options(keys)(model="x", weights="fp8", overrides=[])
+    assert str(caught.value) == said.replace("model='x'", "--model 'x'")
 
 
 def test_a_result_that_could_not_be_written_is_refused_before_it_is_measured(

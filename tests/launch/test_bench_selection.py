@@ -21,7 +21,7 @@ from launch.geometry import Subject
 from launch.natural_text import last_pieces, natural_tokens, overlapping_pieces
 from launch.teacher_forced import BLOCK_SIZE, Forced
 from launch.weighed import block_shares
-from rollout.model import forward_packed, load_policy
+from rollout.model import forward_packed, load_config, load_policy
 from rollout.pretrained import load_tokenizer
 from rollout.selectors import make_sparse
 
@@ -194,7 +194,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     [
         (["--selectors", "guess"], "--selectors: 'guess' is none of quest"),
         (["--selectors", "gate"], "--selectors gate needs --gate FOLDER"),
-        (["--gate", "/no/such/gates"], "/no/such/gates holds no gates"),
+        (["--gate", "/no/such/gates"], "/no/such/gates holds no gates: .*; set --gate to the folder of `paceline gate"),
         (
             ["--gate", "G", "--selectors", "quest"],
             "--gate G: nobody reads it; add gate to --selectors, or leave it out",
@@ -213,6 +213,17 @@ def test_mistakes_are_told_before_the_weights_are_read(
 ) -> None:
     usual = ["--texts", "1", "--tokens", "300", "--places", "4", "--budgets", "256"]
     refuses_unread("selection", [*usual, *options], TEXT, says)
+
+
+def test_gates_of_other_blocks_name_the_options_that_were_given(
+    refuses_unread: Callable[[str, Sequence[str], str, str], None], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    config = load_config(tiny_model_dir)
+    gates = Gates(GateConfig.of(config, select_block=16))
+    write_gates(tmp_path, gates, model_config=config, base_model="tiny", dtype=torch.float32)
+    given = ["--texts", "1", "--tokens", "300", "--places", "4", "--selectors", "gate", "--gate", str(tmp_path)]
+    says = rf"^--gate {tmp_path} scores blocks of 16 tokens, not of 64; set --block 16$"
+    refuses_unread("selection", [*given, "--budgets", "256"], TEXT, says)
 
 
 def test_pieces_come_from_the_end_of_a_text_or_begin_evenly_apart() -> None:

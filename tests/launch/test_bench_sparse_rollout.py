@@ -182,7 +182,7 @@ def test_what_cannot_be_sampled_is_refused_in_one_line(subject: Subject, changes
         (["--selectors", "gate"], "--selectors gate needs --gate"),
         (["--selectors", "gate-fp8,duo", "--gate", "G"], "--selectors: gate and duo each read another --gate"),
         (["--selectors", "gate,duo", "--gate", "G"], "--selectors: gate and duo each read another --gate"),
-        (["--selectors", "duo", "--gate", "/no/such/heads"], "/no/such/heads is no full_attention_heads.tsv"),
+        (["--selectors", "duo", "--gate", "/no/such/heads"], "^--gate /no/such/heads is no full_attention_heads.tsv"),
         (["--gate", "G"], "--gate G: nobody reads it; add gate or duo to --selectors, or leave it out"),
         (["--modes", "off,plain", "--weights", "int8"], "--weights int8: drafts alone read them; add draft to --modes"),
         (["--budget", "304"], "--budget 304 is all of 304 tokens, .* give less, or more --prompt-tokens"),
