@@ -70,6 +70,16 @@ class BlockMaxima:
     select_block: int
 
 
+def most_rows(head_dim: int, dtype: torch.dtype) -> int:
+    """Rows (new tokens times query heads a key head) that the GPU's attention over a cache computes together, at most.
+
+    A token's query heads of one key head are never parted: more of them it cannot serve.
+    """
+    if dtype.itemsize == 4:
+        return 32  # exact float32 products take no tensor cores; small steps keep them in registers
+    return 64 if head_dim > 128 else 128
+
+
 def paged_sequences(
     *,
     cu_seqlens_q: torch.Tensor,

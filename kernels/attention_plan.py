@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.attention import PagedSequences
+from kernels.attention import PagedSequences, most_rows
 from kernels.linear_triton import overlaps
 
 MIN_CHUNK = 128  # keys below which a further chunk costs more to combine than it saves
@@ -83,15 +83,14 @@ def choose_launch(rows: int, head_dim: int, dtype: torch.dtype, num_programs: in
 
     num_programs: sequences times key heads. max_keys: a bound on what one sequence attends to.
     """
-    block_m = min(max(16, triton.next_power_of_2(rows)), 128)
+    block_m = min(max(16, triton.next_power_of_2(rows)), most_rows(head_dim, dtype))
     if dtype.itemsize == 4:
-        # exact float32 products take no tensor cores; small steps keep them in registers
-        return Launch(min(block_m, 32), 32, num_warps=4, num_stages=2, programs_per_sm=1, fold=True)
+        return Launch(block_m, 32, num_warps=4, num_stages=2, programs_per_sm=1, fold=True)
     # where hardly a sequence is cut, a kernel that combines would start programs for nothing
     fold = block_m == 16 or num_programs >= FEW_PROGRAMS
     # programs_per_sm: what 64 Ki registers and 227 KB of shared memory hold
     if head_dim > 128:
-        return Launch(min(block_m, 64), 32, num_warps=4, num_stages=2, programs_per_sm=2, fold=fold)
+        return Launch(block_m, 32, num_warps=4, num_stages=2, programs_per_sm=2, fold=fold)
     if block_m == 16:
         # measured on an H200 from 96 to 2048 keys: warps that keep slices of their own pay where programs are neither
         # so few that each waits alone nor so many that registers decide how many run at once

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import PagedSequences
+from kernels.attention import PagedSequences, most_rows
 from kernels.attention_plan import Launch, num_programs
 
 MIN_CHUNK = 64  # keys of a run below which a further program costs more to combine than it saves
@@ -63,12 +63,11 @@ class Room:
 
 def choose_sparse_launch(rows: int, head_dim: int, dtype: torch.dtype) -> Launch:
     """A launch for tiles of so many rows (new tokens times query heads a key head)."""
-    block_m = min(max(16, triton.next_power_of_2(rows)), 128)
+    block_m = min(max(16, triton.next_power_of_2(rows)), most_rows(head_dim, dtype))
     if dtype.itemsize == 4:
-        # exact float32 products take no tensor cores; small steps keep them in registers
-        return Launch(min(block_m, 32), 32, num_warps=4, num_stages=2, programs_per_sm=1, fold=True)
+        return Launch(block_m, 32, num_warps=4, num_stages=2, programs_per_sm=1, fold=True)
     if head_dim > 128:
-        return Launch(min(block_m, 64), 32, num_warps=4, num_stages=3, programs_per_sm=2, fold=True)
+        return Launch(block_m, 32, num_warps=4, num_stages=3, programs_per_sm=2, fold=True)
     if block_m == 16 and head_dim <= 64:
         # of 13 launches on an H100, 64 sequences with three lists of 256 and 512 keys each
         return Launch(block_m, 64, num_warps=1, num_stages=3, programs_per_sm=4, fold=True)

@@ -37,6 +37,8 @@ Json = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Where 
 # options by their parameters' names, and the config's keys that they stand for
 STANDS_FOR = {
     "model": "model",
+    "device": "compute.device",
+    "dtype": "compute.dtype",
     "gate": "sparse.gate",
     "block": "sparse.select_block",
     "weights": "sparse.weights",
@@ -51,10 +53,12 @@ GATE_FP8 = "gate-fp8"  # to benchmarks, which compare them, gates under sparse.d
 def in_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command, whose errors name its options where they would name the keys that these stand for.
 
-    One that takes keys as well leaves what they can set as it is, but for the model.
+    One that takes keys as well leaves what they can set as it is, but for the model and where it is.
     """
     given = signature(command).parameters
-    named = STANDS_FOR.keys() & given.keys() & ({"model"} if "overrides" in given else STANDS_FOR.keys())
+    named = STANDS_FOR.keys() & given.keys()
+    if "overrides" in given:
+        named &= {"model", "device", "dtype"}
 
     @wraps(command)
     def run(**options: Any) -> None:

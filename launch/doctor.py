@@ -133,14 +133,16 @@ def _of_config(config: "Config", run_dir: str) -> "Iterator[Finding]":
 
     from launch.doctor_node import existing
     from launch.shares import count_parameters
-    from rollout.model import load_config, resolve_compute
+    from rollout.model import load_config, require_groups, resolve_compute
     from rollout.selectors import require_sparse
 
     sizes: list[tuple[int, str]] = []
 
     def device() -> str:
         kind, dtype = resolve_compute(config.compute)
-        sizes.append((count_parameters(load_config(folder)), dtype))
+        model_config = load_config(folder)
+        sizes.append((count_parameters(model_config), dtype))
+        require_groups(model_config, device=kind, dtype=dtype)
         return f"{sizes[0][0]:,} parameters, {kind} in {dtype}"
 
     def sparse() -> str:

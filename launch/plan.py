@@ -22,7 +22,7 @@ from rl.ulysses import require_heads
 from rollout.gate_sampler import sample_bytes
 from rollout.lowbit import LowBitPolicy, require_fp8, require_readable
 from rollout.memory import available_bytes, cache_budget
-from rollout.model import bytes_per_block, context_length, kv_shape, resolve_compute
+from rollout.model import bytes_per_block, context_length, kv_shape, require_groups, resolve_compute
 from rollout.selectors import require_sparse, share_of_cache
 from rollout.strategy import configured
 from rollout.verified import weight_bytes
@@ -90,6 +90,7 @@ class Plan:
 def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     """Every size that follows from a configuration and its model on this machine. Raises PreflightError."""
     device, dtype = resolve_compute(config.compute)
+    require_groups(model_config, device=device, dtype=dtype)
     require_heads(model_config, config.train.sequence_parallel)
     if config.sparse.mode != "off":
         require_sparse(config.sparse, model_config)

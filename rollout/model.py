@@ -18,7 +18,14 @@ from transformers import (
 
 from configs.errors import PreflightError, ResourceError
 from configs.schema import ComputeConfig
-from kernels.attention import PackedSequences, PagedSequences, packed_attention, paged_attention, paged_sequences
+from kernels.attention import (
+    PackedSequences,
+    PagedSequences,
+    most_rows,
+    packed_attention,
+    paged_attention,
+    paged_sequences,
+)
 from kernels.cache import move_kv, write_kv
 from rollout.pretrained import require_weights
 from rollout.projections import lay_side_by_side
@@ -114,8 +121,9 @@ def load_policy(path: Path, *, device: str, dtype: str) -> PreTrainedModel:
     architecture and for an architecture our attention cannot serve; ResourceError when the device cannot hold it.
     """
     require_weights(path)
+    config = load_config(path)
+    require_groups(config, device=device, dtype=dtype)
     try:
-        config = load_config(path)
         _drop_dropout(config)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -274,6 +282,22 @@ def kv_shape(config: PretrainedConfig) -> tuple[int, int, int]:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return text.num_hidden_layers, heads, head_dim
+
+
+def require_groups(config: PretrainedConfig, *, device: str, dtype: str) -> None:
+    """Raise PreflightError where more query heads share a key head than the device's attention computes together."""
+    heads = getattr(config.get_text_config(), "num_attention_heads", None)
+    if torch.device(device).type == "cpu" or heads is None:  # what has no attention is refused when it is tried
+        return
+    _, kv_heads, head_dim = kv_shape(config)
+    groups, most = heads // kv_heads, most_rows(head_dim, getattr(torch, dtype))
+    if groups <= most:
+        return
+    remedy = "compute.dtype=bfloat16" if groups <= most_rows(head_dim, torch.bfloat16) else "compute.device=cpu"
+    raise PreflightError(
+        f"{groups} query heads of {head_dim} share a key head, and attention on a GPU takes {most} at most in {dtype};"
+        f" set {remedy}"
+    )
 
 
 class MissingContextError(RuntimeError):

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.attention import PagedSequences, paged_attention, paged_attention_reference, paged_sequences
-from kernels.attention_plan import Launch
+from kernels.attention import PagedSequences, most_rows, paged_attention, paged_attention_reference, paged_sequences
+from kernels.attention_plan import Launch, choose_launch
 from kernels.cache import write_kv
 from kernels.paged_attention import paged_attention_triton
+from kernels.sparse_split import choose_sparse_launch
 
 SCALE = 0.3
 VARIANTS = [(None, None), (4, None), (None, 2.0), (5, 1.5)]  # sliding_window, softcap
@@ -200,6 +201,14 @@ def test_a_tree_of_63_nodes_uses_every_bit(kernel: Kernel) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_any_number_of_query_heads_shares_a_key_head(kernel: Kernel, heads: tuple[int, int]) -> None:
     Case(kernel, [21, 50], [5, 2], heads=heads).check(window=40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_launch_holds_all_query_heads_that_may_share_a_key_head(head_dim: int, dtype: torch.dtype) -> None:
+    for groups in range(1, most_rows(head_dim, dtype) + 1):
+        assert choose_launch(groups, head_dim, dtype, num_programs=1, max_keys=64).block_m >= groups
+        assert choose_sparse_launch(groups, head_dim, dtype).block_m >= groups
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])

@@ -41,6 +41,15 @@ def test_parameters_are_counted_without_allocating(model_config: PretrainedConfi
     assert count_parameters(model_config) == sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_a_plan_misses_a_gpu_that_could_not_attend(
+    model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch.plan, "resolve_compute", lambda compute: ("cuda", "float32"))
+    model_config.num_attention_heads, model_config.num_key_value_heads = 64, 1
+    with pytest.raises(PreflightError, match="64 query heads of 16 share a key head.*; set compute.dtype=bfloat16"):
+        plan_for(model_config)
+
+
 def test_sizes_follow_from_the_configuration(model_config: PretrainedConfig) -> None:
     plan = plan_for(model_config, "rollout.prompts_per_step=3", "rollout.group_size=5", "train.micro_tokens=256")
     assert (plan.rollouts_per_step, plan.max_sequence_tokens, plan.max_tokens_per_step) == (15, 128, 15 * 128)

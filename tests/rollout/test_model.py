@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from configs.errors import PreflightError
 from configs.schema import ComputeConfig
-from kernels.attention import PackedSequences, PagedSequences, paged_sequences
+from kernels.attention import PackedSequences, PagedSequences, most_rows, paged_sequences
 from rollout.model import (
     ATTENTION,
     MissingContextError,
@@ -23,6 +23,7 @@ from rollout.model import (
     forward_packed,
     forward_paged,
     load_policy,
+    require_groups,
     resolve_compute,
 )
 
@@ -346,6 +347,49 @@ def test_attention_beyond_ours_is_refused_before_the_run(
     config = AutoConfig.for_model(family, **TINY, **options)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     assert reason in refusal(tmp_path)
+
+
+def shared(heads: int, head_dim: int, kv_heads: int = 1) -> PretrainedConfig:
+    """Of a policy whose query heads share so many key heads."""
+    return LlamaConfig(
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, hidden_size=2 * heads
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "said"),
+    [
+        (
+            shared(71, 64),
+            "float32",
+            "71 query heads of 64 share .* takes 32 at most in float32; set compute.dtype=bf",
+        ),
+        (shared(66, 256, 2), "float32", "33 query heads of 256 share .* takes 32 .*; set compute.dtype=bfloat16"),
+        (shared(65, 256), "bfloat16", "65 query heads of 256 share .* takes 64 .* in bfloat16; set compute.device=cpu"),
+        (shared(129, 128), "float32", "129 query heads of 128 share .* takes 32 .*; set compute.device=cpu"),
+    ],
+)
+def test_more_query_heads_than_a_gpu_attends_with_are_refused_before_weights_are_read(
+    config: PretrainedConfig,
+    dtype: str,
+    said: str,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = altered(tiny_model_dir, tmp_path)
+    config.save_pretrained(folder)
+    monkeypatch.delattr(AutoModelForCausalLM, "from_pretrained")
+    with pytest.raises(PreflightError, match=said):
+        load_policy(folder, device="cuda", dtype=dtype)
+    require_groups(config, device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_as_many_query_heads_as_a_gpu_attends_with_are_served(head_dim: int, dtype: str) -> None:
+    most = most_rows(head_dim, getattr(torch, dtype))
+    require_groups(shared(most, head_dim), device="cuda", dtype=dtype)
 
 
 def test_weights_that_are_not_finite_are_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
