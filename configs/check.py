@@ -163,6 +163,8 @@ def _reward(config: Config) -> Iterator[tuple[str, str]]:
     for name in reward.functions:
         if name not in _REWARDS and not re.fullmatch(r"[\w.]+:\w+", name):
             yield "reward.functions", f"{name!r} is none of {', '.join(_REWARDS)} and not of the form module:function"
+    if "code" in reward.functions and config.data.source == "reasoning_gym" and reward.on_error == "stop":
+        yield "reward.functions", "'code' runs a row's tests, and data.source=reasoning_gym has none; leave it out"
     for key in ("reward.format", "reward.answer"):
         try:
             pattern = re.compile(value_of(config, key))

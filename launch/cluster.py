@@ -109,7 +109,7 @@ def read_inputs(config: Config, *, num_heldout: int, quarantine: Path | None) ->
         quarantine=quarantine,
     )
     check_counts(config, data)
-    if config.data.source != "reasoning_gym":  # whose problems name their task
+    if config.data.source != "reasoning_gym":  # whose problems name their task, and have no tests: configs.check
         check_prompt(config.reward, data.prompts(1, 1)[0])
     return path, tokenizer, data
 

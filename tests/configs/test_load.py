@@ -182,6 +182,14 @@ def test_value_that_cannot_work_is_named(override: str) -> None:
     assert line.startswith(override.split("=")[0].rpartition(".nope")[0] or override.split("=")[0])
 
 
+def test_programs_are_rewarded_where_rows_have_tests() -> None:
+    (line,) = complaint(BASE, "reward.functions.code=1")
+    assert line.startswith("reward.functions={'task': 1.0, 'code': 1.0}: 'code' runs a row's tests")
+    assert line.endswith("data.source=reasoning_gym has none; leave it out")
+    parse(BASE, ["reward.functions.code=1", "reward.on_error=zero"])  # it counts as zero, as was asked for
+    parse(BASE, ["reward.functions.code=1", "data.source=file"])
+
+
 def test_cache_that_holds_one_sequence_only_without_its_last_block_is_refused() -> None:
     sizes = ["data.max_prompt_tokens=20", "rollout.max_new_tokens=10", "rollout.block_size=16"]
     (line,) = complaint(BASE, *sizes, "rollout.kv_tokens=31")
