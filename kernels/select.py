@@ -142,12 +142,13 @@ def choose_blocks(scores: torch.Tensor, seqs: PagedSequences, choice: Choice, *,
     return choose_blocks_triton(scores, seqs, choice, select_block=select_block)
 
 
-def newest_blocks(seqs: PagedSequences, choice: Choice, *, num_kv_heads: int, select_block: int) -> BlockLists:
+def newest_blocks(
+    equal: torch.Tensor, seqs: PagedSequences, choice: Choice, *, num_kv_heads: int, select_block: int
+) -> BlockLists:
     """The sinks and, up to the budget, the newest blocks: a window (StreamingLLM), or everything where that fits.
 
-    Source: arXiv 2309.17453.
+    equal [1] float32: the score of every block, any number. Source: arXiv 2309.17453.
     """
-    equal = torch.zeros(1, dtype=torch.float32, device=seqs.context_lens.device)
     shape = (len(seqs.context_lens), num_kv_heads, num_selection_blocks(seqs, select_block))
     return choose_blocks(equal.expand(shape), seqs, choice, select_block=select_block)
 

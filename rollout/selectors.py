@@ -94,9 +94,11 @@ class NewestSelector:
         self.select_block = select_block
         self._choice = choice
         self._num_kv_heads = 0
+        self._equal = torch.zeros(1)
 
     def attach(self, storage: torch.Tensor, *, num_texts: int, num_rows: int, table_width: int) -> None:
         """Nothing is kept of what is cached."""
+        self._equal = self._equal.to(storage.device)
         self._num_kv_heads = storage.shape[4]
 
     def release(self) -> None:
@@ -111,7 +113,9 @@ class NewestSelector:
         self, layer: int, query: torch.Tensor, positions: torch.Tensor, seqs: PagedSequences, kept: torch.Tensor
     ) -> BlockLists:
         """The newest blocks."""
-        return newest_blocks(seqs, self._choice, num_kv_heads=self._num_kv_heads, select_block=self.select_block)
+        return newest_blocks(
+            self._equal, seqs, self._choice, num_kv_heads=self._num_kv_heads, select_block=self.select_block
+        )
 
 
 class HeadsSelector:

@@ -167,9 +167,9 @@ def test_without_scores_the_list_is_sinks_and_a_window(kernel: Kernel) -> None:
     seqs = sequences([121, 5], [1, 1], device=kernel.device)
     choice = Choice(max_blocks=8, budget_blocks=8, sinks=2)
     expected = [[[0, 1, *range(25, 31)]] * 2, [[0, 1]] * 2]
-    check(newest_blocks(seqs, choice, num_kv_heads=2, select_block=SELECT_BLOCK), expected, 8)
-    equal = torch.zeros(1, device=kernel.device).expand(2, 2, 31)
-    check(kernel.choose(equal, seqs, choice, select_block=SELECT_BLOCK), expected, 8)
+    equal = torch.zeros(1, device=kernel.device)
+    check(newest_blocks(equal, seqs, choice, num_kv_heads=2, select_block=SELECT_BLOCK), expected, 8)
+    check(kernel.choose(equal.expand(2, 2, 31), seqs, choice, select_block=SELECT_BLOCK), expected, 8)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -190,6 +190,5 @@ def test_listed_blocks_are_those_before_the_counts() -> None:
 def test_a_list_without_room_for_what_is_always_read_is_refused() -> None:
     seqs = sequences([121], [9], device="cpu")
     with pytest.raises(AssertionError, match="no room for 3 blocks of 9 new tokens"):
-        newest_blocks(
-            seqs, Choice(max_blocks=4, budget_blocks=4, sinks=1, recent=1), num_kv_heads=1, select_block=SELECT_BLOCK
-        )
+        choice = Choice(max_blocks=4, budget_blocks=4, sinks=1, recent=1)
+        newest_blocks(torch.zeros(1), seqs, choice, num_kv_heads=1, select_block=SELECT_BLOCK)

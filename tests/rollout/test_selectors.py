@@ -1,12 +1,14 @@
 """What selectors pick, one list at a time: whose heads see everything, whose weights count, what is always read."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from configs.schema import SparseConfig
+from kernels import select
 from kernels.attention import PagedSequences, paged_sequences
 from rollout import verified
 from rollout.model import PagedCache
@@ -97,6 +99,22 @@ def test_what_is_held_for_a_draft_has_every_block_that_it_fills(
     newest, older = {0, 8, 9, 10, 11}, {0, 5, 6, 7, 8}
     assert found[0] == [[newest | {1}, newest | {2}], [older | {3}, older | {4}]]
     assert found[1] == [[newest | {5}, newest | {7}], [older | {4}, older | {4}]]
+
+
+def test_streaming_makes_its_scores_once(policy: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores: list[torch.Tensor] = []  # kept, so that no other takes the place of one
+    choose = select.choose_blocks
+
+    def watched(given: torch.Tensor, *args: Any, **options: Any) -> select.BlockLists:
+        scores.append(given)
+        return choose(given, *args, **options)
+
+    monkeypatch.setattr(select, "choose_blocks", watched)
+    selector = NewestSelector(choice_of(CONFIG), select_block=4)
+    for _ in range(2):  # CUDA graphs outlive a cache that is attached again
+        attach(policy, selector)
+        assert [picked(selector, layer) for layer in (0, 1)] == [[[0, 7, 8, 9, 10]] * 2] * 2
+    assert len(scores) == 4 and len({given.data_ptr() for given in scores}) == 1
 
 
 def test_sinks_and_the_window_are_read_whatever_the_rest_scores(policy: PreTrainedModel) -> None:

@@ -198,7 +198,7 @@ class Reading:
         choice, block = choice_of(config), config.block_tokens
         blocks = self.key_cache.unflatten(1, (-1, block))
         if config.selector == "streaming":
-            return newest_blocks(self.seqs, choice, num_kv_heads=2, select_block=block)
+            return newest_blocks(torch.zeros(1), self.seqs, choice, num_kv_heads=2, select_block=block)
         if config.selector == "mean":
             scores = mean_scores(self.query, blocks.mean(dim=2), self.seqs)
         else:
