@@ -202,7 +202,7 @@ def _rollout(config: Config) -> Iterator[tuple[str, str]]:
 def _sparse(config: Config) -> Iterator[tuple[str, str]]:
     """What sparse attention needs of the cache, the selectors and the others that draft."""
     sparse, found = config.sparse, list(settings(config.sparse))
-    selectors = {setting.sparse.selector for setting in found}
+    selectors, key = {setting.sparse.selector for setting in found}, found[0].selector_key
     if sparse.weights != "policy" and sparse.mode != "draft":
         yield "sparse.weights", "is of drafts, which dense verification corrects; set policy, or sparse.mode=draft"
     if sparse.learn:
@@ -219,18 +219,15 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
     if {"gate", "duo"} <= selectors:
         yield "sparse.gate", "names gates, or DuoAttention's heads: select by one of them, not by both"
     elif readers and not sparse.gate:
-        reader, key = readers[0].sparse.selector, readers[0].selector_key
-        yield "sparse.gate", f"name {needed[reader]}, which {key}={reader} reads"
+        reader = readers[0].sparse.selector
+        yield "sparse.gate", f"name {needed[reader]}, which {readers[0].selector_key}={reader} reads"
     elif sparse.gate and not readers:
         yield (
             "sparse.gate",
-            f"{found[0].selector_key}={found[0].sparse.selector} reads none; set '', or {found[0].selector_key}=gate",
+            f"{key}={found[0].sparse.selector} reads none; set '', or {key}=gate",
         )
     if sparse.descriptors != "policy" and "gate" not in selectors:
-        yield (
-            "sparse.descriptors",
-            f"sparse.selector={sparse.selector} has no gates; set policy, or sparse.selector=gate",
-        )
+        yield "sparse.descriptors", f"{key}={found[0].sparse.selector} has no gates; set policy, or {key}=gate"
     if sparse.mode == "draft" and sparse.inner == "eagle" and config.spec.source not in ("eagle", "auto"):
         yield "sparse.inner", "there is no head; set spec.source=eagle or auto, or sparse.inner=suffix"
     # where spec.source drafts, this is judged with the rest of spec

@@ -159,8 +159,10 @@ def require_sparse(config: SparseConfig, model_config: PretrainedConfig) -> None
 
     Raises ConfigError, and PreflightError where what sparse.gate names is missing or another policy's.
     """
-    path = Path(config.gate).expanduser()
-    for _, alike in runs(config, kv_shape(model_config)[0]):
+    path, found = Path(config.gate).expanduser(), runs(config, kv_shape(model_config)[0])
+    if config.learn and all(alike.selector != "gate" for _, alike in found):
+        raise ConfigError("sparse.learn=True: no layer of the policy goes by gates; set false, or fewer dense layers")
+    for _, alike in found:
         if alike.selector == "duo":
             retrieval_heads(path, model_config, above=0.5)
         if alike.selector == "gate":
@@ -188,10 +190,8 @@ def make_sparse(config: SparseConfig, policy: PreTrainedModel) -> SparseAttentio
 
 
 def _sampler(alike: Sequence[tuple[range, SparseConfig]]) -> GateSampler:
-    """Of the layers that read what gates pick, by the least budget. Raises ConfigError where there are none."""
+    """Of the layers that read what gates pick, by the least budget."""
     gated = [(layers, each) for layers, each in alike if each.selector == "gate"]
-    if not gated:
-        raise ConfigError("sparse.learn=True: no layer of the policy goes by gates; set false, or fewer dense layers")
     return GateSampler(
         [layer for layers, _ in gated for layer in layers],
         select_block=gated[0][1].block_tokens,

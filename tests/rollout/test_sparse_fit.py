@@ -1,5 +1,6 @@
 """Whether sparse attention fits a policy, told from its config before its weights are read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,10 @@ def test_more_dense_layers_than_the_policy_has_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"sparse\.dense_layers=3: the policy has 2 layers; set fewer"):
         require_sparse(SparseConfig(dense_layers=3), policy())
     require_sparse(SparseConfig(dense_layers=2), policy())
+
+
+def test_gates_that_are_to_learn_and_have_no_layer_are_refused(gates: Path) -> None:
+    learning = SparseConfig(mode="draft", selector="gate", gate=str(gates), select_block=16, learn=True)
+    require_sparse(learning, policy())
+    with pytest.raises(ConfigError, match=r"sparse\.learn=True: no layer .* goes by gates; set false, or fewer dense"):
+        require_sparse(replace(learning, dense_layers=2), policy())
