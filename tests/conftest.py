@@ -1,5 +1,6 @@
 """Fixtures every test may use: a complete, tiny model folder made on the spot, so that no test needs a network."""
 
+import gc
 import itertools
 import os
 import random
@@ -155,6 +156,12 @@ def launches() -> Callable[[Callable[[], object]], int]:
         return counted.count
 
     return count
+
+
+def pytest_collection_finish() -> None:
+    """What was imported by now is searched for garbage no more; tests and DeepSpeed ask for many such searches."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
