@@ -23,9 +23,10 @@ from pathlib import Path
 from rl.rundir import RunDir
 run = RunDir.open(Path(sys.argv[1]))
 if len(sys.argv) > 2 and os.fork() == 0:
+    os.write(1, b"forked\\n")  # at once: print may write the end of a line by itself, and the parent writes too
     sys.stdout.close()
     time.sleep(3600)
-print(os.getpid(), flush=True)
+os.write(1, b"%d\\n" % os.getpid())
 time.sleep(3600)
 """
 
@@ -130,7 +131,8 @@ def test_forked_child_does_not_keep_the_lock(run: RunDir) -> None:
     command = [sys.executable, "-c", HOLD, str(run.path), "fork"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout is not None
-    process.stdout.readline()
+    # in either order; until the child has begun it keeps what it was forked with
+    assert "forked\n" in [process.stdout.readline() for _ in range(2)]
     process.kill()
     process.wait()
     try:
