@@ -246,7 +246,7 @@ def policy(tiny_model_dir: Path) -> PreTrainedModel:
     return load_policy(tiny_model_dir, device="cpu", dtype="float32")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
     """Four prompts: shorter than a block, longer than several, and two with a common beginning."""
     choices = random.Random(1)
@@ -259,7 +259,7 @@ def prompts() -> list[Prompt]:
     return [Prompt(id=f"p{number}", token_ids=text, answer="") for number, text in enumerate(texts)]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_engine(policy: PreTrainedModel) -> Callable[..., NativeEngine]:
     """An engine around the tiny policy; keyword arguments are RolloutConfig's."""
 
@@ -309,7 +309,7 @@ def options(request: pytest.FixtureRequest) -> dict[str, int]:
     return dict(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def collect() -> Callable[..., dict[Key, Rollout]]:
     """Run an engine to the end: its rollouts by (prompt id, sample)."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -63,12 +64,21 @@ def naive_rollout(
     return tokens[len(prompt.token_ids) :], logprobs
 
 
+@pytest.fixture(scope="module")
+def plain(make_engine: MakeEngine, collect: Collect, prompts: list[Prompt]) -> Callable[[Sampling], dict[Key, Rollout]]:
+    """What is sampled without drafts; found once."""
+    return cache(lambda sampling: collect(make_engine(), prompts, sampling))
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_engine_equals_a_loop_without_any_cache(
-    transform: str, make_engine: MakeEngine, collect: Collect, policy: PreTrainedModel, prompts: list[Prompt]
+    transform: str,
+    plain: Callable[[Sampling], dict[Key, Rollout]],
+    policy: PreTrainedModel,
+    prompts: list[Prompt],
 ) -> None:
     sampling = sampling_of(**TRANSFORMS[transform])
-    rollouts = collect(make_engine(), prompts, sampling)
+    rollouts = plain(sampling)
     for prompt in prompts:
         for number in range(sampling.num_samples):
             token_ids, logprobs = naive_rollout(policy, prompt, number, sampling)
@@ -84,6 +94,7 @@ def test_no_draft_changes_what_is_sampled(
     hit_rate: float,
     shape: str,
     make_engine: MakeEngine,
+    plain: Callable[[Sampling], dict[Key, Rollout]],
     collect: Collect,
     prompts: list[Prompt],
     scripted_drafter: type,
@@ -92,7 +103,7 @@ def test_no_draft_changes_what_is_sampled(
 ) -> None:
     strategy: Strategy = request.getfixturevalue(shape)
     sampling = sampling_of(**TRANSFORMS[transform])
-    expected = collect(make_engine(), prompts, sampling)
+    expected = plain(sampling)
     truth = {key: rollout.token_ids for key, rollout in expected.items()}
     drafter = scripted_drafter(truth=truth, hit_rate=hit_rate, vocab_size=259)
     rollouts = collect(make_engine(drafter, strategy), prompts, sampling)
@@ -111,6 +122,7 @@ def test_no_batch_preemption_or_chunking_changes_what_is_sampled(
     shape: str,
     options: dict[str, int],
     make_engine: MakeEngine,
+    plain: Callable[[Sampling], dict[Key, Rollout]],
     collect: Collect,
     prompts: list[Prompt],
     scripted_drafter: type,
@@ -118,7 +130,7 @@ def test_no_batch_preemption_or_chunking_changes_what_is_sampled(
     assert_same: AssertSame,
 ) -> None:
     sampling = sampling_of()
-    expected = collect(make_engine(), prompts, sampling)
+    expected = plain(sampling)
     truth = {key: rollout.token_ids for key, rollout in expected.items()}
     drafter = scripted_drafter(truth=truth, hit_rate=0.7, vocab_size=259)
     assert_same(collect(make_engine(drafter, request.getfixturevalue(shape), **options), prompts, sampling), expected)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -85,10 +86,11 @@ def make(policy: PreTrainedModel, tmp_path: Path) -> Callable[..., NativeEngine]
     return engine
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dense(policy: PreTrainedModel, collect: Collect, long_prompts: list[Prompt]) -> Callable[..., dict[Key, Rollout]]:
-    """What is sampled without drafts."""
+    """What is sampled without drafts; found once."""
 
+    @cache
     def rollouts(sampling: Sampling = SAMPLING) -> dict[Key, Rollout]:
         options = RolloutConfig(block_size=16, max_running=6)
         engine = NativeEngine(policy, drafter=None, chooser=FixedChooser(OFF), rollout=options)

@@ -114,6 +114,12 @@ def densely(policy: PreTrainedModel, **options: Any) -> NativeEngine:
     return NativeEngine(policy, drafter=None, chooser=FixedChooser(OFF), rollout=replace(OPTIONS, **options))
 
 
+@pytest.fixture(scope="module")
+def dense(deep: PreTrainedModel, collect: Collect, long_prompts: list[Prompt]) -> dict[Key, Rollout]:
+    """What is sampled without drafts."""
+    return collect(densely(deep), long_prompts, SAMPLING)
+
+
 @pytest.mark.parametrize("options", [{}, {"kv_tokens": 192}], ids=str)
 @pytest.mark.parametrize("mix", MIXES)
 def test_no_choice_by_layer_changes_what_is_sampled(
@@ -121,12 +127,13 @@ def test_no_choice_by_layer_changes_what_is_sampled(
     options: dict[str, int],
     deep: PreTrainedModel,
     make: Callable[..., NativeEngine],
+    dense: dict[Key, Rollout],
     collect: Collect,
     long_prompts: list[Prompt],
     assert_same: AssertSame,
 ) -> None:
     rollouts = collect(make(deep, replace(SPARSE, layers=MIXES[mix]), **options), long_prompts, SAMPLING)
-    assert_same(rollouts, collect(densely(deep), long_prompts, SAMPLING))
+    assert_same(rollouts, dense)
     hits = sum(rollout.spec.accepted for rollout in rollouts.values())
     assert 0 < hits < sum(rollout.spec.proposed for rollout in rollouts.values()), "blocks that mattered were left out"
 
@@ -150,6 +157,7 @@ def test_selectors_of_blocks_of_different_sizes_stand_side_by_side(
 def test_three_tiers_by_layer_change_nothing_either(
     deep: PreTrainedModel,
     make: Callable[..., NativeEngine],
+    dense: dict[Key, Rollout],
     collect: Collect,
     long_prompts: list[Prompt],
     assert_same: AssertSame,
@@ -157,7 +165,7 @@ def test_three_tiers_by_layer_change_nothing_either(
     suffix = NgramDrafter(min_match=1)
     drafter = CombinedDrafter({"suffix": suffix, "sparse": SelfDrafter(suffix, source="suffix")})
     engine = make(deep, replace(SPARSE, layers=MIXES["gates"]), drafter)
-    assert_same(collect(engine, long_prompts, SAMPLING), collect(densely(deep), long_prompts, SAMPLING))
+    assert_same(collect(engine, long_prompts, SAMPLING), dense)
 
 
 @pytest.mark.parametrize("selector", get_args(SelectorName))
