@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -62,13 +63,12 @@ def test_a_ray_of_our_own_listens_to_this_machine_alone_and_asks_for_a_token(tmp
         assert ours.stdin is not None and ours.stdout is not None
         address = ours.stdout.readline().strip()
         started = psutil.Process(ours.pid).children(recursive=True)
-        listening = [
-            one.laddr
-            for process in (*started, psutil.Process(ours.pid))
-            for one in process.net_connections(kind="tcp")
-            if one.status == psutil.CONN_LISTEN
-        ]
-        asks = {each.name(): each.environ().get("RAY_AUTH_MODE") for each in started}
+        listening, asks = [], {}
+        for process in (*started, psutil.Process(ours.pid)):
+            with suppress(psutil.NoSuchProcess):  # one that was soon over
+                found = process.net_connections(kind="tcp")
+                listening += [one.laddr for one in found if one.status == psutil.CONN_LISTEN]
+                asks[process.name()] = process.environ().get("RAY_AUTH_MODE")
         ours.stdin.close()
     assert ours.returncode == 0
     assert {ip_address(each.ip.removeprefix("::ffff:")).is_loopback for each in listening} == {True}, listening
