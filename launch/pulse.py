@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 ASK_S = 1.0  # between two questions
+FIRST_S = 0.05  # between two looks for first answers: who dies soon after it was built is to be named
 FAILED_S = 5.0  # for others to fail alike, and to say so to whoever waits for them
 GROUP = "pulse"  # of an actor's methods that have a thread of their own: Ray's concurrency group
 
@@ -124,7 +125,7 @@ class Pulse:
                 if why is not None and number in watched:  # not ended with its team meanwhile
                     self._kill(number, why)
                     self._end_team(number, why)
-            if self._over.wait(ASK_S):
+            if self._over.wait(ASK_S if watched <= heard.keys() else FIRST_S):
                 return
 
     def _kill(self, number: int, why: str) -> None:

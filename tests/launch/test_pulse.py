@@ -86,3 +86,14 @@ def test_a_worker_of_no_team_is_gone_alone() -> None:
         assert not workers[1].killed.is_set()
     watching.stop()
     assert not workers[1].killed.is_set()
+
+
+def test_a_worker_is_known_as_soon_as_it_has_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered: list[Sequence[Any]] = [[]]  # of the first look; of all others whoever was asked
+    monkeypatch.setattr(ray, "wait", lambda refs, **_: (answered.pop() if answered else list(refs), []))
+    monkeypatch.setattr(pulse, "ASK_S", 600.0)
+    watching = Pulse([well("a")], silence_s=600)
+    while "a" not in pulse._known:
+        assert watching._thread.is_alive()
+    watching.stop()
+    assert pulse.who("a") == ("worker 0", Life("a", "host", 1))
