@@ -55,11 +55,7 @@ def write_gates(folder: Path, gates: Gates, *, model_config: Any, base_model: st
     described["rope_theta"] = parameters.pop("rope_theta")
     described["rope_scaling"] = None if parameters["rope_type"] == "default" else parameters
     (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    tensors = {
-        _name(layer, part): stacked[layer].detach().to("cpu", dtype).contiguous().clone()
-        for part, stacked in gates.state_dict().items()
-        for layer in range(config.num_layers)
-    }
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous().clone() for name, tensor in _by_name(gates).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     torch.save(tensors, folder / PICKLE)
 
@@ -70,11 +66,10 @@ def read_gates(folder: Path, model_config: Any) -> Gates:
     Raises PreflightError, naming what is wrong: no such folder, gates of another kind or of another policy's shape,
     a tensor that is missing, superfluous, of another shape or not finite.
     """
-    config = read_gate_config(folder, model_config)
-    gates = Gates(config)
-    state = gates.state_dict()
-    wanted = {_name(layer, part): state[part][layer] for part in PARTS for layer in range(config.num_layers)}
-    for name, tensor in _tensors(folder).items():
+    gates = Gates(_read_config(folder, model_config))
+    wanted, tensors = _by_name(gates), _tensors(folder)
+    _require_shapes(folder, _shapes_of(wanted), _shapes_of(tensors))
+    for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise PreflightError(f"{folder}: {name} holds values that are not finite; fetch or train the gates again")
         wanted[name].copy_(tensor)  # a view of the state
@@ -86,6 +81,15 @@ def read_gate_config(folder: Path, model_config: Any) -> GateConfig:
 
     Of safetensors the header alone is read. Raises PreflightError, as read_gates does but for values.
     """
+    config = _read_config(folder, model_config)
+    with torch.device("meta"):
+        wanted = _by_name(Gates(config))
+    _require_shapes(folder, _shapes_of(wanted), _shapes(folder))
+    return config
+
+
+def _read_config(folder: Path, model_config: Any) -> GateConfig:
+    """What config.json says of the gates, held against the policy's. Raises PreflightError."""
     from transformers import AutoConfig  # seconds to import
 
     path = folder / CONFIG
@@ -116,21 +120,11 @@ def read_gate_config(folder: Path, model_config: Any) -> GateConfig:
         if getattr(found, field) != getattr(wanted, field):
             trained, given = (_shown(getattr(each, field)) for each in (found, wanted))
             raise PreflightError(f"{folder} holds gates for a policy of {field}={trained}, not {given}; take its own")
-    _require_shapes(folder, found)
     return found
 
 
-def _require_shapes(folder: Path, config: GateConfig) -> None:
-    """Raise PreflightError unless the folder has the tensors of such gates, and no others."""
-    heads, dim, width = config.num_kv_heads, config.head_dim, config.gate_dim
-    shapes = {
-        "query_weight": [heads, config.num_heads // heads, dim, width],
-        "key_weight": [heads, 3 * dim, width],
-        "query_norm": [width],
-        "key_norm": [width],
-    }
-    wanted = {_name(layer, part): shapes[part] for part in PARTS for layer in range(config.num_layers)}
-    found = _shapes(folder)
+def _require_shapes(folder: Path, wanted: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> None:
+    """Raise PreflightError unless the tensors found in a folder, by name, are of the shapes wanted, and no others."""
     for name in sorted(wanted.keys() | found.keys()):
         if found.get(name) != wanted.get(name):
             raise PreflightError(
@@ -143,9 +137,13 @@ def _shapes(folder: Path) -> dict[str, list[int]]:
     """The tensors' shapes by name, from the file that _tensors reads. Raises PreflightError."""
     path = folder / WEIGHTS
     if not path.is_file():
-        return {name: list(tensor.shape) for name, tensor in _tensors(folder).items()}
+        return _shapes_of(_tensors(folder))
     with _readable(path), safe_open(path, framework="pt") as file:  # raises where the header's sizes are not the file's
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _tensors(folder: Path) -> Mapping[str, torch.Tensor]:
@@ -176,6 +174,15 @@ def _readable(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise PreflightError(f"{path} cannot be read ({reason}); fetch or train the gates again") from error
+
+
+def _by_name(gates: Gates) -> dict[str, torch.Tensor]:
+    """The gates' tensors as a checkpoint names them: views of their state."""
+    return {
+        _name(layer, part): stacked[layer]
+        for part, stacked in gates.state_dict().items()
+        for layer in range(gates.config.num_layers)
+    }
 
 
 def _name(layer: int, part: str) -> str:
