@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 import typer
 
 from configs.errors import ConfigError
-from launch.bench_options import Device, Dtype, Json, Rounds, Seed, names, numbers, prepare, require_budget, show
+from launch.bench_options import (
+    BY_GATES,
+    Device,
+    Dtype,
+    Json,
+    Rounds,
+    Seed,
+    names,
+    numbers,
+    prepare,
+    require_budget,
+    show,
+)
 
 Text = Annotated[
     Path | None, typer.Option("--text", metavar="FILE", help="Natural text; Python's own documentation without.")
@@ -57,9 +69,7 @@ def selection(
     from rollout.model import load_config
     from rollout.pretrained import load_tokenizer, resolve
 
-    chosen = named or tuple(
-        name for name in bench_selection.KNOWN if name != "resa" and (name not in bench_selection.GATED or gate)
-    )
+    chosen = named or tuple(name for name in bench_selection.KNOWN if name != "resa" and (name not in BY_GATES or gate))
     sparse = SparseConfig(gate=gate, select_block=block, dense_layers=dense_layers)
     job = bench_selection.Job(texts, tokens, places, draws, chosen, sizes, sparse, seed)
     bench_selection.require(job)

@@ -48,6 +48,7 @@ STANDS_FOR = {
 PYTHON = Path(sys.executable)
 ANY_WIDTH = 1000
 GATE_FP8 = "gate-fp8"  # to benchmarks, which compare them, gates under sparse.descriptors=fp8 are another selector
+BY_GATES = ("gate", GATE_FP8)
 
 
 def in_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -19,7 +19,7 @@ from configs.schema import SparseConfig
 from kernels.attention import PackedSequences
 from kernels.sample import noise_key, sample
 from launch.agreement import divergence
-from launch.bench_options import GATE_FP8, picking_by, require_budget, require_part
+from launch.bench_options import BY_GATES, picking_by, require_budget, require_part
 from launch.bench_report import WrongResultError, plain_table, provenance, say, shape
 from launch.geometry import Subject
 from launch.teacher_forced import BLOCK_SIZE, Forced, Places
@@ -27,8 +27,7 @@ from launch.weighed import BEST, Side, Weighed
 from rollout.model import context_length, forward_packed
 from rollout.selectors import make_sparse, require_sparse
 
-GATED = ("gate", GATE_FP8)
-KNOWN = ("quest", "mean", "streaming", "verified", *GATED, BEST, "resa")  # the last is the first by another name
+KNOWN = ("quest", "mean", "streaming", "verified", *BY_GATES, BEST, "resa")  # the last is the first by another name
 ROWS = 64  # places of a text forwarded at once
 # nats by which a dense forward may differ from training's, and one that reads everything from a dense one
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -93,7 +92,7 @@ def require(job: Job) -> None:
         )
     if unknown := [each for each in job.selectors if each not in KNOWN]:
         raise ConfigError(f"--selectors: {unknown[0]!r} is none of {', '.join(KNOWN)}")
-    gated = [each for each in job.selectors if each in GATED]
+    gated = [each for each in job.selectors if each in BY_GATES]
     if gated and not job.sparse.gate:
         raise ConfigError(f"--selectors {gated[0]} needs --gate FOLDER, as `paceline gate train` writes it")
     if job.sparse.gate and not gated:
@@ -124,7 +123,7 @@ def require_fit(job: Job, model_config: PretrainedConfig) -> None:
 def config_of(job: Job, selector: str, budget: int) -> SparseConfig:
     """How one selector picks under one budget."""
     named = "quest" if selector == BEST else selector
-    return picking_by(named, job.sparse, budget_tokens=budget, gate=job.sparse.gate if named in GATED else "")
+    return picking_by(named, job.sparse, budget_tokens=budget, gate=job.sparse.gate if named in BY_GATES else "")
 
 
 def make_side(job: Job, model: PreTrainedModel, selector: str, budget: int) -> Side:

@@ -19,7 +19,7 @@ from configs.schema import Config, DrafterConfig, RolloutConfig, SelectorName, S
 from drafter.types import OFF, Strategy
 from launch.agreement import verify
 from launch.bench_drift import Key, diverge, summary
-from launch.bench_options import GATE_FP8, named_by, picking_by, require_budget, require_part
+from launch.bench_options import BY_GATES, GATE_FP8, named_by, picking_by, require_budget, require_part
 from launch.bench_report import in_turns, plain_table, provenance, say, shape, spread
 from launch.bench_rollout import PREFILL_TOKENS, PROBE_TOKENS, generate, random_prompts, sampling, synchronize
 from launch.drafting import make_drafting, starting_shape
@@ -41,7 +41,7 @@ LIMIT = 2.0  # tokens a second of the best drafting mode over "off", at least (i
 MODES = ("off", "draft", "rectified", "plain")
 SELECTORS = (*get_args(SelectorName), GATE_FP8)
 INNERS = get_args(get_type_hints(SparseConfig)["inner"])
-GATED = {"gate", GATE_FP8, "duo"}  # what reads --gate
+GATED = {*BY_GATES, "duo"}  # what reads --gate
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from kernels.gate import GateWeights, Rotation, gate_choose
 from kernels.select import BlockLists, Choice, bound_scores, choose_blocks, mean_scores
 from kernels.sparse_attention import sparse_attention
 from launch.bench_attention import Heads, in_order
-from launch.bench_options import GATE_FP8
+from launch.bench_options import BY_GATES, GATE_FP8
 
 BLOCK_SIZE = 64
 SELECT_BLOCK = {"gate": 64, GATE_FP8: 64, "quest": 16, "mean": 64}
@@ -78,7 +78,7 @@ def operands(
     )
     storage = torch.randn(1, 2, num_blocks, BLOCK_SIZE, heads.key, heads.dim, dtype=dtype, device=device)
     query = torch.randn(batch, heads.query, heads.dim, dtype=dtype, device=device)
-    if selector in ("gate", GATE_FP8):
+    if selector in BY_GATES:
         gates = random_gates(heads, dtype=dtype, device=device)
         described = torch.randn(1, num_blocks, 1, heads.key, heads.dim, dtype=dtype, device=device)
         if selector == GATE_FP8:
