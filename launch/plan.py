@@ -94,10 +94,10 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     require_heads(model_config, config.train.sequence_parallel)
     if config.sparse.mode != "off":
         require_sparse(config.sparse, model_config)
+        if config.sparse.descriptors != "policy":
+            require_fp8(torch.device(device), key="sparse.descriptors", instead="policy")
     if config.sparse.weights != "policy":
         require_readable(config.sparse.weights, torch.device(device))
-    if config.sparse.descriptors != "policy":
-        require_fp8(torch.device(device), key="sparse.descriptors", instead="policy")
     itemsize = getattr(torch, dtype).itemsize
     compute, rollout, train = config.compute, config.rollout, config.train
     is_separate = compute.placement == "separate"

@@ -173,6 +173,8 @@ def test_a_gpu_without_fp8_is_found_before_a_run_is_made(
     gates = [f"sparse.gate={tmp_path}", "sparse.selector=gate", "sparse.select_block=16", "sparse.descriptors=fp8"]
     with pytest.raises(PreflightError, match=r"8\.0 has no such type.*set sparse\.descriptors=policy"):
         plan_for(model_config, "sparse.mode=draft", *gates, "sparse.budget_tokens=300")
+    monkeypatch.setattr(launch.plan, "available_bytes", lambda device: 1 << 30)
+    plan_for(model_config, "sparse.mode=off", *gates, "rollout.kv_tokens=4096")  # nothing is kept in eight bits
 
 
 def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> None:
