@@ -8,7 +8,7 @@ from typing import Any
 from configs.layers import Setting, layer_problems, settings
 from configs.placement import placement
 from configs.redact import holds_secret, is_secret, redact
-from configs.schema import Config
+from configs.schema import Config, SparseConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +205,7 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
     selectors, key = {setting.sparse.selector for setting in found}, found[0].selector_key
     if sparse.weights != "policy" and sparse.mode != "draft":
         yield "sparse.weights", "is of drafts, which dense verification corrects; set policy, or sparse.mode=draft"
-    if sparse.learn:
-        yield from _learned_gates(sparse.mode, found)
+    yield from _gates(sparse, found)
     if sparse.mode == "off":
         return
     if config.rollout.backend == "vllm":
@@ -226,8 +225,6 @@ def _sparse(config: Config) -> Iterator[tuple[str, str]]:
             "sparse.gate",
             f"{key}={found[0].sparse.selector} reads none; set '', or {key}=gate",
         )
-    if sparse.descriptors != "policy" and "gate" not in selectors:
-        yield "sparse.descriptors", f"{key}={found[0].sparse.selector} has no gates; set policy, or {key}=gate"
     if sparse.mode == "draft" and sparse.inner == "eagle" and config.spec.source not in ("eagle", "auto"):
         yield "sparse.inner", "there is no head; set spec.source=eagle or auto, or sparse.inner=suffix"
     # where spec.source drafts, this is judged with the rest of spec
@@ -284,13 +281,19 @@ def _too_little(setting: Setting) -> str:
     return f"sparse.sinks, sparse.{recent} and the present block take {least} tokens by themselves; set {least} or more"
 
 
-def _learned_gates(mode: str, found: Sequence[Setting]) -> Iterator[tuple[str, str]]:
-    """What gates that learn in a run need."""
-    if mode != "draft":  # where gates decide what is sampled, they may not depend on what a machine had time for
-        yield "sparse.learn", f"is of sparse.mode=draft, not of {mode}; set false"
-    if all(setting.sparse.selector != "gate" for setting in found):
-        key, selector = found[0].selector_key, found[0].sparse.selector
-        yield "sparse.learn", f"{key}={selector} has no gates; set false, or {key}=gate"
+def _gates(sparse: SparseConfig, found: Sequence[Setting]) -> Iterator[tuple[str, str]]:
+    """What needs a layer that goes by gates, and the mode in which they may learn."""
+    # where gates decide what is sampled, they may not depend on what a machine had time for
+    if sparse.learn and sparse.mode != "draft":
+        yield "sparse.learn", f"is of sparse.mode=draft, not of {sparse.mode}; set false"
+    if any(setting.sparse.selector == "gate" for setting in found):
+        return
+    needs = {"sparse.learn": "false"} if sparse.learn else {}
+    if sparse.descriptors != "policy" and sparse.mode != "off":
+        needs["sparse.descriptors"] = "policy"
+    key, selector = found[0].selector_key, found[0].sparse.selector
+    for name, instead in needs.items():
+        yield name, f"{key}={selector} has no gates; set {instead}, or {key}=gate"
 
 
 def _lossy(config: Config) -> Iterator[tuple[str, str]]:

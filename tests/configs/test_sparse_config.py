@@ -132,8 +132,18 @@ def test_gates_learn_where_they_change_no_sample(mode: str) -> None:
     assert re.search(rf"sparse\.learn=True: is of sparse\.mode=draft, not of {mode}; set false", line)
 
 
+def test_all_that_needs_gates_is_answered_at_once() -> None:
+    lines = complaint("sparse.mode=draft", "sparse.learn=true", "sparse.descriptors=fp8")
+    answers = {line.partition(": ")[0]: line.partition("; ")[2] for line in lines}
+    assert answers == {
+        "sparse.learn=True": "set false, or sparse.selector=gate",
+        "sparse.descriptors='fp8'": "set policy, or sparse.selector=gate",
+    }
+
+
 def test_what_is_off_is_not_judged() -> None:
     parse(BASE, ["sparse.selector=gate", "sparse.inner=eagle", "sparse.budget_tokens=8"])
+    parse(BASE, ["sparse.selector=quest", "sparse.descriptors=fp8"])
 
 
 def test_a_block_is_as_published_unless_it_is_named() -> None:
