@@ -42,8 +42,9 @@ class Memory:
 class Sizes:
     """What the memory of a run depends on. tokens: of a rank's forward and backward pass; rows: decoded together.
 
-    share: what an engine's process has of the policy, where it samples apart from the trainers. lowbit: bytes of the
-    copy that drafts read; watched: of what a selector keeps of the running texts.
+    share: what an engine's process has of the policy, where it samples apart from the trainers. saved: bytes that a
+    forward pass of these tokens keeps for the backward one; lowbit: of the copy that drafts read; watched: of what a
+    selector keeps of the running texts.
     """
 
     parameters: int
@@ -55,6 +56,7 @@ class Sizes:
     kv_bytes: int
     drafter: DrafterBytes
     share: Share
+    saved: int
     lowbit: int = 0
     gates: GateBytes = GateBytes()
     watched: int = 0
@@ -146,10 +148,9 @@ def _step(config: Config, model_config: PretrainedConfig, sizes: Sizes) -> dict[
         passing = sizes.parameters * FLOAT32_BYTES // sizes.ranks + 2 * bucket
     else:
         passing = sizes.parameters * FLOAT32_BYTES + (bucket if stage else 0)
-    saved = saved_bytes(model_config, sizes.tokens, sizes.dtype)
-    layer = saved // layers
+    layer = sizes.saved // layers
     boundary = sizes.tokens * model_config.get_text_config().hidden_size * sizes.dtype.itemsize
-    activations = layers * boundary + layer if config.train.gradient_checkpointing else saved
+    activations = layers * boundary + layer if config.train.gradient_checkpointing else sizes.saved
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     responses = sizes.tokens * config.rollout.max_new_tokens // longest
     chunks = 0 if sizes.device == "cuda" else 2 * CHUNK_ELEMENTS[sizes.device] * FLOAT32_BYTES

@@ -16,7 +16,7 @@ from drafter.memory import NO_DRAFTER, DrafterBytes, GateBytes, drafter_bytes, l
 from drafter.trainer import require_unroll
 from drafter.types import OFF
 from launch.drafting import chooser_for, starting_shape
-from launch.memory import Memory, Sizes, memory_of
+from launch.memory import Memory, Sizes, memory_of, saved_bytes
 from launch.shares import count_parameters, empty_model, share_of
 from rl.ulysses import require_heads
 from rollout.gate_sampler import sample_bytes
@@ -120,6 +120,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
         lowbit=lowbit_bytes(config.sparse, model_config),
         gates=gate_bytes(config.sparse, model_config, itemsize=itemsize, longest=longest),
         watched=watched_bytes(config, model_config, device=device, longest=longest),
+        saved=saved_bytes(model_config, micro_tokens, getattr(torch, dtype)),
     )
     kv_blocks = _kv_blocks(config, model_config, sizes, longest=longest)
     block_bytes = _block_bytes(config, sizes.share.config, getattr(torch, dtype))

@@ -44,7 +44,9 @@ def planned(model_config: PretrainedConfig, dtype: str, *overrides: str) -> dict
     with torch.device("meta"):
         parameters = sum(each.numel() for each in AutoModelForCausalLM.from_config(model_config).parameters())
     share = share_of(model_config, 1)
-    sizes = Sizes(parameters, getattr(torch, dtype), "cpu", config.compute.workers, 64, 8, 1000, NO_DRAFTER, share)
+    kind = getattr(torch, dtype)
+    saved = saved_bytes(model_config, 64, kind)
+    sizes = Sizes(parameters, kind, "cpu", config.compute.workers, 64, 8, 1000, NO_DRAFTER, share, saved)
     return memory_of(config, model_config, sizes)
 
 
@@ -135,7 +137,7 @@ def test_graphs_take_what_an_h100_measured() -> None:
     strategy, config = measured["strategy"], parse("data: {name: chain_sum}", [])
     spec = replace(config.spec, depth=strategy["depth"], top_k=strategy["top_k"], num_verify=strategy["num_verify"])
     share = share_of(geometry(measured["model"]), 1)
-    sizes = Sizes(0, torch.bfloat16, "cuda", 1, 0, max(measured["graphs"]["batches"]), 0, NO_DRAFTER, share)
+    sizes = Sizes(0, torch.bfloat16, "cuda", 1, 0, max(measured["graphs"]["batches"]), 0, NO_DRAFTER, share, 0)
     assert len(measured["graphs"]["strategies"]) == 4, "as many widths as our arms have"
     planned = graph_bytes(replace(config, spec=spec), geometry(measured["model"]), sizes)
     assert planned == pytest.approx(measured["graphs"]["four_bytes"], rel=0.1)

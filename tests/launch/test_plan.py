@@ -3,13 +3,15 @@
 from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import drafter.export
+import launch.memory
 import launch.plan
 import rollout.memory
 from configs.errors import ConfigError, PacelineError, PreflightError
@@ -23,6 +25,7 @@ from launch.memory import Memory
 from launch.plan import Plan, derive, table
 from launch.shares import count_parameters
 from rl.rundir import RunDir
+from rollout.model import forward_packed
 
 
 @pytest.fixture
@@ -134,6 +137,20 @@ def test_a_learned_drafter_is_counted_and_what_it_could_give_up_is_named(
     monkeypatch.setattr(launch.plan, "available_bytes", lambda device: 1_000_000)
     (warning,) = plan_for(model_config, "spec.source=eagle", "spec.top_k=1").warnings
     assert "lower drafter.buffer_mb, drafter.feature_window" in warning
+
+
+def test_what_a_forward_pass_leaves_is_found_once(
+    model_config: PretrainedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []  # by their tokens
+
+    def forward(model: PreTrainedModel, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passes.append(len(input_ids))
+        return forward_packed(model, input_ids, *rest)
+
+    monkeypatch.setattr(launch.memory, "forward_packed", forward)
+    plan_for(model_config, "train.micro_tokens=256")  # the cache is derived from the memory that the rest leaves
+    assert passes == [256]
 
 
 def test_planning_reads_no_weight_of_the_drafter_it_starts_from(
