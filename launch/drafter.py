@@ -14,7 +14,7 @@ from launch.natural_text import read_text
 
 if TYPE_CHECKING:
     from drafter.trainer import DrafterStats
-    from launch.subject import Subject
+    from launch.subject import Unloaded
 
 app = typer.Typer(help="Train and measure drafters.")
 
@@ -47,11 +47,14 @@ def train(
 ) -> None:
     """Warm a drafter up: on what a policy says, on worked solutions, or on a text."""
     given = None if text is None else read_text(text)  # what is wrong with it is said before the policy is loaded
-    subject = load_source(source, overrides)
+    found = find_source(source, overrides)
     from launch import offline
     from rl.export_drafter import require_drafter_place
 
-    require_drafter_place(out, offline.drafter_shape(subject.config, subject.policy.config))
+    require_drafter_place(out, offline.drafter_shape(found.config, found.model_config))
+    if given is not None:
+        offline.require_length(length, found.model_config)
+    subject = found.load()
     console = Console()
     if given is None:
         learned = offline.texts_for(subject, texts, answers=answers)
@@ -90,7 +93,7 @@ def evaluate(
     """Accept length by draft position, by position in the response and by temperature."""
     require_writable("--json", out)
     chosen = _temperatures(temperatures)
-    subject = load_source(source, overrides)
+    subject = find_source(source, overrides).load()
     from launch import offline
 
     chosen = chosen or [subject.config.rollout.temperature]
@@ -123,15 +126,15 @@ def _temperatures(text: str) -> list[float]:
     return values
 
 
-def load_source(source: Path, overrides: list[str] | None) -> "Subject":
-    """The policy of a run or a recipe, after what comes before the first heavy import."""
+def find_source(source: Path, overrides: list[str] | None) -> "Unloaded":
+    """The policy of a run or a recipe, not loaded yet, after what comes before the first heavy import."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # reading a checkpoint imports DeepSpeed, which would look for one
     from launch.logs import check_kernels, quiet_libraries
 
     check_kernels()
     quiet_libraries()
     from launch.logs import disable_progress_bars
-    from launch.subject import load_subject
+    from launch.subject import find_subject
 
     disable_progress_bars()
-    return load_subject(source, list(overrides or []))
+    return find_subject(source, list(overrides or []))

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from configs.errors import ConfigError
 from launch.bench_options import prepare
-from launch.drafter import Json, Overrides, Source, load_source
+from launch.drafter import Json, Overrides, Source, find_source
 from launch.natural_text import read_text
 
 if TYPE_CHECKING:
@@ -68,13 +68,14 @@ def train(
     # before the policy is loaded, which may take minutes
     require_free(out)
     given = None if text is None else read_text(text)
-    subject = load_source(source, overrides)
+    found = find_source(source, overrides)
     from drafter.gate import GateConfig, Gates
     from launch import distil, offline
 
-    offline.require_length(subject, length)
-    gates = Gates(GateConfig.of(subject.policy.config, select_block=block), seed=subject.config.run.seed)
-    gates = gates.to(subject.device)
+    offline.require_length(length, found.model_config)
+    shape = GateConfig.of(found.model_config, select_block=block)
+    subject = found.load()
+    gates = Gates(shape, seed=subject.config.run.seed).to(subject.device)
     console = Console(highlight=False, soft_wrap=True)
     if given is None:
         sequences = distil.of_answers(subject, texts, answers=answers, length=length)

@@ -132,9 +132,8 @@ def texts_for(subject: Subject, count: int, *, answers: Literal["policy", "solut
 def texts_of(text: str, subject: Subject, count: int, *, length: int) -> list[Text]:
     """What to learn from of a text: its first pieces of so many tokens, each begun by its first PIECE_PROMPT.
 
-    Raises ConfigError for longer ones than the policy takes, DataError where there are fewer than two.
+    length: as require_length allows. Raises DataError where there are fewer than two.
     """
-    require_length(subject, length)
     tokens = tokens_of(subject.tokenizer, text)
     pieces = whole_pieces(tokens, length)[:count]
     if len(pieces) < 2:
@@ -144,9 +143,9 @@ def texts_of(text: str, subject: Subject, count: int, *, length: int) -> list[Te
     return [Text(piece, num_prompt=PIECE_PROMPT) for piece in pieces]
 
 
-def require_length(subject: Subject, length: int) -> None:
+def require_length(length: int, model_config: PretrainedConfig) -> None:
     """Raise ConfigError for more tokens than the policy has positions for."""
-    if length > (limit := context_length(subject.policy.config)):
+    if length > (limit := context_length(model_config)):
         raise ConfigError(f"--length {length} exceeds the {limit} positions of the policy; lower it")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from configs.errors import DataError
 from configs.load import find_recipe, load
@@ -24,7 +24,7 @@ from rl.rundir import require_run
 from rl.template import Template
 from rl.warmstart import FIRST_STEP, solution_ids, solver
 from rollout.engine import NativeEngine
-from rollout.model import context_length, load_policy, resolve_compute
+from rollout.model import context_length, load_config, load_policy, resolve_compute
 from rollout.pretrained import load_tokenizer, resolve
 from rollout.strategy import make_chooser
 from rollout.types import Prompt, Rollout, Sampling
@@ -64,27 +64,52 @@ class Subject:
         )
 
 
-def load_subject(source: Path, overrides: Sequence[str]) -> Subject:
-    """The newest policy of a run directory, in its own dtype, or the model a recipe starts from."""
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """A subject whose weights, which may take minutes, are not read yet: what its configs rule out is refused before.
+
+    base: the transformers folder of the model that it is or, of a run, began as; model_config: what config.json there
+    says. run: as a Subject's.
+    """
+
+    config: Config
+    base: Path
+    model_config: PretrainedConfig
+    device: str
+    dtype: str
+    run: Path | None
+
+    def load(self) -> Subject:
+        """The newest policy of the run, in its own dtype, or the model."""
+        if self.run is None:
+            policy, step = load_policy(self.base, device=self.device, dtype=self.dtype), 0
+        else:
+            checkpoint = newest_intact(self.run)
+            say_if_older(checkpoint)
+            step = step_of(checkpoint)
+            params = read_params(checkpoint)
+            (kept,) = {tensor.dtype for tensor in params.values()}
+            policy = load_policy(self.base, device=self.device, dtype=str(kept).removeprefix("torch."))
+            fill_params(policy, params, self.base)
+        tokenizer = load_tokenizer(self.base)
+        return Subject(self.config, policy, tokenizer, stop_token_ids(self.base, tokenizer), self.run, step)
+
+
+def find_subject(source: Path, overrides: Sequence[str]) -> Unloaded:
+    """The policy of a run directory, or the model a recipe starts from. Raises ConfigError, PreflightError."""
     if not source.is_dir():
-        config, run, step = load(find_recipe(source), overrides), None, 0
+        config, run = load(find_recipe(source), overrides), None
     else:
         require_run(source)
         config, run = load(source / "config" / "resolved.yaml", overrides), source
     device, dtype = resolve_compute(config.compute)
     base = resolve(config.model)
-    if run is None:
-        policy = load_policy(base, device=device, dtype=dtype)
-    else:
-        checkpoint = newest_intact(run)
-        say_if_older(checkpoint)
-        step = step_of(checkpoint)
-        params = read_params(checkpoint)
-        (kept,) = {tensor.dtype for tensor in params.values()}
-        policy = load_policy(base, device=device, dtype=str(kept).removeprefix("torch."))
-        fill_params(policy, params, base)
-    tokenizer = load_tokenizer(base)
-    return Subject(config, policy, tokenizer, stop_token_ids(base, tokenizer), run, step)
+    return Unloaded(config, base, load_config(base), device, dtype, run)
+
+
+def load_subject(source: Path, overrides: Sequence[str]) -> Subject:
+    """The newest policy of a run directory, in its own dtype, or the model a recipe starts from."""
+    return find_subject(source, overrides).load()
 
 
 def policy_answers(

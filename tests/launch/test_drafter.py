@@ -120,8 +120,6 @@ def test_a_drafter_learns_from_a_text(
     train = ("drafter", "train", recipe, out, "--text")
     with pytest.raises(DataError, match=r"--text has \d+ tokens, not two pieces of 250; give a longer"):
         paceline(*train, piped(text[:400]), "--length", 250)
-    with pytest.raises(ConfigError, match="--length 99999 exceeds the 256 positions of the policy"):
-        paceline(*train, piped(text), "--length", 99999)
     paceline(*train, piped(text), "--length", 64, "--texts", 12, "--steps", 30)
     said = capsys.readouterr().out
     before, after = re.findall(r"([\d.]+) before, ([\d.]+) after", said)[0]
@@ -242,14 +240,17 @@ def test_why_a_run_serves_no_drafter_is_said(
         paceline("export", run, "--drafter", tmp_path / "out")
 
 
-def test_what_stops_a_drafter_is_found_before_it_is_trained(
+def test_what_stops_a_drafter_is_found_before_the_policys_weights_are_read(
     recipe: Path,
+    run: Path,
     tmp_path: Path,
     tiny_model_dir: Path,
     paceline: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
+    piped: Callable[[str], Path],
 ) -> None:
-    monkeypatch.setattr(offline, "texts_for", pytest.fail)
+    for reads in ("load_policy", "read_params"):
+        monkeypatch.setattr(f"launch.subject.{reads}", pytest.fail)
     (tmp_path / "taken" / "mine").mkdir(parents=True)
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file is no folder"):
@@ -258,8 +259,11 @@ def test_what_stops_a_drafter_is_found_before_it_is_trained(
         paceline("drafter", "train", recipe, tmp_path / "out", "drafter.init=nowhere")
     with pytest.raises(ConfigError, match="unroll=32 does not fit drafter.window=32"):
         paceline("drafter", "train", recipe, tmp_path / "out", "drafter.unroll=32")
-    with pytest.raises(PreflightError, match="taken already exists"):
-        paceline("drafter", "train", recipe, tmp_path / "taken")
+    for source in (recipe, run):
+        with pytest.raises(PreflightError, match="taken already exists"):
+            paceline("drafter", "train", source, tmp_path / "taken")
+        with pytest.raises(ConfigError, match="--length 257 exceeds the 256 positions of the policy; lower it"):
+            paceline("drafter", "train", source, tmp_path / "out", "--text", piped("some"), "--length", 257)
     with pytest.raises(PreflightError, match="engines need three different"):
         paceline("drafter", "train", recipe, tmp_path / "out", f"model={tiny_model_dir}")
     assert not (tmp_path / "out").exists()

@@ -173,6 +173,14 @@ def test_a_folder_that_is_taken_and_a_text_that_is_not_there_are_found_before_th
             paceline(command, "train", recipe, tmp_path / "out", "--text", "/no/such/file")
 
 
+def test_sequences_that_the_policy_has_no_positions_for_are_found_before_its_weights_are_read(
+    recipe: Path, tmp_path: Path, paceline: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.subject.load_policy", pytest.fail)
+    with pytest.raises(ConfigError, match="--length 513 exceeds the 512 positions of the policy; lower it"):
+        paceline("gate", "train", recipe, tmp_path / "gates", *SMALL, "--length", 513)
+
+
 def test_a_policy_that_caps_its_scores_is_refused_and_windows_are_left_out(tmp_path: Path) -> None:
     config = Gemma2Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
