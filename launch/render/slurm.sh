@@ -6,13 +6,14 @@ export token="$state/ray_token.$SLURM_JOB_ID"
 export success="$state/SUCCESS" ray_logs="$state/ray-$SLURM_JOB_ID"
 export scratch="${TMPDIR:-/tmp}/paceline-$SLURM_JOB_ID" # short: Ray's sockets must fit 107 characters
 export join_s=300
+end_s=300 # to end Ray in, on nodes that other work slows down
 ray_pids=()
 joined_pid='' train_pid='' told=''
 
 say() { echo "paceline: $*" >&2; }
 
 end_ray() {
-    local pid deadline=$((SECONDS + 30))
+    local pid deadline=$((SECONDS + end_s))
     rm -f "$token"
     for pid in "${ray_pids[@]}"; do
         while ((SECONDS < deadline)) && kill -0 "$pid" 2>/dev/null; do sleep 0.2; done
@@ -28,6 +29,7 @@ trap end_ray EXIT
 job_is_running() { [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; }
 leave() {
     trap - TERM
+    if (($1 == 75)); then end_s=30; fi # the job must queue itself again before its time is up
     end_ray
     if (($1 == 75)) && job_is_running; then
         say "queued again to go on"

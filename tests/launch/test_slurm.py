@@ -5,6 +5,7 @@ import secrets
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -195,13 +196,25 @@ def test_two_nodes_train_together_and_leave_the_success_file(
     assert left_behind(plan, job) == []
 
 
-def test_training_that_fails_fails_the_job_with_its_code(cluster: Cluster, planned: Callable[..., LaunchPlan]) -> None:
-    plan = planned("fails", "model=/nowhere/model")
+def test_training_that_fails_fails_the_job_with_its_code_and_a_node_that_lags_keeps_its_logs(
+    cluster: Cluster, planned: Callable[..., LaunchPlan], tmp_path: Path
+) -> None:
+    ray, slow = Path(sys.executable).with_name("ray"), tmp_path / "bin" / "ray"
+    slow.parent.mkdir()
+    slow.write_text(
+        f'#!/bin/bash\n{ray} "$@" &\npid=$!\n'
+        "trap '[[ $SLURMD_NODENAME == n1 ]] || sleep 40; kill $pid' TERM\n"
+        "wait $pid; wait $pid\n"  # the first is interrupted
+    )
+    slow.chmod(0o755)
+    plan = planned("fails", "model=/nowhere/model", nodes=2, setup=f"{here()}; PATH={slow.parent}:$PATH")
     job = cluster.submit(plan)
     assert cluster.ended(job) == ("FAILED", "3:0"), log_of(plan, job)
     assert not (Path(plan.state_dir) / "SUCCESS").exists()
+    assert "forcing job termination" not in log_of(plan, job)
     assert left_behind(plan, job) == []
-    assert list(Path(plan.state_dir).glob("ray-*/n1/*.out"))  # Ray's logs, for whoever looks
+    for node in ("n1", "n2"):
+        assert list(Path(plan.state_dir).glob(f"ray-*/{node}/*.out"))  # Ray's logs, for whoever looks
 
 
 def test_ray_that_does_not_start_fails_the_job(
