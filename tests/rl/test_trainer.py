@@ -347,6 +347,7 @@ def test_learning_rate_warms_up_and_falls_to_zero_after_the_last_step() -> None:
 @pytest.mark.slow
 def test_deepspeed_compiles_nothing_at_start_and_leaves_stdout_alone(tiny_model_dir: Path) -> None:
     script = f"""
+import sys
 from pathlib import Path
 from configs.schema import TrainConfig
 from rl.trainer import DeepSpeedTrainer
@@ -358,6 +359,7 @@ policy = load_policy(Path({str(tiny_model_dir)!r}), device="cpu", dtype="bfloat1
 DeepSpeedTrainer(policy, TrainConfig(), total_steps=1, temperature=1.0, device="cpu")
 from deepspeed.comm.torch import build_shm_op
 assert build_shm_op() is None
+assert "torch._inductor.compile_fx" not in sys.modules, "DeepSpeed had torch.compile import Inductor"
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
