@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from configs.errors import PreflightError
 from drafter.rope import Rope, Turns
 from kernels.gate import GateWeights, finish, gate_queries, pool_keys
 
@@ -51,9 +52,11 @@ class GateConfig:
     def of(cls, model_config: Any, *, select_block: int = 64, gate_dim: int | None = None) -> "GateConfig":
         """Gates for a policy with this transformers config, as wide as its heads unless told.
 
-        Raises PreflightError for a rotary embedding that gates cannot undo.
+        Raises PreflightError for a rotary embedding that gates cannot undo, and for scores that are capped.
         """
         text = model_config.get_text_config()
+        if cap := getattr(text, "attn_logit_softcapping", None):
+            raise PreflightError(f"{text.model_type!r} caps its attention scores at {cap:g}; gates learn plain ones")
         heads = text.num_attention_heads
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         width = gate_dim or head_dim

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from configs.errors import DataError, PreflightError
+from configs.errors import DataError
 from drafter.gate import Gates
 from drafter.gate_checkpoint import write_gates
 from drafter.gate_quality import Quality, selection_quality
@@ -137,7 +137,7 @@ def save_gates(out: Path, gates: Gates, subject: Subject) -> None:
 def harvest(policy: PreTrainedModel, token_ids: Sequence[int], observe: Observe, *, select_block: int) -> None:
     """Run the policy over one sequence, and observe every layer that attends to all of it: tokens of the later half.
 
-    Gradients may be taken inside observe. Raises PreflightError for attention whose scores are capped.
+    policy: one that GateConfig.of takes. Gradients may be taken inside observe.
     """
     tokens = torch.tensor(token_ids, device=policy.device)
     positions = torch.arange(len(tokens), device=policy.device)
@@ -156,8 +156,7 @@ def harvest(policy: PreTrainedModel, token_ids: Sequence[int], observe: Observe,
         nonlocal num_layers
         layer, num_layers = num_layers, num_layers + 1
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-        if softcap is not None:
-            raise PreflightError(f"layer {layer} caps its attention scores at {softcap:g}; gates learn plain ones")
+        assert softcap is None, "GateConfig.of refuses a policy that caps its scores"
         if sliding_window is not None:  # it reads a window, whatever a gate says
             return packed_attention(query, key, value, seqs, scale=scale, sliding_window=sliding_window, softcap=None)[
                 None

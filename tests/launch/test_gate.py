@@ -181,23 +181,32 @@ def test_sequences_that_the_policy_has_no_positions_for_are_found_before_its_wei
         paceline("gate", "train", recipe, tmp_path / "gates", *SMALL, "--length", 513)
 
 
-def test_a_policy_that_caps_its_scores_is_refused_and_windows_are_left_out(tmp_path: Path) -> None:
+def gemma2(folder: Path, *, cap: float | None) -> Path:
+    """A model whose first layer has a window, and whose attention scores are capped where cap is a number."""
     config = Gemma2Config(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"],
+        layer_types=["sliding_attention", "full_attention"], attn_logit_softcapping=cap,
     )  # fmt: skip
-    for name, cap in (("plain", None), ("capped", 30.0)):
-        config.attn_logit_softcapping = cap
-        Gemma2ForCausalLM(config).save_pretrained(tmp_path / name)
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_policy_that_caps_its_scores_is_refused_before_its_weights_are_read(
+    tmp_path: Path, paceline: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (recipe := tmp_path / "recipe.yaml").write_text(RECIPE.format(model=gemma2(tmp_path / "capped", cap=30.0)))
+    monkeypatch.setattr("launch.subject.load_policy", pytest.fail)
+    with pytest.raises(PreflightError, match="'gemma2' caps its attention scores at 30; gates learn plain ones"):
+        paceline("gate", "train", recipe, tmp_path / "gates", *SMALL)
+
+
+def test_layers_with_a_window_are_left_out(tmp_path: Path) -> None:
     observed: list[int] = []
 
     def observe(sample: LayerSample, scale: float) -> None:
         observed.append(sample.layer)
 
-    plain = load_policy(tmp_path / "plain", device="cpu", dtype="float32")
+    plain = load_policy(gemma2(tmp_path / "plain", cap=None), device="cpu", dtype="float32")
     distil.harvest(plain, list(range(40)), observe, select_block=16)
     assert observed == [1]
-    capped = load_policy(tmp_path / "capped", device="cpu", dtype="float32")
-    with pytest.raises(PreflightError, match="caps its attention scores at 30"):
-        distil.harvest(capped, list(range(40)), observe, select_block=16)

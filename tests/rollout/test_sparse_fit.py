@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import Gemma2Config, LlamaConfig
 
 from configs.errors import ConfigError, PreflightError
 from configs.schema import SparseConfig
@@ -39,6 +39,12 @@ def test_gates_that_are_not_there_are_missed_with_the_command_that_makes_them(tm
 def test_gates_of_another_policy_are_refused(gates: Path) -> None:
     with pytest.raises(PreflightError, match=r"gates for a policy of num_layers=2, not 3"):
         require_sparse(SparseConfig(selector="gate", gate=str(gates), select_block=16), policy(3))
+
+
+def test_gates_of_a_policy_that_caps_its_scores_are_refused(gates: Path) -> None:
+    capped = Gemma2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    with pytest.raises(PreflightError, match="'gemma2' caps its attention scores at 50; gates learn plain ones"):
+        require_sparse(SparseConfig(selector="gate", gate=str(gates), select_block=16, learn=True), capped)
 
 
 def test_gates_of_other_blocks_are_refused_with_theirs(gates: Path) -> None:
