@@ -93,13 +93,14 @@ def evaluate(
     """Accept length by draft position, by position in the response and by temperature."""
     require_writable("--json", out)
     chosen = _temperatures(temperatures)
-    subject = find_source(source, overrides).load()
+    found = find_source(source, overrides)
     from launch import offline
 
-    chosen = chosen or [subject.config.rollout.temperature]
-    head = offline.drafter_for(subject, folder)
+    head = offline.drafter_for(found, folder)
     if depth >= head.config.window:
         raise ConfigError(f"--depth {depth} does not fit the drafter's window of {head.config.window} tokens; lower it")
+    subject = found.load()
+    chosen = chosen or [subject.config.rollout.temperature]
     problems = offline.problems(subject, prompts)
     measured = []
     for temperature in chosen:

@@ -21,7 +21,7 @@ from drafter.layouts import Layout
 from drafter.trainer import DrafterStats, DrafterTrainer, choose_vocabulary, evaluate, require_unroll
 from launch.drafting import starting_head, starting_shape
 from launch.natural_text import tokens_of, whole_pieces
-from launch.subject import Subject, policy_answers, sampled_texts, solved_texts
+from launch.subject import Subject, Unloaded, policy_answers, sampled_texts, solved_texts
 from launch.windows import Context, features, training_batches
 from rl.export import newest_intact
 from rl.export_drafter import export_trained, served_head
@@ -178,7 +178,7 @@ def drafter_shape(config: Config, model_config: PretrainedConfig) -> EagleConfig
     return shape
 
 
-def drafter_for(subject: Subject, folder: Path | None) -> EagleHead:
+def drafter_for(subject: Subject | Unloaded, folder: Path | None) -> EagleHead:
     """The drafter in a folder, else the one its run served, else that in drafter.init. Raises PacelineError."""
     config = subject.config
     if folder is None and subject.run is not None:
@@ -187,7 +187,7 @@ def drafter_for(subject: Subject, folder: Path | None) -> EagleHead:
         config = replace(config, drafter=replace(config.drafter, init=str(folder)))
     if not config.drafter.init:
         raise ConfigError("say which drafter to measure: --drafter FOLDER, or a run directory instead of a recipe")
-    return starting_head(config, subject.policy.config)
+    return starting_head(config, subject.model_config)
 
 
 def measure(

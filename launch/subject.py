@@ -51,6 +51,10 @@ class Subject:
     def device(self) -> torch.device:
         return self.policy.device
 
+    @property
+    def model_config(self) -> PretrainedConfig:
+        return self.policy.config
+
     def data(self, *, num_heldout: int) -> DataSet:
         """The configured problems."""
         return load_data(

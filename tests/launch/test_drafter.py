@@ -17,13 +17,13 @@ from configs.errors import ConfigError, DataError, DivergedError, PreflightError
 from configs.load import dump, load
 from drafter.checkpoint import CheckpointWriter
 from drafter.eagle import EagleConfig, EagleHead
-from drafter.export import read_drafter
+from drafter.export import Origin, read_drafter, write_drafter
 from launch import offline
 from launch.cli import app
 from launch.subject import Subject, load_subject, policy_answers, sampled_texts, solved_texts
 from rl.checkpoint import CheckpointStore, write_tensors
 from rl.features import Text
-from rollout.model import load_policy
+from rollout.model import load_config, load_policy
 from rollout.types import Prompt
 
 RECIPE = """
@@ -276,12 +276,25 @@ def test_a_drafter_that_diverged_is_not_written(recipe: Path, tmp_path: Path, pa
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_what_cannot_be_measured_or_kept_is_found_before_anything_is_sampled(
-    run: Path, tmp_path: Path, paceline: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_measured_or_kept_is_found_before_the_policys_weights_are_read(
+    recipe: Path,
+    run: Path,
+    tmp_path: Path,
+    deep_model_dir: Path,
+    paceline: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(offline, "policy_answers", pytest.fail)
-    with pytest.raises(ConfigError, match="--depth 32 does not fit the drafter's window of 32 tokens"):
-        paceline("drafter", "eval", run, "--depth", 32)
+    shape = EagleConfig.of(load_config(deep_model_dir), draft_vocab=100, window=16)
+    origin = Origin(str(deep_model_dir), [], "0" * 64, 0, 3)
+    (given := tmp_path / "given").mkdir()
+    write_drafter(given, EagleHead(shape), layout="eagle3", dtype=torch.float32, origin=origin)
+    for reads in ("load_policy", "read_params"):
+        monkeypatch.setattr(f"launch.subject.{reads}", pytest.fail)
+    for source, options, window in ((run, (), 32), (run, ("--drafter", given), 16), (recipe, ("--drafter", given), 16)):
+        with pytest.raises(ConfigError, match=f"--depth {window} does not fit the drafter's window of {window} tokens"):
+            paceline("drafter", "eval", source, *options, "--depth", window)
+    with pytest.raises(PreflightError, match="nowhere holds no drafter"):
+        paceline("drafter", "eval", run, "--drafter", "nowhere")
     with pytest.raises(StorageError, match="name a file"):
         paceline("drafter", "eval", run, "--json", tmp_path)
 
