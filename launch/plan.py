@@ -94,7 +94,7 @@ def derive(config: Config, model_config: PretrainedConfig) -> Plan:
     require_heads(model_config, config.train.sequence_parallel)
     if config.sparse.mode != "off":
         require_sparse(config.sparse, model_config)
-        if config.sparse.descriptors != "policy":
+        if config.sparse.descriptors != "policy" and "gate" in _selectors(config.sparse, model_config):
             require_fp8(torch.device(device), key="sparse.descriptors", instead="policy")
     if config.sparse.weights != "policy":
         require_readable(config.sparse.weights, torch.device(device))

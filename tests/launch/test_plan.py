@@ -188,10 +188,14 @@ def test_a_gpu_without_fp8_is_found_before_a_run_is_made(
     written = Gates(GateConfig.of(model_config, select_block=16))
     write_gates(tmp_path, written, model_config=model_config, base_model="tiny", dtype=torch.bfloat16)
     gates = [f"sparse.gate={tmp_path}", "sparse.selector=gate", "sparse.select_block=16", "sparse.descriptors=fp8"]
-    with pytest.raises(PreflightError, match=r"8\.0 has no such type.*set sparse\.descriptors=policy"):
-        plan_for(model_config, "sparse.mode=draft", *gates, "sparse.budget_tokens=300")
+    gates += ["sparse.budget_tokens=300", "rollout.kv_tokens=4096"]
+    for some_by_gates in ([], ["sparse.dense_layers=1"], ["sparse.layers.0.selector=quest"]):
+        with pytest.raises(PreflightError, match=r"8\.0 has no such type.*set sparse\.descriptors=policy"):
+            plan_for(model_config, "sparse.mode=draft", *gates, *some_by_gates)
     monkeypatch.setattr(launch.plan, "available_bytes", lambda device: 1 << 30)
-    plan_for(model_config, "sparse.mode=off", *gates, "rollout.kv_tokens=4096")  # nothing is kept in eight bits
+    plan_for(model_config, "sparse.mode=off", *gates)
+    for none_by_gates in ("sparse.dense_layers=2", "sparse.layers.0-1.selector=quest"):
+        plan_for(model_config, "sparse.mode=draft", *gates, none_by_gates)
 
 
 def test_speculation_off_verifies_nothing(model_config: PretrainedConfig) -> None:
