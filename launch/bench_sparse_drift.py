@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import PretrainedConfig
 
 from configs.errors import ConfigError
-from configs.layers import settings
+from configs.layers import by_layer, settings
 from configs.schema import SparseConfig
 from drafter.types import OFF, Rows
 from kernels.attention import PagedSequences, paged_sequences
@@ -28,7 +28,7 @@ from launch.bench_rollout import generate, make_engine, sampling, subject_prompt
 from launch.geometry import Subject
 from rollout.decoder import make_decoder
 from rollout.graphs import GraphPool
-from rollout.model import PagedCache, context_length
+from rollout.model import PagedCache, context_length, kv_shape
 from rollout.selectors import make_sparse, require_sparse
 from rollout.sparse import SparseAttention
 from rollout.strategy import FixedChooser
@@ -88,7 +88,10 @@ def require_fit(job: Job, model_config: PretrainedConfig) -> None:
     """Hold the job against a model's config, before its weights are read. Raises ConfigError, PreflightError."""
     if job.tokens > (limit := context_length(model_config)):
         raise ConfigError(f"--tokens {job.tokens} exceeds the model's context of {limit}; give fewer")
-    least = min(settings(job.sparse), key=lambda setting: setting.sparse.budget_tokens)
+    found = [setting for setting in by_layer(job.sparse, kv_shape(model_config)[0]) if setting]
+    if not found:
+        raise ConfigError("every layer of the policy attends to everything, and nothing drifts; leave fewer dense")
+    least = min(found, key=lambda setting: setting.sparse.budget_tokens)
     budget = least.sparse.budget_tokens
     require_part(f"{least.budget_key}={budget}", budget, job.tokens, "set less, or give more --tokens")
     require_sparse(job.sparse, model_config)

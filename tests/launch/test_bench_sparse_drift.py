@@ -109,6 +109,22 @@ def test_keys_that_would_change_nothing_are_refused(key: str, says: str, monkeyp
     assert says in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (["sparse.dense_layers=2"], "every layer of the policy attends to everything, and nothing drifts; leave fewer"),
+        (["sparse.layers.0-1.selector=dense"], "every layer of the policy attends to everything, and nothing drifts"),
+        (["sparse.layers.0-1.budget_tokens=9000"], "sparse.layers.0-1.budget_tokens=9000 is all of 4096 tokens"),
+    ],
+)
+def test_layers_that_all_read_everything_are_refused(
+    keys: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Subject, "load")
+    with pytest.raises(ConfigError, match=says):
+        app(["sparse-drift", "--geometry", "tiny", "--tokens", "4096", "--device", "cpu", *keys], standalone_mode=False)
+
+
 def test_texts_longer_than_the_context_are_refused(subject: Subject) -> None:
     with pytest.raises(ConfigError, match="--tokens 5000 exceeds the model's context of 4096; give fewer"):
         bench_sparse_drift.require_fit(Job(1, 5000, 10, SparseConfig(mode="rectified"), 0), subject.model.config)
