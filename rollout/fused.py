@@ -59,7 +59,7 @@ class FusedDecoder:
     """
 
     def __init__(self, model: PreTrainedModel, ranks: Ranks | None = None) -> None:
-        require_standard_config(model)
+        require_standard_config(model.config)
         self._model = model
         self._ranks = ranks
         base = model.base_model

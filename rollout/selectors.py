@@ -29,6 +29,7 @@ from rollout.gate_selector import GateSelector
 from rollout.lowbit import LowBitPolicy, require_fp8
 from rollout.model import kv_shape
 from rollout.sparse import Part, Selector, SparseAttention
+from rollout.standard import NotStandardError, require_standard_config
 from rollout.verified import VerifiedSelector
 
 EVERYTHING = 1 << 20  # blocks: no sequence has as many
@@ -157,8 +158,16 @@ class HeadsSelector:
 def require_sparse(config: SparseConfig, model_config: PretrainedConfig) -> None:
     """Hold what is configured against the policy's transformers config, before its weights are read.
 
-    Raises ConfigError, and PreflightError where what sparse.gate names is missing or another policy's.
+    Raises ConfigError, and PreflightError where what sparse.gate names is missing or another policy's, and for a
+    policy whose config says that it needs its own module to decode.
     """
+    try:
+        require_standard_config(model_config)
+    except NotStandardError as error:
+        raise PreflightError(
+            f"{model_config.model_type!r} decodes through its own module, which attends to everything, because {error};"
+            " set sparse.mode=off"
+        ) from error
     path, found = Path(config.gate).expanduser(), runs(config, kv_shape(model_config)[0])
     if config.learn and all(alike.selector != "gate" for _, alike in found):
         raise ConfigError("sparse.learn=True: no layer of the policy goes by gates; set false, or fewer dense layers")

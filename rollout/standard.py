@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from kernels.linear import Norm, gated_linear, linear
@@ -87,9 +87,9 @@ class Heads:
     scale: float
 
 
-def require_standard_config(model: PreTrainedModel) -> None:
+def require_standard_config(model_config: PretrainedConfig) -> None:
     """Refuse what few tokens would not show."""
-    config = model.config.get_text_config()
+    config = model_config.get_text_config()
     for name, value in config.to_dict().items():
         if "softcap" in name and value:
             raise NotStandardError(f"its config sets {name}={value}")

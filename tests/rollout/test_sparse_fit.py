@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, PretrainedConfig
 
 from configs.errors import ConfigError, PreflightError
 from configs.schema import SparseConfig
@@ -41,10 +41,16 @@ def test_gates_of_another_policy_are_refused(gates: Path) -> None:
         require_sparse(SparseConfig(selector="gate", gate=str(gates), select_block=16), policy(3))
 
 
-def test_gates_of_a_policy_that_caps_its_scores_are_refused(gates: Path) -> None:
-    capped = Gemma2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
-    with pytest.raises(PreflightError, match="'gemma2' caps its attention scores at 50; gates learn plain ones"):
-        require_sparse(SparseConfig(selector="gate", gate=str(gates), select_block=16, learn=True), capped)
+@pytest.mark.parametrize(
+    ("model_config", "reason"),
+    [
+        (Gemma2Config(), "'gemma2' .* its config sets final_logit_softcapping=30.0; set sparse.mode=off"),
+        (MistralConfig(sliding_window=4096), "'mistral' .* its attention has a sliding window; set sparse.mode=off"),
+    ],
+)
+def test_a_policy_that_decodes_through_its_own_module_is_refused(model_config: PretrainedConfig, reason: str) -> None:
+    with pytest.raises(PreflightError, match=reason):
+        require_sparse(SparseConfig(), model_config)
 
 
 def test_gates_of_other_blocks_are_refused_with_theirs(gates: Path) -> None:
