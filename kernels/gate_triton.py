@@ -25,6 +25,7 @@ PROGRAMS_PER_SM = 2
 BLOCKS_PER_WARP = 256  # of a list: of 128 to 512 the best on an H100, where eight warps make lists of 128 Ki keys
 LINE = 32  # scores of 128 bytes: no two lists share a line, of which a multiprocessor may keep an old copy
 STAGES = 3
+STEP_BYTES = 64 << 10  # of descriptors at most: shared memory holds STAGES steps beside the queries
 PRODUCTS = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -82,7 +83,9 @@ def _launch(
     arrived = torch.empty(num_rows * num_kv_heads, dtype=torch.int32, device=device)
     merged = merge_queries(weights, layer, query, positions, arrived)
     block_all = max(LINE, triton.next_power_of_2(num_blocks))
-    num_warps = min(max(4, block_all // BLOCKS_PER_WARP), 16)
+    block_h = max(16, triton.next_power_of_2(gate_dim // 2))
+    most_warps = min(16, STEP_BYTES // (16 * 2 * block_h * descriptors.element_size()))
+    num_warps = min(max(4, block_all // BLOCKS_PER_WARP), most_warps)
     block_n = 16 * num_warps
     wave = num_programs(device, PROGRAMS_PER_SM) // (num_rows * num_kv_heads)
     splits = max(1, min(wave, triton.cdiv(num_blocks, block_n)))
@@ -134,7 +137,7 @@ def _launch(
         PARTS=parts,
         SELECT_BLOCK=select_block,
         BLOCK_Q=min(max(16, triton.next_power_of_2(seqs.max_seqlen_q)), MAX_TOKENS),
-        BLOCK_H=max(16, triton.next_power_of_2(gate_dim // 2)),
+        BLOCK_H=block_h,
         BLOCK_N=block_n,
         BLOCK_ALL=block_all,
         FEW=min(FEW_BLOCKS, block_all),
