@@ -28,6 +28,7 @@ from kernels.attention_steps import absorb, as_rows, finish, merge_slices
 from kernels.linear_triton import overlaps
 
 MAX_SELECT_BLOCK = 128  # keys of a step that registers hold
+SHARED_BYTES = 227 << 10  # that a program may have
 
 
 def paged_attention_triton(
@@ -63,7 +64,8 @@ def paged_attention_triton(
     )
     if maxima is not None:
         assert sliding_window is None and maxima.scores.is_contiguous() and maxima.lse.is_contiguous()
-        geometry = replace(geometry, launch=with_whole_blocks(geometry.launch, maxima.select_block))
+        row_bytes = max(16, triton.next_power_of_2(head_dim)) * query.element_size()
+        geometry = replace(geometry, launch=with_whole_blocks(geometry.launch, maxima.select_block, row_bytes))
     launch = geometry.launch
     assert seqs.block_tables.stride(1) == 1 and groups <= launch.block_m
     assert launch.slices in (1, launch.num_warps)
@@ -126,14 +128,18 @@ def paged_attention_triton(
     return output
 
 
-def with_whole_blocks(launch: Launch, select_block: int) -> Launch:
-    """The launch, changed where it must be for every step to hold whole selection blocks, in one slice."""
+def with_whole_blocks(launch: Launch, select_block: int, row_bytes: int) -> Launch:
+    """The launch, changed where it must be for every step to hold whole selection blocks, in one slice.
+
+    row_bytes: of a head's query, key or value.
+    """
     assert select_block & (select_block - 1) == 0 and select_block <= MAX_SELECT_BLOCK, select_block
     if launch.slices == 1 and launch.block_n >= select_block:
         return launch
     if launch.slices == 1:
-        # wider steps, so fewer of them in shared memory
-        return replace(launch, block_n=select_block, num_stages=2)
+        # wider steps, so fewer of them in shared memory: keys and values, beside the queries
+        fits = (launch.block_m + 2 * 2 * select_block) * row_bytes <= SHARED_BYTES
+        return replace(launch, block_n=select_block, num_stages=2 if fits else 1)
     return Launch(launch.block_m, max(64, select_block), num_warps=4, num_stages=3, programs_per_sm=3, fold=launch.fold)
 
 
