@@ -1,11 +1,7 @@
 """Sequences in shuffled blocks of a paged cache, and who sees whom in them, one token at a time; kernels looked at."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,19 +125,6 @@ def poisoned_new_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-
-
-@pytest.fixture(scope="session")
-def run_compiling() -> Callable[[str], None]:
-    """Run code that compiles kernels: in a process of its own, without the interpreter, which takes anything."""
-
-    def run(code: str) -> None:
-        environment = os.environ | {"TRITON_INTERPRET": "0"}
-        folder = Path(__file__).parents[2]
-        done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-
-    return run
 
 
 class Counted:

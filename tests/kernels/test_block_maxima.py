@@ -145,46 +145,5 @@ def test_the_largest_weight_of_a_block_follows_from_both(make_paged: Callable[..
     torch.testing.assert_close((maxima.scores[0] - maxima.lse[0, :, None]).exp().double(), largest)
 
 
-# in a process of its own, without the interpreter; no GPU takes part
-COMPILE = """
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels.attention_plan import choose_launch
-from kernels.paged_attention import MAX_SELECT_BLOCK, _attention_kernel as kernel, with_whole_blocks
-
-width = 256
-chosen = choose_launch(64, width, torch.bfloat16, num_programs=8, max_keys=8192)
-launch = with_whole_blocks(chosen, MAX_SELECT_BLOCK, 2 * width)
-constants = dict(
-    HAS_MAXIMA=True, SELECT=MAX_SELECT_BLOCK, HAS_SOFTCAP=False, HAS_WINDOW=False, IS_TREE=False, MAY_SPLIT=True,
-    FOLD=True, KV_HEADS=8, GROUPS=4, HEAD_DIM=width, BLOCK_SIZE=128, FIELDS=16, BLOCK_M=launch.block_m,
-    BLOCK_N=launch.block_n, BLOCK_D=width, MERGE_ROWS=16, MERGE_SPLITS=2, STAGES=launch.num_stages, SLICES=1,
-    OVERLAP=True,
-)
-pointers = dict.fromkeys(("query", "key_cache", "value_cache", "output"), "*bf16")
-pointers |= dict.fromkeys(("block_scores", "lse", "maxima", "sums", "partials"), "*fp32")
-pointers |= dict.fromkeys(("block_tables", "items", "counts", "arrived"), "*i32")
-pointers |= dict.fromkeys(("ancestors", "positions"), "*i64")
-signature, attributes = {}, {}
-for index, name in enumerate(parameter.name for parameter in kernel.params):
-    if name in constants:
-        signature[name] = "constexpr"
-        continue
-    signature[name] = pointers.get(name, "fp32" if name in ("score_scale", "cap") else "i32")
-    if name in (*pointers, "query_token_stride", "query_head_stride"):
-        attributes[(index,)] = [["tt.divisibility", 16]]
-source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "launch_pdl": True}
-shared = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
-assert shared <= 227 << 10, f"{shared} bytes of shared memory"
-"""
-
-
-def test_the_largest_blocks_of_the_widest_heads_fit_an_h100(run_compiling: Callable[[str], None]) -> None:
-    run_compiling(COMPILE)
-
-
 def test_a_config_asks_for_no_larger_blocks_than_a_step_holds() -> None:
     assert MOST_WEIGHED == MAX_SELECT_BLOCK

@@ -1,44 +1,25 @@
-"""Kernels compile where an integer argument is one: Triton makes a constant of it then, which has no methods."""
+"""Kernels compile for an H100, also where an integer argument is one: Triton makes a constant of it then."""
 
 import ast
 import importlib
-from collections.abc import Callable
+import os
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import kernels
 
 FOLDER = Path(kernels.__file__).parent
 
-# in a process of its own, without the interpreter, which takes anything; no GPU takes part
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels.eagle_triton import _catch_up_kernel as kernel
 
-constants = dict(
-    RING=64, NUM_BLOCKS=5, BLOCK_SIZE=16, NUM_POSITIONS=6, NUM_LEVELS=3, TOP_K=2, POSITIONS=8, LEVELS=4, NODES=4,
-    BLOCKS=8, COLUMNS=128,
-)
-longs = ("published_ptr", "known_ptr", "nodes_ptr", "sample_positions_ptr")
-arguments, signature = [], {}
-for parameter in kernel.params:
-    name = parameter.name
-    if name in constants:
-        signature[name] = "constexpr"
-    elif name.endswith("_ptr"):
-        signature[name] = "*i64" if name in longs else "*bf16" if name in ("states_ptr", "aux_ptr") else "*i32"
-    elif parameter.do_not_specialize:
-        signature[name] = "i32"
-    else:  # as a launch does
-        signature[name], constants[name] = "constexpr", 1
-source = ASTSource(kernel, signature, constexprs=constants)
-triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-"""
-
-
-def test_the_step_of_a_head_compiles_for_a_single_row(run_compiling: Callable[[str], None]) -> None:
-    run_compiling(COMPILE)
+@pytest.mark.slow
+def test_what_an_h100_would_be_given_compiles_and_fits() -> None:
+    """In a process of its own, without the interpreter, which takes anything; no GPU takes part."""
+    command = [sys.executable, Path(__file__).with_name("h100.py")]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 def test_no_kernel_calls_a_method_of_an_argument_that_may_be_a_constant() -> None:

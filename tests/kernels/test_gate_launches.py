@@ -1,4 +1,4 @@
-"""A gate's scores and lists take two launches, its descriptors one, and all compile for the GPU they are meant for."""
+"""A gate's scores and lists take two launches, its descriptors one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,91 +10,6 @@ from kernels import gate_compress_triton, gate_queries_triton, gate_triton
 from kernels.attention import paged_sequences
 from kernels.gate import GateWeights, Rotation, empty_compressed
 from kernels.select import BlockLists, Choice
-
-# in a process of its own, without the interpreter, which takes anything; no GPU takes part
-COMPILE = """
-import torch
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels import gate_queries_triton, gate_triton
-from kernels.attention import paged_sequences
-from kernels.gate import GateWeights, Rotation
-from kernels.gate_compress_triton import _compress_kernel
-from kernels.gate_queries_triton import _merge_kernel
-from kernels.gate_triton import _score_kernel
-from kernels.select import Choice
-
-STORED = ("query", "weight", "norm", "storage")
-DESCRIPTORS = ("descriptors", "out")
-FLOATS = ("frequencies", "gate_frequencies", "merged", "scores")
-INTEGERS = ("block_tables", "begins", "ends", "cu_seqlens", "context_lens", "blocks", "counts", "arrived")
-NUMBERS = ("scaling", "gate_scaling", "eps", "scale", "log_threshold")
-
-
-def compiles(kernel, num_warps, descriptors="*bf16", **constants):
-    signature = {}
-    for parameter in kernel.params:
-        name = parameter.name
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in DESCRIPTORS:
-            signature[name] = descriptors
-        elif name in STORED + FLOATS + INTEGERS:
-            signature[name] = "*bf16" if name in STORED else "*fp32" if name in FLOATS else "*i32"
-        else:
-            signature[name] = "*i64" if name == "positions" else "fp32" if name in NUMBERS else "i32"
-    # as torch allocates
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(kernel, signature, constexprs=constants | {"OVERLAP": True}, attrs=aligned)
-    options = {"num_warps": num_warps, "launch_pdl": True}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-shape = dict(KV_HEADS=8, GATE_DIM=128)
-for tokens, heads in ((16, 1), (64, 8)):
-    compiles(
-        _merge_kernel, 4, GROUPS=8, HEADS=heads, HEAD_DIM=128, BLOCK_T=tokens, BLOCK_H=64, BLOCK_O=128, **shape
-    )
-score = dict(SHARES=8, PARTS=1, SELECT_BLOCK=64, BLOCK_H=64, FEW=1024, STAGES=3, CHOOSE=True, **shape)
-compress = dict(PARTS=1, SELECT_BLOCK=64, HEAD_DIM=128, ITEMS=16, BLOCK_T=64, BLOCK_H=64, BLOCK_O=64, **shape)
-for descriptors, product, largest in (("*bf16", tl.bfloat16, 3e38), ("*fp8e4nv", tl.float16, 448.0)):
-    for many, tokens in ((False, 16), (True, 64)):
-        compiles(
-            _score_kernel, 8, descriptors, HAS_THRESHOLD=True, MANY=many, BLOCK_Q=tokens, BLOCK_N=128, BLOCK_ALL=2048,
-            PRODUCT=product, **score
-        )
-    compiles(_compress_kernel, 4, descriptors, LARGEST=largest, **compress)
-
-
-class Launches:  # stands for a kernel
-    def __getitem__(self, grid):
-        return lambda *args, **options: launched.append(options)
-
-
-# gates of 256, of sequences of up to 256 Ki keys
-launched, width, long = [], 256, 1 << 18
-gate_queries_triton._merge_kernel = gate_triton._score_kernel = Launches()
-rotation = Rotation(torch.ones(width // 2), 1.0)
-sides = torch.zeros(1, 2, 8, width, width), torch.zeros(1, 2, 3 * width, width)
-weights = GateWeights(*sides, *torch.ones(2, 1, width), rotation=rotation, gate_rotation=rotation, eps=1e-6)
-one = torch.ones(1, dtype=torch.int64)
-seqs = paged_sequences(
-    cu_seqlens_q=torch.arange(2).int(), max_seqlen_q=1, context_lens=one.int(), max_context=long,
-    block_tables=torch.zeros(1, long // 64 + 1).int(), slots=one, block_size=64,
-)
-descriptors, choice = torch.zeros(1, 1, 2, width, dtype=torch.bfloat16), Choice(max_blocks=99, budget_blocks=9)
-gate_triton.gate_choose_triton(weights, 0, torch.zeros(1, 16, width), one, descriptors, seqs, choice)
-options = launched[-1]
-constants = {each.name: options[each.name] for each in _score_kernel.params if each.is_constexpr}
-compiled = compiles(_score_kernel, options["num_warps"], **constants)
-assert compiled.metadata.shared <= 227 << 10, f"{compiled.metadata.shared} bytes of shared memory"
-"""
-
-
-def test_the_kernels_compile_for_an_h100(run_compiling: Callable[[str], None]) -> None:
-    run_compiling(COMPILE)
 
 
 def make_weights() -> GateWeights:

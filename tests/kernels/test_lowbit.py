@@ -1,6 +1,5 @@
 """Products over eight-bit weights: reference against Triton, and what smoothing is worth."""
 
-from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -158,38 +157,3 @@ def test_the_chosen_kernels_equal_the_definitions_on_a_gpu(tokens: int, kind: Ki
     got = gated_linear(x, gate, up, norm=norm)
     assert_close(got, definition.gated_linear_reference(x, gate, up, norm=norm))
     assert_close(linear(got, down, residual=x), definition.linear_reference(got, down, residual=x))
-
-
-# in a process of its own, without the interpreter; no GPU takes part
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels.lowbit_triton import _lowbit_kernel as kernel
-
-for values, gated, tokens, split in (("i8", False, 8, 4), ("i8", True, 16, 1), ("fp8e4nv", False, 128, 1)):
-    constants = dict(
-        GATED=gated, BIAS=False, RESIDUAL=not gated, BLOCK_M=tokens, BLOCK_N=64, BLOCK_K=128 if tokens < 64 else 64,
-        SPLIT_K=split, OVERLAP=True, STAGES=4, PRECISION="tf32",
-    )
-    pointers = dict(weight_ptr=values, up_ptr=values, scale_ptr="fp32", up_scale_ptr="fp32", parts_ptr="fp32")
-    pointers["arrivals_ptr"] = "i32"
-    signature, attributes = {}, {}
-    for index, name in enumerate(parameter.name for parameter in kernel.params):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = "*" + pointers.get(name, "bf16") if name.endswith("_ptr") else "i32"
-        if name != "num_tokens":
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": 4, "num_stages": 4, "launch_pdl": True}
-    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    products = [line for line in code.splitlines() if "mma" in line and "bf16" in line]
-    assert products, "no tensor core multiplies"
-    assert code.count("cp.async.cg") >= 8, "weights are not loaded ahead"
-"""
-
-
-def test_the_kernel_compiles_for_an_h100_and_loads_weights_ahead(run_compiling: Callable[[str], None]) -> None:
-    run_compiling(COMPILE)

@@ -1,4 +1,4 @@
-"""Scoring and choosing are two launches, compile for the GPUs they are meant for, and replay in a captured graph."""
+"""Scoring and choosing are two launches, and replay in a captured graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,50 +14,6 @@ from kernels.select_triton import choose_blocks_triton
 
 SELECT_BLOCK, BLOCK_SIZE, WIDTH = 16, 64, 40
 CHOICE = Choice(max_blocks=32, budget_blocks=24, sinks=1, recent=2)
-
-# in a process of its own, without the interpreter, which takes anything; no GPU takes part
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels.describe_triton import _describe_kernel
-from kernels.scores_triton import _score_kernel, _verified_kernel
-from kernels.select_triton import _choose_kernel
-
-FLOATS, STORED = ("scores", "maxima", "lse"), ("storage", "out", "query", "descriptors")
-INTEGERS = ("block_tables", "begins", "ends", "cu_seqlens", "context_lens", "blocks", "counts")
-
-
-def compiles(kernel, num_warps, **constants):
-    signature = {}
-    for parameter in kernel.params:
-        name = parameter.name
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in FLOATS + STORED + INTEGERS:
-            signature[name] = "*fp32" if name in FLOATS else "*bf16" if name in STORED else "*i32"
-        else:
-            signature[name] = {"threshold": "fp32", "slots": "*i64"}.get(name, "i32")
-    source = ASTSource(kernel, signature, constexprs=constants | {"OVERLAP": True})
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "launch_pdl": True})
-
-
-shape = dict(KV_HEADS=8, GROUPS=8, HEAD_DIM=128, PARTS=4, SELECT_BLOCK=16, BLOCK_G=8, BLOCK_D=128, BLOCK_N=32)
-for is_single in (True, False):
-    compiles(_score_kernel, 4, IS_BOUND=True, IS_SINGLE=is_single, **shape)
-compiles(_verified_kernel, 4, HEADS=64, KV_HEADS=8, SELECT_BLOCK=64, BLOCK_G=8, BLOCK_N=256)
-compiles(
-    _choose_kernel, 8, HAS_THRESHOLD=True, SCORE_STRIDE=1, KV_HEADS=8, SELECT_BLOCK=16, BLOCK_N=2048, FEW=1024
-)
-compiles(
-    _describe_kernel, 4, IS_MINMAX=True, PARTS=4, SELECT_BLOCK=16, ENTRY_SIZE=1024, HEAD_DIM=128, DESCRIPTOR_DIM=256,
-    BLOCK_T=16, BLOCK_E=256,
-)
-"""
-
-
-def test_the_kernels_compile_for_an_h100(run_compiling: Callable[[str], None]) -> None:
-    run_compiling(COMPILE)
 
 
 def sequences(contexts: list[int], device: str) -> PagedSequences:
