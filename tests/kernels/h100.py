@@ -181,6 +181,7 @@ def gates() -> None:
             seqs, query = sequences(4, num_new, context), halves(4 * num_new, num_heads, head_dim)
             choice = Choice(max_blocks=300, budget_blocks=16, threshold=threshold)
             gate_choose(weights, 1, query, longs(4 * num_new), descriptors[1], seqs, choice)
+            assert launched[-1][1].asm["ptx"].count("shared.global") >= 12, "descriptors are not loaded ahead"
     gate_scores(weights, 1, query, longs(4 * num_new), descriptors[1], seqs)
 
 
