@@ -30,7 +30,7 @@ def launch(
     qos: Annotated[str, typer.Option(help="(slurm)")] = "",
     namespace: Annotated[str, typer.Option(help="(kuberay)")] = "",
     gpu: Annotated[str, typer.Option(help="Kind of GPU, as H100 (skypilot).")] = "",
-    infra: Annotated[str, typer.Option(help="CLOUD[/REGION[/ZONE]] or k8s/CONTEXT (skypilot).")] = "",
+    infra: Annotated[str, typer.Option(help="CLOUD, CLOUD/REGION, CLOUD/REGION/ZONE or k8s/CONTEXT (skypilot).")] = "",
     address: Annotated[str, typer.Option(help="Ray dashboard, as http://127.0.0.1:8265 (ray-job).")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep what is sent here.")] = None,

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from configs import faults
 from configs.errors import DataError, DivergedError, PreemptedError
@@ -74,6 +76,21 @@ def test_help_takes_a_second_of_computing_at_most() -> None:
     # of its own, not of the clock's; several times as much where caches and cores are shared
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
     assert all(command in result.stdout for command in ("train", "resume", "plan", "export", "status"))
+
+
+def test_every_help_shows_all_of_its_options_texts() -> None:
+    """Brackets in one would be Rich's markup: left out, or an error."""
+
+    def check(command: Any, name: str) -> None:
+        result = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "300"})
+        assert result.exit_code == 0, (name, result.exception)
+        for parameter in command.params:
+            text = (getattr(parameter, "help", None) or "").split("\n")[0]
+            assert text in result.output, (name, text)
+        for sub, inner in getattr(command, "commands", {}).items():
+            check(inner, f"{name} {sub}")
+
+    check(typer.main.get_command(app), "")
 
 
 def test_a_command_that_ends_leaves_nothing_to_be_searched_for_cycles() -> None:
