@@ -62,17 +62,17 @@ def paged_attention_triton(
         min_chunk=min_chunk,
         launch=launch,
     )
+    block_d = max(16, triton.next_power_of_2(head_dim))
     if maxima is not None:
         assert sliding_window is None and maxima.scores.is_contiguous() and maxima.lse.is_contiguous()
-        row_bytes = max(16, triton.next_power_of_2(head_dim)) * query.element_size()
-        geometry = replace(geometry, launch=with_whole_blocks(geometry.launch, maxima.select_block, row_bytes))
+        launch = with_whole_blocks(geometry.launch, maxima.select_block, block_d * query.element_size())
+        geometry = replace(geometry, launch=launch)
     launch = geometry.launch
     assert seqs.block_tables.stride(1) == 1 and groups <= launch.block_m
     assert launch.slices in (1, launch.num_warps)
     plan = plan_for(seqs, geometry, head_dim)
     output = torch.empty(num_tokens, num_heads, head_dim, dtype=query.dtype, device=query.device)
     is_tree = seqs.ancestors is not None
-    block_d = max(16, triton.next_power_of_2(head_dim))
     merge_rows, merge_splits = merge_shape(plan, block_d)
     overlap = overlaps(query.device)
     scores, lse = (None, None) if maxima is None else (maxima.scores, maxima.lse)
