@@ -165,8 +165,12 @@ def selection() -> None:
 
 def gates() -> None:
     """Compressing keys, and scoring and choosing by gates of 64 to 256, in both types of descriptors."""
-    fp8 = torch.float8_e4m3fn
-    for heads, context, dtype in ((SMOLLM2, 8192, None), (QWEN3_8B, 1 << 17, fp8), (WIDEST, 1 << 18, None)):
+    for heads, context, dtype in (
+        (SMOLLM2, 8192, None),
+        (QWEN3_8B, 1 << 17, None),
+        (QWEN3_8B, 1 << 17, torch.float8_e4m3fn),
+        (WIDEST, 1 << 18, None),
+    ):
         num_heads, num_kv_heads, head_dim = heads
         sides = (num_kv_heads, num_heads // num_kv_heads, head_dim), (num_kv_heads, 3 * head_dim)
         rotation = Rotation(torch.ones(head_dim // 2), 1.0)
@@ -232,14 +236,8 @@ def cycles() -> None:
         propose(empty_index(texts, min_match=2), texts, rows, trees, depth=4, top_k=2)
         steps = catch_up(texts, rows, rings, kv, ints(1), num_rows=num_rows, num_positions=num_nodes, levels=3, top_k=2)
         norm = Norm(halves(576), 1e-6)
-        join_inputs(
-            steps.token_ids,
-            halves(vocabulary, 576),
-            halves(len(steps.token_ids), 576),
-            None,
-            embed_norm=norm,
-            state_norm=norm,
-        )
+        states, embedding = halves(len(steps.token_ids), 576), halves(vocabulary, 576)
+        join_inputs(steps.token_ids, embedding, states, None, embed_norm=norm, state_norm=norm)
         found = Candidates(longs(num_rows, 10), ints(num_rows, 10), ints(num_rows, 10))
         beams = None
         for level in (0, 1):
